@@ -1,0 +1,189 @@
+"""What every program here shares: flags from a dataclass, one-sentence errors, atomic writes, a progress line, bootstrap intervals."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one sentence that names the file or flag and the way out."""
+
+
+def run(main):
+    """Run a program's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_say(error, 2))
+    except KeyboardInterrupt as stop:
+        sys.exit(_say(stop if str(stop) else "stopped.", 130))
+
+
+def _say(message, code):
+    print(f"\n{Path(sys.argv[0]).name}: {message}" if sys.stdout.isatty() else f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return code
+
+
+def parse_flags(config_class, description, argv=None):
+    """A config dataclass from the command line: field d_sae becomes --d-sae, with its default and its help text.
+
+    Whole numbers may be written 1e6; a bool x gets --x and --no-x; a tuple of whole numbers is written 0,2,3.
+    The help of a field is `metadata["help"]`. Raises UserError for a value that is not of the field's type.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(config_class):
+        flag, help_text = "--" + field.name.replace("_", "-"), field.metadata.get("help", "")
+        kind, element = _base_type(field.type)
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help_text)
+        else:
+            parser.add_argument(flag, default=field.default, metavar=kind.__name__.upper(), help=f"{help_text} [{shown}]",
+                                type=lambda text, kind=kind, element=element, flag=flag: _convert(text, kind, element, flag))
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def field(default, help):
+    """A config field with its help text: what it is, its unit, the paper's value."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _base_type(annotation):
+    """-> (int, None) for int, (tuple, float) for tuple[float, ...]."""
+    if typing.get_origin(annotation) is tuple:
+        return tuple, typing.get_args(annotation)[0]
+    return annotation, None
+
+
+def _convert(text, kind, element, flag):
+    try:
+        if kind is tuple:
+            return tuple(_number(part, element) for part in text.split(","))
+        return text if kind is str else _number(text, kind)
+    except (ValueError, OverflowError):
+        one = {int: "a whole number", float: "a number"}.get(element or kind)
+        raise UserError(f"{flag} takes {one + ', or several with commas' if element else one}, not {text!r}.") from None
+
+
+def _number(text, kind):
+    """"1e6" is a whole number, "1.5" is not; infinity and NaN are not numbers here."""
+    value = float(text)
+    if not np.isfinite(value) or kind is int and value != int(value):
+        raise ValueError
+    return kind(value)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a temporary path beside `path`, which takes its name only when the block ends well: never half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Plain numbers and lists as JSON, written atomically. NaN is refused, since it is not JSON."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    """The JSON object in `path`. Raises UserError if the file is missing or is not JSON."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it may be cut short: fetch or make it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, and holds a {type(value).__name__}.")
+    return value
+
+
+class Progress:
+    """One line, redrawn in place on a terminal, a plain line now and then when piped."""
+
+    def __init__(self, total, unit="tokens", every=None):
+        self.total, self.unit, self.start, self.first, self.shown = total, unit, time.monotonic(), None, 0.0
+        self.every = every if every is not None else (0.5 if sys.stdout.isatty() else 10.0)
+
+    def __call__(self, done, text="", last=False):
+        """Show `done` of `total`, its rate, the time left and `text`; silent if the last line is younger than `every` seconds."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done                           # a resumed run starts with work already done
+        if now - self.shown < self.every and not last:
+            return
+        self.shown = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = "" if last or rate == 0 else f"  {_clock((self.total - done) / rate)} left"
+        line = f"{done:>{len(f'{self.total:,}')},}/{self.total:,} {self.unit}  {rate:,.0f}/s{left}  {text}"
+        print(f"\r\033[K{line}" if sys.stdout.isatty() else line, end="\n" if last or not sys.stdout.isatty() else "", flush=True)
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+def bootstrap(statistic, n, samples=1000, seed=0):
+    """95% interval of `statistic(rows)` when the n rows are drawn anew with replacement: percentile bootstrap -> [low, high].
+
+    `statistic` gets an (n,) integer array of row numbers and returns a float, or an array of statistics (intervals then
+    have its shape). Rows, not tokens, are drawn, since the tokens of a row are not independent.
+    """
+    rng = np.random.default_rng(seed)
+    draws = np.array([statistic(rng.integers(0, n, n)) for _ in range(samples)])
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return [low.tolist(), high.tolist()]
+
+
+@contextlib.contextmanager
+def deferred_interrupt():
+    """Yields a function that tells whether Ctrl-C was pressed, so that a loop can stop between two steps; pressed twice, it stops at once."""
+    pressed = []
+
+    def handler(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def pick_device(name):
+    """"auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError if the named device is not there."""
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if have[kind]))
+    if not have.get(name.split(":")[0], False):
+        raise UserError(f"--device {name} is not available here; use one of: auto, {', '.join(k for k in have if have[k])}.")
+    return torch.device(name)
+
+
+def fast_bfloat16(device):
+    """Whether the processor multiplies bfloat16 matrices faster than float32 ones."""
+    return device.type == "cuda" or device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,469 @@
+"""The main job: train one sparse autoencoder per layer on z_cat, and measure what the reconstructions cost the model.
+
+    python train.py                          the shipped model, all layers, a few minutes on two cores
+    python train.py --layers 1 --d-sae 4096 --n-tokens 10e6
+
+Every forward pass serves all layers. A block of whole rows is turned into activations, shuffled, and drained batch by batch;
+BOS (position 0) is left out. What is random depends on the seed and the step alone, so a run that is stopped and goes on with
+--resume ends with the same bytes as one that was not.
+
+Written to <out>/<model>/: L<layer>/sae.safetensors, config.json and metrics.json, log.jsonl, training.png.
+
+Shapes: R rows, T positions, B batch of activations, D = H*d_head = d_in, d_sae.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import data
+import model as models
+import sae as saes_module
+from data.common import (Progress, UserError, atomic, bootstrap, deferred_interrupt, fast_bfloat16, field, parse_flags, pick_device,
+                         run, write_json)
+from data.weights import read_tensors
+from sae import SAE
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+DEAD_WINDOW = 1_000_000     # a feature is dead if it fired on none of the last so many training activations
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: str = field("tiny", "\"tiny\", or a directory in Hugging Face layout")
+    corpus: str = field("python", "text: \"python\" is what tiny was trained on")
+    layers: tuple[int, ...] = field((), "layers, such as 0,2; all of them if not given")
+    d_sae: int = field(2048, "features per SAE (paper: 24576 = 32 x d_in for GPT-2 Small)")
+    l1: tuple[float, ...] = field((0.3,), "weight of the sparsity term, one for all layers or one per layer (paper: 0.8 to 3)")
+    lr: float = field(1.2e-3, "Adam's peak learning rate (paper: 1.2e-3)")
+    n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
+    batch_size: int = field(1024, "activations per step (paper: 4096)")
+    warmup: int = field(200, "steps from 0.1 to 1 x lr, again after each resampling; l1 rises from 0 over the first so many (paper: 1000)")
+    decay: float = field(0.2, "last part of the run in which lr falls to 0 (paper: 0)")
+    resample_every: int = field(500, "steps between resamplings of dead features, none in the last half of the run (paper: 25000)")
+    resample_times: int = field(4, "resamplings at most (paper: 4)")
+    n_ctx: int = field(128, "tokens per row, BOS included (paper: 128)")
+    n_eval_rows: int = field(256, "held-out rows for the metrics")
+    block_mib: int = field(512, "memory for a block of activations")
+    seed: int = field(0, "fixes rows, initial weights, batches and resampling")
+    device: str = field("auto", "cpu, cuda, mps or auto")
+    out: str = field("out", "folder for results")
+    resume: bool = field(False, "go on with the run that is in --out")
+    half: bool = field(False, "store the SAEs in float16, as the shipped ones are; the metrics are of what is stored")
+
+
+@dataclass
+class Learner:
+    """One layer's SAE while it is trained."""
+    sae: SAE
+    optimizer: torch.optim.Adam
+    l1: float
+    fired: Tensor           # (d_sae,) rows in which each feature was active since the last resampling
+    last_fired: Tensor      # (d_sae,) number of training activations seen when each feature was last active
+    l0: float               # active features per row in the last step: chooses the dense or the sparse computation
+    mean: Tensor            # (D,) mean activation over the first block: where b_dec starts, and the vector of mean ablation
+
+
+def train(config):
+    """Train, evaluate and write everything -> {layer: metrics}. Raises UserError for what the user can put right."""
+    device = pick_device(config.device)
+    model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
+    layers = config.layers or tuple(range(model.config.n_layers))
+    l1 = dict(zip(layers, config.l1 * len(layers) if len(config.l1) == 1 else config.l1, strict=False))
+    check(config, model, layers, l1)
+    folder = Path(config.out) / Path(config.model).name
+    source = Source(model, tokenizer, config, layers, device)
+    step, learners = start(config, source, l1, folder)
+    begun, first_step = time.monotonic(), step
+    progress, log = Progress(config.n_tokens, "tokens"), Log(folder, config, step)
+
+    with deferred_interrupt() as interrupted:
+        for step, batches in enumerate(source.batches(step), start=step):
+            for layer, learner in learners.items():
+                learn(learner, batches[layer], step, config, layer)
+            if should_resample(step + 1, config):
+                for layer, learner in learners.items():
+                    generator = torch.Generator().manual_seed(config.seed + 1_000_003 * (step + 1) + layer)
+                    saes_module.resample(learner.sae, learner.optimizer, learner.fired == 0, source.sample(layer), generator)
+                    learner.fired.zero_()
+            progress((step + 1) * config.batch_size, "  ".join(f"L{layer}: L0 {one.l0:.1f}" for layer, one in learners.items()))
+            log(step, learners)
+            if interrupted() or (step + 1) % 1000 == 0:
+                save_checkpoint(folder, config, step + 1, learners)
+            if interrupted():
+                raise KeyboardInterrupt(f"stopped after step {step + 1}; the same command with --resume goes on from there.")
+    step = config.n_tokens // config.batch_size
+    speed = (step - first_step) * config.batch_size / (time.monotonic() - begun)
+    progress(step * config.batch_size, last=True)
+    return finish(config, model, tokenizer, learners, folder, speed)
+
+
+def check(config, model, layers, l1):
+    """Raise UserError for settings that cannot work, before any time is spent."""
+    if bad := [layer for layer in layers if not 0 <= layer < model.config.n_layers]:
+        raise UserError(f"--layers {bad[0]} is out of range: this model has layers 0 to {model.config.n_layers - 1}.")
+    if len(l1) != len(layers) or len(set(layers)) != len(layers):
+        raise UserError(f"--l1 has {len(config.l1)} values and --layers {len(layers)}; give one l1, or one for each different layer.")
+    if not 3 <= config.n_ctx <= model.config.n_ctx:
+        raise UserError(f"--n-ctx {config.n_ctx} does not fit this model, which takes 3 to {model.config.n_ctx} tokens.")
+    for name in ("d_sae", "batch_size", "n_eval_rows", "block_mib", "resample_every", "warmup"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1.")
+    if config.n_tokens < config.batch_size:
+        raise UserError(f"--n-tokens {config.n_tokens} is less than one batch of {config.batch_size}; raise it or lower --batch-size.")
+    folder = Path(config.out) / Path(config.model).name
+    if not config.resume and (folder / "checkpoint.safetensors").is_file():
+        raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove {folder}/checkpoint.safetensors.")
+    with atomic(folder / "log.jsonl") as temporary:             # is the folder writable?
+        temporary.write_bytes((folder / "log.jsonl").read_bytes() if (folder / "log.jsonl").is_file() else b"")
+
+
+# ---- one step -----------------------------------------------------------------------------------------------------------
+
+
+def learn(learner, z, step, config, layer):                             # z (B,D)
+    """Learning rate, loss and gradients, projection, Adam, unit norm, counts: one layer's part of a step, in place."""
+    sae, optimizer = learner.sae, learner.optimizer
+    sparse = z.device.type == "cpu" and learner.l0 < sae.d_sae / 16
+    l1 = learner.l1 * min(1.0, (step + 1) / config.warmup)
+    result = (saes_module.sparse_step if sparse else saes_module.dense_step)(sae, z, l1)
+    if not math.isfinite(result.mse + result.sparsity):
+        raise UserError(f"the loss of layer {layer} is not finite at step {step}; the last checkpoint is kept, try a lower --lr.")
+    saes_module.project_decoder_gradient(sae, result.gradients["W_dec"])
+    for name, gradient in result.gradients.items():
+        getattr(sae, name).grad = gradient
+    optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+    optimizer.step()
+    saes_module.normalise_decoder(sae)
+    learner.fired += result.fired
+    learner.last_fired[result.fired > 0] = (step + 1) * config.batch_size
+    learner.l0 = float(result.fired.sum()) / len(z)
+    learner.mse, learner.sparsity = float(result.mse), float(result.sparsity)
+
+
+def learning_rate(step, config):
+    """Half a cosine from 0.1 to 1 x lr at the start and after each resampling, then constant, at the end linear to 0."""
+    since = step - max((s for s in resampling_steps(config) if s <= step), default=0)
+    rise = 0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * min(1.0, since / config.warmup)))
+    n_steps = config.n_tokens // config.batch_size
+    fall = min(1.0, (n_steps - step) / max(config.decay * n_steps, 1e-9))
+    return config.lr * rise * fall
+
+
+def resampling_steps(config):
+    """The steps before which dead features are resampled."""
+    half = config.n_tokens // config.batch_size // 2
+    return [k * config.resample_every for k in range(1, config.resample_times + 1) if k * config.resample_every <= half]
+
+
+def should_resample(step, config):
+    return step in resampling_steps(config)
+
+
+# ---- activations --------------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """Batches of activations of all layers, block by block; block and order depend on the seed and the step alone."""
+
+    def __init__(self, model, tokenizer, config, layers, device):
+        self.model, self.tokenizer, self.config, self.layers, self.device = model, tokenizer, config, layers, device
+        d_in = model.config.n_heads * model.config.d_head
+        row_bytes = (config.n_ctx - 1) * d_in * 4 * len(layers)
+        n_rows = max(config.block_mib * 2**20 // row_bytes, -(-config.batch_size // (config.n_ctx - 1)))
+        needed = -(-config.n_tokens // (config.n_ctx - 1))
+        self.n_rows = int(min(n_rows, 1024, max(needed, -(-config.batch_size // (config.n_ctx - 1)))))
+        self.steps_per_block = self.n_rows * (config.n_ctx - 1) // config.batch_size
+        self.z = None
+
+    def batches(self, first_step):
+        """Yields {layer: (B,D)} for every step from `first_step` to the last. The batches are copies: a refill never touches them."""
+        n_steps, size = self.config.n_tokens // self.config.batch_size, self.config.batch_size
+        number, place = divmod(first_step, self.steps_per_block)
+        step = first_step
+        for tokens in self._blocks(number):
+            self.fill(tokens)
+            order = torch.randperm(len(self.z[self.layers[0]]), generator=torch.Generator().manual_seed(self.config.seed + 7919 * (number + 1)))
+            for i in range(place, self.steps_per_block):
+                if step == n_steps:
+                    return
+                index = order[i * size:(i + 1) * size].to(self.device)
+                yield {layer: self.z[layer][index] for layer in self.layers}
+                step += 1
+            number, place = number + 1, 0
+
+    def fill(self, tokens):
+        """Run the model on a block of rows, as deep as it must, and keep z_cat of every position but BOS: {layer: (N,D)}."""
+        if self.z is None:
+            shape = (self.n_rows, self.config.n_ctx - 1, self.model.config.n_heads * self.model.config.d_head)
+            self.rows = {layer: torch.empty(shape, device=self.device) for layer in self.layers}
+            self.z = {layer: rows.flatten(0, 1) for layer, rows in self.rows.items()}
+        for i in range(0, self.n_rows, 64):
+            found = z_cat(self.model, tokens[i:i + 64].to(self.device), self.layers)
+            for layer in self.layers:
+                self.rows[layer][i:i + 64] = found[layer][:, 1:]
+
+    def sample(self, layer):
+        """Up to 8192 activations of the block at hand: what dead features are drawn from."""
+        return self.z[layer][:: max(1, len(self.z[layer]) // 8192)]
+
+    def _blocks(self, number):
+        return data.rows(self.config.corpus, self.tokenizer, "train", self.config.n_ctx, self.n_rows, self.config.seed, number * self.n_rows)
+
+
+@torch.no_grad()
+def z_cat(model, tokens, layers):                                       # (R,T) -> {layer: (R,T,D)} float32
+    """model.z_cat_at, its products in bfloat16 where that is faster; residual stream and result are float32."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=fast_bfloat16(tokens.device)):
+        return {layer: z.float() for layer, z in model.z_cat_at(tokens, layers).items()}
+
+
+# ---- start, stop, go on -------------------------------------------------------------------------------------------------
+
+
+def start(config, source, l1, folder):
+    """New learners, or those of the checkpoint -> (step to begin with, {layer: Learner})."""
+    learners = {}
+    for layer in source.layers:
+        generator = torch.Generator().manual_seed(config.seed * 1009 + layer)
+        sae = SAE(source.model.config.n_heads * source.model.config.d_head, config.d_sae, generator).to(source.device)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.0, 0.9999), fused=True)
+        zeros = torch.zeros(config.d_sae, dtype=torch.int64, device=source.device)
+        learners[layer] = Learner(sae, optimizer, l1[layer], zeros, zeros.clone(), float(config.d_sae), torch.zeros_like(sae.b_dec.data))
+    if config.resume and (folder / "checkpoint.safetensors").is_file():
+        return load_checkpoint(folder, config, learners), learners
+    source.fill(next(source._blocks(0)))
+    for layer, learner in learners.items():
+        initialise(learner, source.z[layer], torch.Generator().manual_seed(config.seed * 1013 + layer))
+    return 0, learners
+
+
+@torch.no_grad()
+def initialise(learner, z, generator):                                  # z (N,D)
+    """b_dec is the mean activation; W_dec's rows are random directions in the space that activations fill, W_enc their transpose.
+
+    Attention outputs have low rank, and features that start outside their space stay dead (arXiv 2508.16929), so a row is a
+    random mixture of centred activations: normal, with the activations' own covariance.
+    """
+    learner.mean[:] = z.mean(0)
+    sample = z[:: max(1, len(z) // 8192)] - learner.mean
+    mixture = torch.randn(learner.sae.d_sae, len(sample), generator=generator).to(z.device)
+    learner.sae.b_dec.copy_(learner.mean)
+    learner.sae.W_dec.copy_(F.normalize(mixture @ sample, dim=-1))
+    learner.sae.W_enc.copy_(learner.sae.W_dec.T)
+
+
+def settings(config):
+    """The config as a dict, without what may differ between a run and its resumption."""
+    return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config))).items() if k not in ("resume", "out", "device")}
+
+
+def save_checkpoint(folder, config, step, learners):
+    """All that the rest of the run depends on, in one file: weights, Adam's moments, counts, the step; the settings as metadata."""
+    state = {"step": torch.tensor(step)}
+    for layer, learner in learners.items():
+        for name, parameter in learner.sae.named_parameters():
+            state[f"{layer} {name}"] = parameter.detach()
+            state |= {f"{layer} {name} {key}": value for key, value in learner.optimizer.state[parameter].items()}
+        state |= {f"{layer} fired": learner.fired, f"{layer} last_fired": learner.last_fired, f"{layer} mean": learner.mean,
+                  f"{layer} l0": torch.tensor(learner.l0, dtype=torch.float64)}
+    with atomic(folder / "checkpoint.safetensors") as temporary:
+        save_file(state, temporary, metadata={"settings": json.dumps(settings(config))})
+
+
+def load_checkpoint(folder, config, learners):
+    """Put a checkpoint back, in place -> the step to go on with. Raises UserError if it is damaged or of other settings."""
+    path = folder / "checkpoint.safetensors"
+    state = dict(read_tensors(path))
+    with safe_open(path, framework="pt") as file:
+        theirs = json.loads((file.metadata() or {}).get("settings", "{}"))
+    mine = settings(config)
+    if different := [key for key in mine if theirs.get(key) != mine[key]]:
+        key = different[0]
+        raise UserError(f"--resume: {path} was made with {key} = {theirs.get(key)}, not {mine[key]}; use the same settings, or another --out.")
+    for layer, learner in learners.items():
+        device = learner.mean.device
+        with torch.no_grad():
+            for name, parameter in learner.sae.named_parameters():
+                parameter.copy_(state[f"{layer} {name}"])
+                learner.optimizer.state[parameter] = {key: state[f"{layer} {name} {key}"].to(device if key != "step" else "cpu")
+                                                      for key in ("step", "exp_avg", "exp_avg_sq")}
+        for name in ("fired", "last_fired", "mean"):
+            getattr(learner, name).copy_(state[f"{layer} {name}"])
+        learner.l0 = float(state[f"{layer} l0"])
+    return int(state["step"])
+
+
+class Log:
+    """log.jsonl: a line every so many steps, with what training.png shows."""
+
+    def __init__(self, folder, config, first_step):
+        self.path, self.every = folder / "log.jsonl", max(1, config.n_tokens // config.batch_size // 200)
+        self.config = config
+        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step] if first_step else []
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def __call__(self, step, learners):
+        if (step + 1) % self.every:
+            return
+        line = {"step": step + 1, "tokens": (step + 1) * self.config.batch_size, "lr": learning_rate(step, self.config)}
+        for layer, one in learners.items():
+            line[f"L{layer}"] = {"mse": one.mse, "sparsity": one.sparsity, "l0": one.l0, "dead": dead_fraction(one, line["tokens"])[0]}
+        with open(self.path, "a", encoding="utf8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def dead_fraction(learner, n_tokens):
+    """Share of features that fired on none of the last DEAD_WINDOW training activations, and how many activations that were."""
+    window = min(DEAD_WINDOW, n_tokens)
+    return float((learner.last_fired <= n_tokens - window).float().mean()), window
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, saes, rows, means, batch_rows=64):
+    """What each layer's SAE keeps of its z_cat, and what the model loses when z_cat is replaced -> {layer: metrics}.
+
+    saes: {layer: SAE}. rows (R,T): held-out tokens. means: {layer: (D,)}, the vector of mean ablation. Cross-entropies are nats per
+    token over the predictions made from positions 1 to T-2; every replacement leaves position 0 (BOS) as it is. *zero* sets z_cat
+    to 0 in the model's own weights (b_O stays). Intervals are 95% bootstrap intervals over rows. Where z_cat matters too little to
+    tell, that is if CE_zero - CE_clean is below 0.05 nats or its interval reaches 0, ce_recovered_zero is None; so for mean.
+    """
+    clean, zero, mean, spliced, l0, squares = ({layer: [] for layer in saes} for _ in range(6))
+    z_sums = {layer: [] for layer in saes}
+    clean_ce = []
+    for tokens in rows.split(batch_rows):
+        clean_ce.append(row_ce(model, tokens, {}))
+        z_all = model.z_cat_at(tokens, list(saes))
+        for layer, sae in saes.items():
+            z = z_all[layer][:, 1:]
+            f = sae.encode(z)
+            error = (sae.decode(f) - z).square().sum(-1)
+            l0[layer].append((f != 0).sum(-1).double().mean(-1))
+            squares[layer].append(torch.stack([error.double().sum(-1), z.double().square().sum((-1, -2))], -1))
+            z_sums[layer].append(z.double().sum(1))
+            zero[layer].append(row_ce(model, tokens, {layer: constant(torch.zeros_like(means[layer]))}))
+            mean[layer].append(row_ce(model, tokens, {layer: constant(means[layer])}))
+            spliced[layer].append(row_ce(model, tokens, {layer: saes_module.splice(sae)}))
+    join = lambda parts: torch.cat(parts).cpu().numpy()
+    return {layer: summarise(join(clean_ce), join(spliced[layer]), join(zero[layer]), join(mean[layer]), join(l0[layer]), join(squares[layer]),
+                             join(z_sums[layer]), rows.shape[1] - 1) for layer in saes}
+
+
+def constant(value):
+    """The edit that puts one vector in place of z_cat at every position but 0."""
+    return lambda z: torch.cat([z[:, :1], value.expand_as(z[:, 1:])], 1)
+
+
+def row_ce(model, tokens, edit_z):                                      # (R,T) -> (R,) float64
+    """Mean cross-entropy of each row's predictions from positions 1 to T-2, in nats."""
+    logits = model(tokens, edit_z)[0][:, 1:-1]
+    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 2:], reduction="none").double().mean(-1)
+
+
+def summarise(clean, spliced, zero, mean, l0, squares, z_sums, positions):
+    """Per-row numbers -> the metrics of one layer, each with its interval."""
+    def explained(i):
+        error, power = squares[i].sum(0)
+        return 1 - error / (power - (z_sums[i].sum(0) ** 2).sum() / (len(i) * positions))
+
+    statistics = {
+        "l0": lambda i: l0[i].mean(), "ce_clean": lambda i: clean[i].mean(), "ce_sae": lambda i: spliced[i].mean(),
+        "ce_zero": lambda i: zero[i].mean(), "ce_mean": lambda i: mean[i].mean(),
+        "ce_sae_minus_clean": lambda i: (spliced[i] - clean[i]).mean(), "ce_zero_minus_clean": lambda i: (zero[i] - clean[i]).mean(),
+        "ce_mean_minus_clean": lambda i: (mean[i] - clean[i]).mean(),
+        "ce_recovered_zero": lambda i: (zero[i] - spliced[i]).mean() / (zero[i] - clean[i]).mean(),
+        "ce_recovered_mean": lambda i: (mean[i] - spliced[i]).mean() / (mean[i] - clean[i]).mean(),
+        "explained_variance": explained}
+    everything, metrics = range(len(clean)), {}
+    for name, statistic in statistics.items():
+        metrics[name] = float(statistic(list(everything)))
+        metrics[name + "_ci"] = bootstrap(statistic, len(clean))
+    for kind in ("zero", "mean"):
+        if metrics[f"ce_{kind}_minus_clean"] < 0.05 or metrics[f"ce_{kind}_minus_clean_ci"][0] <= 0:
+            metrics[f"ce_recovered_{kind}"] = metrics[f"ce_recovered_{kind}_ci"] = None
+    return metrics | {"n_eval_tokens": len(clean) * positions}
+
+
+# ---- the end of a run ---------------------------------------------------------------------------------------------------
+
+
+def finish(config, model, tokenizer, learners, folder, speed):
+    """Write the SAEs, measure what was written, write metrics, figure and table -> {layer: metrics}."""
+    dtype, saes = torch.float16 if config.half else torch.float32, {}
+    for layer, learner in learners.items():
+        path = folder / f"L{layer}" / "sae.safetensors"
+        learner.sae.save(path, dtype)
+        saes[layer] = SAE.load(path, learner.mean.device)
+        write_json(folder / f"L{layer}" / "config.json", {"layer": layer, "d_in": saes[layer].d_in, "l1_of_layer": learner.l1, **settings(config)})
+    print(f"measuring on {config.n_eval_rows} held-out rows ...", flush=True)
+    rows = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows)).to(learner.mean.device)
+    metrics = evaluate(model, saes, rows, {layer: learner.mean for layer, learner in learners.items()})
+    n_tokens = config.n_tokens // config.batch_size * config.batch_size
+    for layer, learner in learners.items():
+        dead, window = dead_fraction(learner, n_tokens)
+        metrics[layer] |= {"dead_fraction": dead, "n_dead_tokens": window, "n_train_tokens": n_tokens, "tokens_per_second": speed, "seed": config.seed}
+        write_json(folder / f"L{layer}" / "metrics.json", metrics[layer])
+    densities = {layer: (learner.fired.double() / max(n_tokens - config.batch_size * max(resampling_steps(config), default=0), 1)).cpu()
+                 for layer, learner in learners.items()}
+    plot_training([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], densities, folder / "training.png")
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    print(table(metrics), f"\n\nwritten to {folder}/", sep="")
+    return metrics
+
+
+def table(metrics):
+    """The metrics of all layers, a line each."""
+    def recovered(m, kind):
+        if m[f"ce_recovered_{kind}"] is None:
+            return "n/a".rjust(20)
+        low, high = m[f"ce_recovered_{kind}_ci"]
+        return f"{m[f'ce_recovered_{kind}']:.1%} [{low:.1%}, {high:.1%}]".rjust(20)
+
+    lines = ["cross-entropy in nats per token, clean and with z_cat replaced; [95% interval]",
+             "layer    L0   clean     SAE    zero    mean   recovered over zero   recovered over mean   variance   dead"]
+    for layer, m in metrics.items():
+        lines.append(f"{layer:5d} {m['l0']:5.1f} {m['ce_clean']:7.3f} {m['ce_sae']:7.3f} {m['ce_zero']:7.3f} {m['ce_mean']:7.3f}  {recovered(m, 'zero')}"
+                     f"  {recovered(m, 'mean')}  {m['explained_variance']:9.1%} {m['dead_fraction']:6.1%}")
+    return "\n".join(lines)
+
+
+def plot_training(log, densities, path):
+    """Four panels over training: loss, L0, dead features, and how often the features fire, one line per layer."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    tokens = [line["tokens"] / 1e6 for line in log]
+    panels = (("mse", "squared error, summed over z_cat"), ("l0", "L0: active features per token"), ("dead", "share of dead features"))
+    for axis, (key, label) in zip(axes.flat, panels):
+        for layer in densities:
+            axis.plot(tokens, [line[f"L{layer}"][key] for line in log], label=f"layer {layer}")
+        axis.set(xlabel="training activations (millions)", ylabel=label, yscale="linear" if key == "dead" else "log")
+    for layer, density in densities.items():
+        counts, edges = torch.histogram(density.clamp_min(1e-7).log10().float(), bins=50, range=(-7.0, 0.0))
+        axes[1, 1].stairs(counts.numpy(), edges.numpy(), label=f"layer {layer}")
+    axes[1, 1].set(xlabel="log10 of the share of tokens on which a feature fires (dead: -7)", ylabel="features")
+    axes[0, 0].legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+
+
+def main():
+    train(parse_flags(TrainConfig, __doc__))
+
+
+if __name__ == "__main__":
+    run(main)
