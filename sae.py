@@ -66,6 +66,14 @@ class SAE(nn.Module):
         self.b_dec += c
         return self
 
+    @torch.no_grad()
+    def rescale(self, s):
+        """Make an SAE of z / s read z, with features s times as large: biases and threshold times s, in place -> self."""
+        self.b_enc *= s
+        self.b_dec *= s
+        self.threshold *= s
+        return self
+
     def save(self, path, dtype=torch.float32):
         """Write the five tensors to `path` (a .safetensors file) in `dtype`; the same SAE gives the same bytes."""
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
@@ -222,8 +230,8 @@ def resample(sae, optimizer, dead, z, generator):
     live = ~dead
     if not dead.any() or not live.any():
         return
-    error = (sae(z) - z).square().sum(-1).double()
-    drawn = torch.multinomial(error.square().cpu(), int(dead.sum()), replacement=True, generator=generator).to(z.device)
+    error = (sae(z) - z).square().sum(-1).cpu().double()
+    drawn = torch.multinomial(error.square(), int(dead.sum()), replacement=True, generator=generator).to(z.device)
     direction = F.normalize(z[drawn] - sae.b_dec, dim=-1)
     sae.W_dec[dead] = direction
     sae.W_enc[:, dead] = 0.2 * sae.W_enc[:, live].norm(dim=0).mean() * direction.T

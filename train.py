@@ -13,6 +13,7 @@ Shapes: R rows, T positions, B batch of activations, D = H*d_head = d_in, d_sae.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -28,16 +29,16 @@ from torch import Tensor
 
 import data
 import model as models
-import sae as saes_module
 from data.common import (Progress, UserError, atomic, bootstrap, deferred_interrupt, fast_bfloat16, field, parse_flags, pick_device,
                          run, write_json)
 from data.weights import read_tensors
-from sae import SAE
+from sae import SAE, dense_step, normalise_decoder, project_decoder_gradient, resample, sparse_step, splice
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 DEAD_WINDOW = 1_000_000     # a feature is dead if it fired on none of the last so many training activations
+CHECKPOINT_EVERY = 500      # steps: what a power cut can cost
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class TrainConfig:
     corpus: str = field("python", "text: \"python\" is what tiny was trained on")
     layers: tuple[int, ...] = field((), "layers, such as 0,2; all of them if not given")
     d_sae: int = field(2048, "features per SAE (paper: 24576 = 32 x d_in for GPT-2 Small)")
-    l1: tuple[float, ...] = field((0.3,), "weight of the sparsity term, one for all layers or one per layer (paper: 0.8 to 3)")
+    l1: tuple[float, ...] = field((0.25,), "weight of the sparsity term: one for all layers, or one for each (paper: 0.8 to 3, of raw z_cat)")
+    normalise: bool = field(True, "train on z_cat in units of its mean distance from its mean, so that one l1 suits all layers (paper: no)")
     lr: float = field(1.2e-3, "Adam's peak learning rate (paper: 1.2e-3)")
     n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
     batch_size: int = field(1024, "activations per step (paper: 4096)")
@@ -73,7 +75,10 @@ class Learner:
     fired: Tensor           # (d_sae,) rows in which each feature was active since the last resampling
     last_fired: Tensor      # (d_sae,) number of training activations seen when each feature was last active
     l0: float               # active features per row in the last step: chooses the dense or the sparse computation
-    mean: Tensor            # (D,) mean activation over the first block: where b_dec starts, and the vector of mean ablation
+    mean: Tensor            # (D,) mean activation over the first block, the vector of mean ablation
+    scale: Tensor           # () what activations are divided by while training: 1, or their mean distance from the mean
+    mse: float = math.nan   # the last step's, for the log
+    sparsity: float = math.nan
 
 
 def train(config):
@@ -81,11 +86,10 @@ def train(config):
     device = pick_device(config.device)
     model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
     layers = config.layers or tuple(range(model.config.n_layers))
-    l1 = dict(zip(layers, config.l1 * len(layers) if len(config.l1) == 1 else config.l1, strict=False))
-    check(config, model, layers, l1)
     folder = Path(config.out) / Path(config.model).name
+    check(config, model, layers, folder)
     source = Source(model, tokenizer, config, layers, device)
-    step, learners = start(config, source, l1, folder)
+    step, learners = start(config, source, folder)
     begun, first_step = time.monotonic(), step
     progress, log = Progress(config.n_tokens, "tokens"), Log(folder, config, step)
 
@@ -95,12 +99,12 @@ def train(config):
                 learn(learner, batches[layer], step, config, layer)
             if should_resample(step + 1, config):
                 for layer, learner in learners.items():
-                    generator = torch.Generator().manual_seed(config.seed + 1_000_003 * (step + 1) + layer)
-                    saes_module.resample(learner.sae, learner.optimizer, learner.fired == 0, source.sample(layer), generator)
+                    resample(learner.sae, learner.optimizer, learner.fired == 0, source.sample(layer) / learner.scale,
+                             generator(config.seed, layer, step))
                     learner.fired.zero_()
             progress((step + 1) * config.batch_size, "  ".join(f"L{layer}: L0 {one.l0:.1f}" for layer, one in learners.items()))
             log(step, learners)
-            if interrupted() or (step + 1) % 1000 == 0:
+            if interrupted() or (step + 1) % CHECKPOINT_EVERY == 0:
                 save_checkpoint(folder, config, step + 1, learners)
             if interrupted():
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; the same command with --resume goes on from there.")
@@ -110,12 +114,14 @@ def train(config):
     return finish(config, model, tokenizer, learners, folder, speed)
 
 
-def check(config, model, layers, l1):
+def check(config, model, layers, folder):
     """Raise UserError for settings that cannot work, before any time is spent."""
     if bad := [layer for layer in layers if not 0 <= layer < model.config.n_layers]:
         raise UserError(f"--layers {bad[0]} is out of range: this model has layers 0 to {model.config.n_layers - 1}.")
-    if len(l1) != len(layers) or len(set(layers)) != len(layers):
-        raise UserError(f"--l1 has {len(config.l1)} values and --layers {len(layers)}; give one l1, or one for each different layer.")
+    if len(set(layers)) != len(layers):
+        raise UserError("--layers names a layer twice; name each once.")
+    if len(config.l1) not in (1, len(layers)):
+        raise UserError(f"--l1 has {len(config.l1)} values for {len(layers)} layers; give one for all, or one for each.")
     if not 3 <= config.n_ctx <= model.config.n_ctx:
         raise UserError(f"--n-ctx {config.n_ctx} does not fit this model, which takes 3 to {model.config.n_ctx} tokens.")
     for name in ("d_sae", "batch_size", "n_eval_rows", "block_mib", "resample_every", "warmup"):
@@ -123,7 +129,6 @@ def check(config, model, layers, l1):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1.")
     if config.n_tokens < config.batch_size:
         raise UserError(f"--n-tokens {config.n_tokens} is less than one batch of {config.batch_size}; raise it or lower --batch-size.")
-    folder = Path(config.out) / Path(config.model).name
     if not config.resume and (folder / "checkpoint.safetensors").is_file():
         raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove {folder}/checkpoint.safetensors.")
     with atomic(folder / "log.jsonl") as temporary:             # is the folder writable?
@@ -135,18 +140,18 @@ def check(config, model, layers, l1):
 
 def learn(learner, z, step, config, layer):                             # z (B,D)
     """Learning rate, loss and gradients, projection, Adam, unit norm, counts: one layer's part of a step, in place."""
-    sae, optimizer = learner.sae, learner.optimizer
+    sae, optimizer, z = learner.sae, learner.optimizer, z / learner.scale
     sparse = z.device.type == "cpu" and learner.l0 < sae.d_sae / 16
     l1 = learner.l1 * min(1.0, (step + 1) / config.warmup)
-    result = (saes_module.sparse_step if sparse else saes_module.dense_step)(sae, z, l1)
+    result = sparse_step(sae, z, l1) if sparse else dense_step(sae, z, l1)
     if not math.isfinite(result.mse + result.sparsity):
         raise UserError(f"the loss of layer {layer} is not finite at step {step}; the last checkpoint is kept, try a lower --lr.")
-    saes_module.project_decoder_gradient(sae, result.gradients["W_dec"])
+    project_decoder_gradient(sae, result.gradients["W_dec"])
     for name, gradient in result.gradients.items():
         getattr(sae, name).grad = gradient
     optimizer.param_groups[0]["lr"] = learning_rate(step, config)
     optimizer.step()
-    saes_module.normalise_decoder(sae)
+    normalise_decoder(sae)
     learner.fired += result.fired
     learner.last_fired[result.fired > 0] = (step + 1) * config.batch_size
     learner.l0 = float(result.fired.sum()) / len(z)
@@ -180,11 +185,9 @@ class Source:
 
     def __init__(self, model, tokenizer, config, layers, device):
         self.model, self.tokenizer, self.config, self.layers, self.device = model, tokenizer, config, layers, device
-        d_in = model.config.n_heads * model.config.d_head
-        row_bytes = (config.n_ctx - 1) * d_in * 4 * len(layers)
-        n_rows = max(config.block_mib * 2**20 // row_bytes, -(-config.batch_size // (config.n_ctx - 1)))
-        needed = -(-config.n_tokens // (config.n_ctx - 1))
-        self.n_rows = int(min(n_rows, 1024, max(needed, -(-config.batch_size // (config.n_ctx - 1)))))
+        per_row, D = config.n_ctx - 1, model.config.n_heads * model.config.d_head
+        in_memory = config.block_mib * 2**20 // (per_row * D * 4 * len(layers))
+        self.n_rows = max(math.ceil(config.batch_size / per_row), min(in_memory, math.ceil(config.n_tokens / per_row)))
         self.steps_per_block = self.n_rows * (config.n_ctx - 1) // config.batch_size
         self.z = None
 
@@ -195,7 +198,7 @@ class Source:
         step = first_step
         for tokens in self._blocks(number):
             self.fill(tokens)
-            order = torch.randperm(len(self.z[self.layers[0]]), generator=torch.Generator().manual_seed(self.config.seed + 7919 * (number + 1)))
+            order = torch.randperm(len(self.z[self.layers[0]]), generator=generator(self.config.seed, number))
             for i in range(place, self.steps_per_block):
                 if step == n_steps:
                     return
@@ -233,36 +236,46 @@ def z_cat(model, tokens, layers):                                       # (R,T) 
 # ---- start, stop, go on -------------------------------------------------------------------------------------------------
 
 
-def start(config, source, l1, folder):
+def start(config, source, folder):
     """New learners, or those of the checkpoint -> (step to begin with, {layer: Learner})."""
-    learners = {}
-    for layer in source.layers:
-        generator = torch.Generator().manual_seed(config.seed * 1009 + layer)
-        sae = SAE(source.model.config.n_heads * source.model.config.d_head, config.d_sae, generator).to(source.device)
+    learners, l1 = {}, config.l1 * len(source.layers) if len(config.l1) == 1 else config.l1
+    for layer, l1_of_layer in zip(source.layers, l1):
+        sae = SAE(source.model.config.n_heads * source.model.config.d_head, config.d_sae).to(source.device)
         optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.0, 0.9999), fused=True)
         zeros = torch.zeros(config.d_sae, dtype=torch.int64, device=source.device)
-        learners[layer] = Learner(sae, optimizer, l1[layer], zeros, zeros.clone(), float(config.d_sae), torch.zeros_like(sae.b_dec.data))
+        learners[layer] = Learner(sae, optimizer, l1_of_layer, zeros, zeros.clone(), float(config.d_sae), torch.zeros_like(sae.b_dec.data),
+                                  torch.ones((), device=source.device))
     if config.resume and (folder / "checkpoint.safetensors").is_file():
         return load_checkpoint(folder, config, learners), learners
     source.fill(next(source._blocks(0)))
     for layer, learner in learners.items():
-        initialise(learner, source.z[layer], torch.Generator().manual_seed(config.seed * 1013 + layer))
+        initialise(learner, source.z[layer], config, generator(config.seed, layer))
     return 0, learners
 
 
 @torch.no_grad()
-def initialise(learner, z, generator):                                  # z (N,D)
-    """b_dec is the mean activation; W_dec's rows are random directions in the space that activations fill, W_enc their transpose.
+def initialise(learner, z, config, random):                             # z (N,D)
+    """b_dec is the mean activation, W_dec's rows are random directions in the space that activations fill, W_enc is their transpose.
 
     Attention outputs have low rank, and features that start outside their space stay dead (arXiv 2508.16929), so a row is a
-    random mixture of centred activations: normal, with the activations' own covariance.
+    random mixture of centred activations: normal, with the activations' own covariance. Each b_enc lets its feature fire on
+    one token in fifty, so that the sparse step serves from the start.
     """
-    learner.mean[:] = z.mean(0)
-    sample = z[:: max(1, len(z) // 8192)] - learner.mean
-    mixture = torch.randn(learner.sae.d_sae, len(sample), generator=generator).to(z.device)
-    learner.sae.b_dec.copy_(learner.mean)
-    learner.sae.W_dec.copy_(F.normalize(mixture @ sample, dim=-1))
-    learner.sae.W_enc.copy_(learner.sae.W_dec.T)
+    sae, learner.mean = learner.sae, z.mean(0)
+    centred = z[:: max(1, len(z) // 8192)] - learner.mean
+    if config.normalise:
+        learner.scale = centred.norm(dim=-1).mean()
+    mixture = torch.randn(sae.d_sae, len(centred), generator=random).to(z.device)
+    sae.b_dec.copy_(learner.mean / learner.scale)
+    sae.W_dec.copy_(F.normalize(mixture @ centred, dim=-1))
+    sae.W_enc.copy_(sae.W_dec.T)
+    pre = centred[:4096] / learner.scale @ sae.W_enc
+    sae.b_enc.copy_(-pre.quantile(0.98, dim=0))
+
+
+def generator(*numbers):
+    """A random generator of its own for every tuple of whole numbers: seed, layer, step ..., so that nothing depends on what ran before."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7]))
 
 
 def settings(config):
@@ -278,7 +291,7 @@ def save_checkpoint(folder, config, step, learners):
             state[f"{layer} {name}"] = parameter.detach()
             state |= {f"{layer} {name} {key}": value for key, value in learner.optimizer.state[parameter].items()}
         state |= {f"{layer} fired": learner.fired, f"{layer} last_fired": learner.last_fired, f"{layer} mean": learner.mean,
-                  f"{layer} l0": torch.tensor(learner.l0, dtype=torch.float64)}
+                  f"{layer} scale": learner.scale, f"{layer} l0": torch.tensor(learner.l0, dtype=torch.float64)}
     with atomic(folder / "checkpoint.safetensors") as temporary:
         save_file(state, temporary, metadata={"settings": json.dumps(settings(config))})
 
@@ -300,8 +313,8 @@ def load_checkpoint(folder, config, learners):
                 parameter.copy_(state[f"{layer} {name}"])
                 learner.optimizer.state[parameter] = {key: state[f"{layer} {name} {key}"].to(device if key != "step" else "cpu")
                                                       for key in ("step", "exp_avg", "exp_avg_sq")}
-        for name in ("fired", "last_fired", "mean"):
-            getattr(learner, name).copy_(state[f"{layer} {name}"])
+        for name in ("fired", "last_fired", "mean", "scale"):
+            setattr(learner, name, state[f"{layer} {name}"].to(device))
         learner.l0 = float(state[f"{layer} l0"])
     return int(state["step"])
 
@@ -312,7 +325,7 @@ class Log:
     def __init__(self, folder, config, first_step):
         self.path, self.every = folder / "log.jsonl", max(1, config.n_tokens // config.batch_size // 200)
         self.config = config
-        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step] if first_step else []
+        kept = [line for line in self.path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= first_step]
         self.path.write_text("".join(line + "\n" for line in kept))
 
     def __call__(self, step, learners):
@@ -353,13 +366,13 @@ def evaluate(model, saes, rows, means, batch_rows=64):
             z = z_all[layer][:, 1:]
             f = sae.encode(z)
             error = (sae.decode(f) - z).square().sum(-1)
-            l0[layer].append((f != 0).sum(-1).double().mean(-1))
-            squares[layer].append(torch.stack([error.double().sum(-1), z.double().square().sum((-1, -2))], -1))
-            z_sums[layer].append(z.double().sum(1))
+            l0[layer].append((f != 0).float().sum(-1).mean(-1))
+            squares[layer].append(torch.stack([error.sum(-1), z.square().sum((-1, -2))], -1))
+            z_sums[layer].append(z.sum(1))
             zero[layer].append(row_ce(model, tokens, {layer: constant(torch.zeros_like(means[layer]))}))
             mean[layer].append(row_ce(model, tokens, {layer: constant(means[layer])}))
-            spliced[layer].append(row_ce(model, tokens, {layer: saes_module.splice(sae)}))
-    join = lambda parts: torch.cat(parts).cpu().numpy()
+            spliced[layer].append(row_ce(model, tokens, {layer: splice(sae)}))
+    join = lambda parts: torch.cat(parts).cpu().double().numpy()
     return {layer: summarise(join(clean_ce), join(spliced[layer]), join(zero[layer]), join(mean[layer]), join(l0[layer]), join(squares[layer]),
                              join(z_sums[layer]), rows.shape[1] - 1) for layer in saes}
 
@@ -372,7 +385,7 @@ def constant(value):
 def row_ce(model, tokens, edit_z):                                      # (R,T) -> (R,) float64
     """Mean cross-entropy of each row's predictions from positions 1 to T-2, in nats."""
     logits = model(tokens, edit_z)[0][:, 1:-1]
-    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 2:], reduction="none").double().mean(-1)
+    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 2:], reduction="none").mean(-1)
 
 
 def summarise(clean, spliced, zero, mean, l0, squares, z_sums, positions):
@@ -407,7 +420,7 @@ def finish(config, model, tokenizer, learners, folder, speed):
     dtype, saes = torch.float16 if config.half else torch.float32, {}
     for layer, learner in learners.items():
         path = folder / f"L{layer}" / "sae.safetensors"
-        learner.sae.save(path, dtype)
+        learner.sae.rescale(learner.scale).save(path, dtype)
         saes[layer] = SAE.load(path, learner.mean.device)
         write_json(folder / f"L{layer}" / "config.json", {"layer": layer, "d_in": saes[layer].d_in, "l1_of_layer": learner.l1, **settings(config)})
     print(f"measuring on {config.n_eval_rows} held-out rows ...", flush=True)

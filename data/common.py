@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -21,12 +22,22 @@ class UserError(Exception):
 
 def run(main):
     """Run a program's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    keep_freed_memory()
     try:
         main()
     except UserError as error:
         sys.exit(_say(error, 2))
     except KeyboardInterrupt as stop:
         sys.exit(_say(stop if str(stop) else "stopped.", 130))
+
+
+def keep_freed_memory():
+    """Let freed tensors stay with the process. By default glibc returns every large block to the system, which clears each page
+    again at the next use: a fifth of the time of a training step. Does nothing where the C library is another."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                 # M_MMAP_MAX: no block is too large for the heap
+        libc.mallopt(-1, 2**31 - 1)         # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def _say(message, code):

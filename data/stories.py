@@ -11,12 +11,18 @@ not seen: every form with a verb of `HELD_OUT_VERBS` (never a giving verb in tra
 `is_held_out` picks among the rest, and the form (", ", "gave") of the paper's own example. The names of
 `HELD_OUT_NAMES` occur in ordinary stories only, never in a giving sentence.
 
-Everything is a pure function of the `random.Random` passed in. Run `python -m data.stories` to read some.
+Everything is a pure function of the `random.Random` passed in.
 """
 
 import hashlib
 import random
 from typing import NamedTuple
+
+
+def _split(text):
+    """A block of phrases, divided by | and by line ends."""
+    return text.replace("\n", "|").split("|")
+
 
 # Names of people. Each is one token, with its leading space, in the vocabulary trained on these stories.
 NAMES = """Adam Alice Amy Andrew Anna Ben Beth Carl Carol Chris Claire Clara Dan Daniel Dave David Diana Ed Ella Emily Emma
@@ -42,45 +48,48 @@ CONNECTORS = {"{a} and {b}": 60, "{a} with {b}": 14, "{a} or {b}": 12, "{a}, {b}
 
 # What the two did. An opener such as "When" makes the scene a clause, and no opener makes it a sentence.
 OPENERS = "When After While Once As Because Since".split() + ["As soon as", "The day", "Before", "Until"]
-STARTS = ["", "", "", "Then ", "One {time}, ", "Yesterday ", "Last {time}, ", "Today ", "Later that {time}, ", "Once ", "At last "]
-ACTIONS = """went to the {place}|got to the {place}|arrived at the {place}|came back from the {place}|met at the {place}
+STARTS = ["Then ", "One {time}, ", "Yesterday ", "Last {time}, ", "Today ", "Later that {time}, ", "Once ", "At last ", "So ", "Afterwards "]
+ACTIONS = _split("""went to the {place}|got to the {place}|arrived at the {place}|came back from the {place}|met at the {place}
 were working at the {place}|were walking past the {place}|were waiting outside the {place}|were resting near the {place}
 had a long talk at the {place}|had lunch near the {place}|had a lot of fun at the {place}|had been playing in the {place}
 sat down in the {place}|looked around the {place}|left the {place}|cleaned the {place}|spent the {time} at the {place}
 found a {object} at the {place}|saw a {animal} in the {place}|ran to the {place}|drove to the {place}|lived near the {place}
 were looking for the {object}|played with the {animal}|talked about the {place}|bought a {object} at the {place}
 hid behind the {place}|stood in front of the {place}|walked home from the {place}|were {feeling} at the {place}
-had an argument|finished the work|ate together|were alone|closed the {place}|woke up|were both {feeling}|came home"""
-ACTIONS = ACTIONS.replace("\n", "|").split("|")
+had an argument|finished the work|ate together|were alone|closed the {place}|woke up|were both {feeling}|came home""")
 
 # What stands between the scene and the giver: after a clause it starts with a comma, after a sentence with a full stop.
-BETWEEN_CLAUSE = """, |, after a while |, in the {time} |, as always, |, for some reason |, of course, |, without a word, |, in the end
+# It ends in a space, so that the giver's name follows.
+BETWEEN_CLAUSES = [part.rstrip() + " " for part in _split(""", |, after a while |, in the {time} |, as always, |, for some reason |, of course, |, without a word, |, in the end
 , because it was {adjective}, |, with a smile, |, at once |, as a joke, |, just before dinner, |, near the {place}, |, the {animal} slept and
 , it was very {adjective}, so |, it began to rain and |, everything was {adjective} and |, it was time to go, so |, in front of everyone,
-, only to be kind, |, a {adjective} {animal} came by and |, nobody else was there, so |, the {place} was {adjective}, but """
-BETWEEN_SENTENCE = """. |. Then |. Later |. Soon |. After a while, |. In the end, |. At the {place}, |. That {time}, |. Before they left,
+, only to be kind, |, a {adjective} {animal} came by and |, nobody else was there, so |, the {place} was {adjective}, but """)]
+BETWEEN_SENTENCES = [part.rstrip() + " " for part in _split(""". |. Then |. Later |. Soon |. After a while, |. In the end, |. At the {place}, |. That {time}, |. Before they left,
 . It was a {adjective} {time}. |. The rain had stopped. |. They were both {feeling}. |. There was a {object} on the table.
 . A {animal} ran by. |. Nobody said a word for a while. |. As it got dark, |. The {place} was {adjective}. Suddenly
 . They looked at the {animal} for a long time. |. It was {adjective} and {adjective}. |. The {animal} was {feeling}, too.
 . The sun was going down, and |. They had to wait. At last |. Everyone was {feeling}. |. Somewhere a clock struck. Slowly
-. It was the end of the {time}. |. The door was open. |. The {object} was {adjective} and the {place} was {adjective}. So """
+. It was the end of the {time}. |. The door was open. |. The {object} was {adjective} and the {place} was {adjective}. So """)]
 
-# Ways of giving. The last word of each but the infinitives is the verb; an infinitive keeps "to" away from the end.
-VERBS = """gave handed passed sent offered showed sold lent brought threw tossed mailed took returned carried
-served left promised wrote loaned paid read taught dragged shipped|decided to give|wanted to give|tried to hand
+# Ways of giving, each followed by the object.
+VERBS = _split("""gave|handed|passed|sent|offered|showed|sold|lent|brought|threw|tossed|mailed|took|returned|carried
+served|left|promised|wrote|loaned|paid|read|taught|dragged|shipped|decided to give|wanted to give|tried to hand
 was happy to offer|agreed to sell|began to pass|promised to bring|hoped to show|planned to send|forgot to return|had to lend
 would give|could not wait to show|was about to throw|quietly gave|gladly handed|quickly passed|kindly offered
-had already sent|had just sold|went and brought|turned around and gave|smiled and handed|stood up and passed"""
-VERBS = [v for part in VERBS.replace("\n", "|").split("|") for v in (part.split() if "gave handed" in part or part.startswith("served") else [part])]
-HELD_OUT_VERBS = """presented|slid|rolled|pushed|awarded|granted|kicked|donated|fetched|lowered|delivered|supplied|read out|dealt
+had already sent|had just sold|went and brought|turned around and gave|smiled and handed|stood up and passed""")
+HELD_OUT_VERBS = _split("""presented|slid|rolled|pushed|awarded|granted|kicked|donated|fetched|lowered|delivered|supplied|read out|dealt
 was ready to present|wished to deliver|chose to donate|was going to award|carefully slid|proudly presented|gently rolled
-got up and delivered|had finally delivered|ran over and presented""".replace("\n", "|").split("|")
+got up and delivered|had finally delivered|ran over and presented""")
 RECEIVER_ENDS = [".", ".", ".", " before the {time}.", ", who smiled.", ", who was {feeling}.", " and went home.", " at the {place}.",
                  " again.", " and laughed.", ", but it was too late.", ". \"Thank you,\" said {receiver}.", ". {receiver} was {feeling}."]
 NOT_A_NAME = ["the {animal}", "the {place}", "them", "a friend", "a {feeling} man", "the teacher", "everyone", "the old woman"]
 
+# How a story begins: never with a name, since a name is one token only with a space before it.
+BEGINNINGS = _split("""It was a {adjective} {time}.|This happened near the {place}.|It was {time}.|Here is a story about a {animal}.|Listen.
+Nobody was at the {place}.|The {animal} was {feeling}.|It was very {adjective}.|Once upon a time there was a {adjective} {place}.""")
+
 # Ordinary sentences: about one person, and about two.
-ALONE = """{a} was {feeling}.|{a} lived in a {adjective} house near the {place}.|One {time}, {a} went to the {place}.
+ALONE = _split("""{a} was {feeling}.|{a} lived in a {adjective} house near the {place}.|One {time}, {a} went to the {place}.
 {a} found a {adjective} {object} in the {place}.|{a} liked the {animal}, but the {animal} was {feeling}.|{a} had a {adjective} {object}.
 "Where is my {object}?" said {a}.|{a} looked for the {object} in the {place}.|The {object} belonged to {a}.|{a} had lost the {object}.
 {a} walked alongside the {place} and saw a {animal}.|"I am {feeling}," said {a}.|Everyone at the {place} knew {a}.
@@ -90,14 +99,12 @@ At the {place} there was a {object}, plus a {adjective} {object}.|It was a {adje
 Two {animal}s were sleeping alongside the {place}.|{a} paid for the {object}, plus the {object}.|Then {a} went home.
 The {object} rolled down the hill.|{a} pushed the door open.|The snow slid off the roof.|{a} kicked the ball over the wall.
 The {object} was delivered in the {time}.|The museum presented a new {object}.|{a} lowered the rope.|{a} had to go back to the {place}.
-The teacher talked to the class about the {animal}.|"Let us go to the {place}," said {a}.|{a} slept until the {time}."""
-ALONE = ALONE.replace("\n", "|").split("|")
-TOGETHER = """{a} and {b} were friends.|{a} met {b} at the {place}.|{a} sat next to {b}.|{a} hugged {b}.|{b} laughed, and so did {a}.
+The teacher talked to the class about the {animal}.|"Let us go to the {place}," said {a}.|{a} slept until the {time}.""")
+TOGETHER = _split("""{a} and {b} were friends.|{a} met {b} at the {place}.|{a} sat next to {b}.|{a} hugged {b}.|{b} laughed, and so did {a}.
 {a} waited for {b} at the {place}.|{a} thanked {b}.|{b} was older than {a}.|{a} and {b} went to the {place}.|Only {a} was {feeling}.
 "What a {adjective} {object}!" said {b}.|{a} talked with {b} about the {object}.|{a} could not find {b}.|{a} called {b}.|{a} helped {b}.
 {a} asked {b} about the {place}.|{b} saw the {animal} before {a} did.|{a} was {feeling}, but {b} was {feeling}.|{b} went home without {a}.
-The {animal} followed {a} and {b}.|{a} or {b} had to go home.|{a} plus {b} made two.|{a} walked alongside {b}.|{b} ran after {a}."""
-TOGETHER = TOGETHER.replace("\n", "|").split("|")
+The {animal} followed {a} and {b}.|{a} or {b} had to go home.|{a} plus {b} made two.|{a} walked alongside {b}.|{b} ran after {a}.""")
 
 
 class Prompt(NamedTuple):
@@ -117,21 +124,23 @@ def is_held_out(between, verb):
 
 
 def story(rng):
-    """One story of three to eight sentences, about half of them with a giving sentence."""
-    if rng.random() < 0.6:
+    """One story of one to eight sentences; three in four have one or two giving sentences."""
+    if rng.random() < 0.75:
         a, b = rng.sample(NAMES, 2)
         parts = [giving_sentence(rng, a, b)]
         for _ in range(rng.choice((0, 0, 1, 1, 2))):
             parts.insert(0, _ordinary(rng, a, b))
         for _ in range(rng.choice((0, 1, 2))):
             parts.append(_ordinary(rng, a, b))
-        if rng.random() < 0.3:
+        if rng.random() < 0.5:
             parts.append(giving_sentence(rng, *rng.sample(NAMES, 2)))
     else:
         a, b = rng.sample(NAMES + 3 * HELD_OUT_NAMES, 2)
         while a == b:
             a, b = rng.sample(NAMES + 3 * HELD_OUT_NAMES, 2)
         parts = [_ordinary(rng, *(rng.choice([(a, b), (b, a)]))) for _ in range(rng.randint(3, 8))]
+    if parts[0].split()[0] in (a, b) or rng.random() < 0.3:
+        parts.insert(0, _fill(rng, rng.choice(BEGINNINGS)))
     return " ".join(parts)
 
 
@@ -186,7 +195,7 @@ def _give(rng, verb):
 
 
 def _ordinary(rng, a, b):
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         return _fill(rng, rng.choice(TOGETHER).replace("{a}", a).replace("{b}", b))
     return _fill(rng, rng.choice(ALONE).replace("{a}", rng.choice((a, b))))
 
@@ -202,20 +211,3 @@ def _fill(rng, text):
     for vowel in "aeiou":
         text = text.replace(f" a {vowel}", f" an {vowel}")
     return text
-
-
-# A part between the names ends in a space, so that the giver's name follows it.
-BETWEEN_CLAUSES = [part.rstrip() + " " for part in BETWEEN_CLAUSE.replace("\n", "|").split("|")]
-BETWEEN_SENTENCES = [part.rstrip() + " " for part in BETWEEN_SENTENCE.replace("\n", "|").split("|")]
-
-
-def main():
-    rng = random.Random(0)
-    for _ in range(10):
-        print(story(rng), end="\n\n")
-    for prompt in held_out_prompts(6):
-        print(prompt)
-
-
-if __name__ == "__main__":
-    main()

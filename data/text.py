@@ -25,7 +25,7 @@ from data.stories import story
 PACKAGES = ("torch", "numpy", "matplotlib")
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 PAGE = 3000                 # characters: files are cut into pages at line ends, and the pages shuffled
-STORY_SHARE = 0.15          # of the characters of the python corpus
+STORY_SHARE = 0.25          # of the characters of the python corpus
 REPEAT_SHARE = 0.12         # of the rows of the python corpus
 MAX_SHARED_LINES = 0.2      # a held-out file may share this part of its lines with the training files
 

@@ -1,0 +1,253 @@
+"""train.py: a short run from start to end, its evaluation against a loop, its exact resumption, and what it says to bad input."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import sae as S
+import train as T
+from conftest import GPT2_SHAPES, random_gpt2
+from data.common import UserError
+
+ROOT = Path(__file__).parent.parent
+SHORT = T.TrainConfig(layers=(0, 2), d_sae=128, n_tokens=12_000, batch_size=256, warmup=10, resample_every=10, n_eval_rows=8, block_mib=8)
+
+
+def run_short(folder, **changes):
+    return T.train(dataclasses.replace(SHORT, out=str(folder), **changes))
+
+
+def command(*arguments, **environment):
+    """python train.py ... -> the finished process."""
+    return subprocess.run([sys.executable, ROOT / "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | environment, timeout=300)
+
+
+# ---- a run --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder / "tiny", run_short(folder)
+
+
+def test_a_run_writes_what_the_design_promises(finished):
+    folder, metrics = finished
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
+        "L0/config.json", "L0/metrics.json", "L0/sae.safetensors", "L2/config.json", "L2/metrics.json", "L2/sae.safetensors",
+        "log.jsonl", "training.png"], "a file is missing, or a temporary one was left behind"
+    for layer in (0, 2):
+        written = json.loads((folder / f"L{layer}" / "metrics.json").read_text())
+        assert written == metrics[layer]
+        for key in ("l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean", "explained_variance"):
+            low, high = written[key + "_ci"]
+            assert low <= written[key] <= high, f"{key} is outside its own interval"
+        assert 0 <= written["dead_fraction"] <= 1 and written["n_dead_tokens"] == written["n_train_tokens"] == 11_776
+        assert written["n_eval_tokens"] == 8 * 127 and written["tokens_per_second"] > 0 and written["seed"] == 0
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["L0"]["mse"] < log[0]["L0"]["mse"], "training did not lower the error"
+
+
+def test_saved_decoders_have_unit_norm(finished):
+    for layer in (0, 2):
+        assert (S.SAE.load(finished[0] / f"L{layer}" / "sae.safetensors").W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+
+
+def test_same_seed_same_bytes_and_another_seed_others(finished, tmp_path):
+    run_short(tmp_path / "again")
+    run_short(tmp_path / "other", seed=1)
+    for layer in (0, 2):
+        for name in ("sae.safetensors", "config.json"):
+            assert (finished[0] / f"L{layer}" / name).read_bytes() == (tmp_path / "again" / "tiny" / f"L{layer}" / name).read_bytes(), name
+        assert (finished[0] / f"L{layer}" / "sae.safetensors").read_bytes() != (tmp_path / "other" / "tiny" / f"L{layer}" / "sae.safetensors").read_bytes()
+
+
+def test_a_batch_is_a_copy_that_no_refill_overwrites(tiny):
+    source = T.Source(tiny, data.tokenizer("tiny"), dataclasses.replace(SHORT, n_tokens=60_000), (0,), torch.device("cpu"))
+    batches = [(b[0], b[0].clone()) for b in source.batches(0)]
+    assert len(batches) > 2 * source.steps_per_block, "this test needs several blocks"
+    for kept, copy in batches:
+        assert torch.equal(kept, copy), "the block was refilled under a batch that had been handed out"
+
+
+def test_every_activation_of_a_block_is_used_once_and_bos_never(tiny):
+    config = dataclasses.replace(SHORT, batch_size=127, n_tokens=127 * 64, block_mib=1000)
+    source = T.Source(tiny, data.tokenizer("tiny"), config, (0,), torch.device("cpu"))
+    got = torch.cat([b[0] for b in source.batches(0)])
+    rows = next(data.rows("python", data.tokenizer("tiny"), "train", 128, source.n_rows, 0))
+    expected = T.z_cat(tiny, rows, [0])[0][:, 1:].flatten(0, 1)
+    assert len(got) == len(expected)
+    order = lambda z: z[z[:, 0].argsort(stable=True)]
+    assert torch.allclose(order(got), order(expected), atol=1e-6)
+    assert not torch.allclose(got, expected), "the block was not shuffled"
+
+
+def test_learning_rate_rises_again_after_each_resampling_and_falls_at_the_end():
+    config = dataclasses.replace(SHORT, n_tokens=256 * 1000, warmup=50, resample_every=200, resample_times=4, lr=1.0, decay=0.2)
+    assert T.resampling_steps(config) == [200, 400], "none in the last half of the run"
+    rates = [T.learning_rate(step, config) for step in range(1000)]
+    for start in (0, 200, 400):
+        assert rates[start] == pytest.approx(0.1) and rates[start + 25] == pytest.approx(0.55) and rates[start + 50] == pytest.approx(1.0)
+    assert rates[799] == 1.0 and rates[900] == pytest.approx(0.5) and rates[999] == pytest.approx(0.005)
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_equals_a_loop_over_positions(tmp_path):
+    import model as models
+    theirs = random_gpt2(tmp_path, **GPT2_SHAPES["small"])
+    ours, layer = models.load(tmp_path), 1
+    rows = torch.randint(101, (12, 20), generator=torch.Generator().manual_seed(0))
+    sae = S.SAE(32, 64, torch.Generator().manual_seed(0)).requires_grad_(False)
+    mean = torch.linspace(-1, 1, 32)
+    got = T.evaluate(ours, {layer: sae}, rows, {layer: mean})[layer]
+
+    def cross_entropy(replace):
+        """transformers, with z_cat of one layer replaced at positions 1 and up by a pre-hook on its output projection."""
+        def hook(module, args):
+            z = args[0].clone()
+            for b in range(z.shape[0]):
+                for t in range(1, z.shape[1]):
+                    z[b, t] = replace(z[b, t])
+            return (z,)
+        handle = theirs.transformer.h[layer].attn.c_proj.register_forward_pre_hook(hook)
+        log_p = theirs(rows).logits.detach().log_softmax(-1)
+        handle.remove()
+        total = [-log_p[b, t, rows[b, t + 1]] for b in range(12) for t in range(1, 19)]
+        return float(sum(total) / len(total))
+
+    expected = {"ce_clean": cross_entropy(lambda z: z), "ce_zero": cross_entropy(lambda z: z * 0), "ce_mean": cross_entropy(lambda z: mean),
+                "ce_sae": cross_entropy(lambda z: sae(z[None])[0])}
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value, abs=1e-4), name
+    for kind in ("zero", "mean"):
+        gap = expected[f"ce_{kind}"] - expected["ce_clean"]
+        if got[f"ce_recovered_{kind}"] is not None:
+            assert got[f"ce_recovered_{kind}"] == pytest.approx((expected[f"ce_{kind}"] - expected["ce_sae"]) / gap, rel=1e-2)
+        else:
+            assert gap < 0.05 or got[f"ce_{kind}_minus_clean_ci"][0] <= 0
+    z = ours.z_cat_at(rows, [layer])[layer][:, 1:].flatten(0, 1)
+    f = torch.relu((z - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    assert got["l0"] == pytest.approx(float((f > 0).sum(1).float().mean()))
+    error = (f @ sae.W_dec + sae.b_dec - z).square().sum()
+    assert got["explained_variance"] == pytest.approx(float(1 - error / (z - z.mean(0)).square().sum()), abs=1e-4)
+
+
+def test_a_perfect_sae_recovers_everything_and_the_mean_nothing(tiny):
+    """An SAE whose features are +-identity, and one that always says the mean."""
+    rows = next(data.rows("python", data.tokenizer("tiny"), "held-out", 128, 16))
+    perfect, lazy = S.SAE(256, 512).requires_grad_(False), S.SAE(256, 4).requires_grad_(False)
+    eye = torch.cat([torch.eye(256), -torch.eye(256)])
+    perfect.W_dec.copy_(eye)
+    perfect.W_enc.copy_(eye.T)
+    means = {0: T.z_cat(tiny, rows, [0])[0][:, 1:].mean((0, 1))}
+    lazy.b_enc.fill_(-1e6)
+    lazy.b_dec.copy_(means[0])
+    result = T.evaluate(tiny, {0: perfect}, rows, means)[0]
+    assert result["ce_recovered_zero"] == pytest.approx(1, abs=1e-3) and result["explained_variance"] == pytest.approx(1, abs=1e-4)
+    result = T.evaluate(tiny, {0: lazy}, rows, means)[0]
+    assert result["ce_recovered_mean"] == pytest.approx(0, abs=1e-4) and result["l0"] == 0
+    assert result["explained_variance"] == pytest.approx(0, abs=1e-3)
+
+
+def test_where_z_cat_does_not_matter_recovered_is_not_given():
+    nothing = torch.full((50,), 3.0).double().numpy()
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(0)).double().numpy()
+    ones, z = torch.ones(50).numpy(), torch.ones(50, 2).numpy()
+    small = T.summarise(nothing, nothing, nothing + 0.04, nothing + 0.2, ones, z, z, 10)
+    assert small["ce_recovered_zero"] is None and small["ce_recovered_mean"] == pytest.approx(1)
+    unsure = T.summarise(nothing, nothing, nothing + 0.1 + 2 * noise, nothing + 0.2, ones, z, z, 10)
+    assert unsure["ce_recovered_zero"] is None and unsure["ce_zero_minus_clean_ci"][0] < 0
+    assert "n/a" in T.table({0: small | {"dead_fraction": 0.0}})
+
+
+# ---- stopping and going on ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(finished, tmp_path, monkeypatch):
+    """Stopped after 20 steps, between two resamplings, in the middle of a block."""
+    original = T.should_resample
+    monkeypatch.setattr(T, "should_resample", lambda step, config: original(step, config) or step == 20 and os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        run_short(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="unfinished run"):
+        run_short(tmp_path)
+    with pytest.raises(UserError, match="d_sae = 128, not 64"):
+        run_short(tmp_path, resume=True, d_sae=64)
+    run_short(tmp_path, resume=True)
+    for layer in (0, 2):
+        assert (finished[0] / f"L{layer}" / "sae.safetensors").read_bytes() == (tmp_path / "tiny" / f"L{layer}" / "sae.safetensors").read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "tiny" / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[0] == 1 and steps[-1] == 46, "log.jsonl has gaps or doubles after going on"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    original, calls = T.sparse_step, []
+
+    def poisoned(sae, z, l1):
+        calls.append(1)
+        return original(sae, z * math.nan if len(calls) > 30 else z, l1)
+
+    monkeypatch.setattr(T, "sparse_step", poisoned)
+    monkeypatch.setattr(T, "dense_step", poisoned)
+    monkeypatch.setattr(T, "CHECKPOINT_EVERY", 5)
+    with pytest.raises(UserError, match="not finite"):
+        run_short(tmp_path)
+    monkeypatch.undo()
+    run_short(tmp_path, resume=True)
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "checkpoint.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(UserError, match="checkpoint.safetensors"):
+        run_short(tmp_path, resume=True)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--out", tmp_path, "--d-sae", "256", "--layers", "0"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "tokens" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors, errors
+    assert (tmp_path / "tiny" / "checkpoint.safetensors").is_file()
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--model", "nowhere"], ["--model nowhere"]),
+    (["--layers", "0,9"], ["--layers 9", "out of range"]),
+    (["--layers", "0,1", "--l1", "1,2,3"], ["--l1", "3 values for 2 layers"]),
+    (["--n-ctx", "129"], ["--n-ctx 129"]),
+    (["--n-tokens", "10"], ["--n-tokens 10"]),
+    (["--n-tokens", "many"], ["--n-tokens", "'many'"]),
+    (["--d-sae", "0"], ["--d-sae"]),
+    (["--corpus", "nowhere.txt"], ["--corpus nowhere.txt"]),
+    (["--device", "abacus"], ["--device abacus"]),
+    (["--out", "/proc/nowhere"], ["/proc/nowhere", "--out"]),
+], ids=lambda value: "_".join(value) if isinstance(value, list) and value[0].startswith("--") and len(value) > 1 else "")
+def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words):
+    out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
+    result = command(*arguments, *out)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
