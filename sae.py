@@ -170,15 +170,15 @@ def sparse_step(sae, z, l1):                                            # (B,d_i
 def candidates(sae, x):                                                 # (B,d_in) -> crow (B+1,), cols (nnz,)
     """Every entry of the batch that may be active, found by a bfloat16 product; a few that are not come along.
 
-    bfloat16 keeps 8 bits, so rounding both factors moves a product by at most (2u + u^2) |x| |w| with u = 2^-8 / 2 (Cauchy-
-    Schwarz). Threshold and bias ride along as one more dimension of x and W_enc, and 3u |x| |w| as another: what is then above
-    0 contains all that is above the threshold.
+    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-9 of itself, hence a product x . w of two rounded vectors
+    by at most (2u + u^2) |x| |w| (Cauchy-Schwarz). Bias and threshold ride along as one more dimension of x and W_enc, and a
+    margin of 3u |x| |w| as another: where the sum is not above 0, the exact pre-activation is not above the threshold.
     """
-    with_bias = torch.cat([x, torch.ones_like(x[:, :1])], 1)                                    # (B,d_in+1)
-    weights = torch.cat([sae.W_enc, (sae.b_enc - sae.threshold)[None]])                         # (d_in+1,d_sae)
-    margin = 3 * 2.0**-9
-    left = torch.cat([with_bias, with_bias.norm(dim=1, keepdim=True)], 1).bfloat16()            # (B,d_in+2)
-    right = torch.cat([weights, margin * weights.norm(dim=0, keepdim=True)]).bfloat16()
+    u = 2.0**-9
+    bias = sae.b_enc - sae.threshold
+    left = torch.cat([x, torch.ones_like(x[:, :1]), x.norm(dim=1, keepdim=True)], 1)            # (B,d_in+2)
+    right = torch.cat([sae.W_enc, (bias + 3 * u * bias.abs())[None], 3 * u * sae.W_enc.norm(dim=0, keepdim=True)])
+    left, right = left.bfloat16(), right.bfloat16()
     over = left @ right > 0                                                                     # (B,d_sae)
     flat = torch.from_numpy(np.flatnonzero(over.numpy()))               # several times faster than torch's own on a CPU
     crow = torch.searchsorted(flat, torch.arange(len(x) + 1) * sae.d_sae)

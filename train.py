@@ -100,7 +100,7 @@ def train(config):
             if should_resample(step + 1, config):
                 for layer, learner in learners.items():
                     resample(learner.sae, learner.optimizer, learner.fired == 0, source.sample(layer) / learner.scale,
-                             generator(config.seed, layer, step))
+                             generator(config.seed, "resample", layer, step))
                     learner.fired.zero_()
             progress((step + 1) * config.batch_size, "  ".join(f"L{layer}: L0 {one.l0:.1f}" for layer, one in learners.items()))
             log(step, learners)
@@ -198,7 +198,7 @@ class Source:
         step = first_step
         for tokens in self._blocks(number):
             self.fill(tokens)
-            order = torch.randperm(len(self.z[self.layers[0]]), generator=generator(self.config.seed, number))
+            order = torch.randperm(len(self.z[self.layers[0]]), generator=generator(self.config.seed, "block", number))
             for i in range(place, self.steps_per_block):
                 if step == n_steps:
                     return
@@ -249,33 +249,34 @@ def start(config, source, folder):
         return load_checkpoint(folder, config, learners), learners
     source.fill(next(source._blocks(0)))
     for layer, learner in learners.items():
-        initialise(learner, source.z[layer], config, generator(config.seed, layer))
+        initialise(learner, source.z[layer], config, generator(config.seed, "start", layer))
     return 0, learners
 
 
 @torch.no_grad()
 def initialise(learner, z, config, random):                             # z (N,D)
-    """b_dec is the mean activation, W_dec's rows are random directions in the space that activations fill, W_enc is their transpose.
+    """b_dec is the mean activation, W_dec's rows are random directions in the space that activations fill, W_enc half their transpose.
 
     Attention outputs have low rank, and features that start outside their space stay dead (arXiv 2508.16929), so a row is a
     random mixture of centred activations: normal, with the activations' own covariance. Each b_enc lets its feature fire on
-    one token in fifty, so that the sparse step serves from the start.
+    one token in a hundred, so that the sparse step serves from the start.
     """
     sae, learner.mean = learner.sae, z.mean(0)
     centred = z[:: max(1, len(z) // 8192)] - learner.mean
     if config.normalise:
         learner.scale = centred.norm(dim=-1).mean()
-    mixture = torch.randn(sae.d_sae, len(centred), generator=random).to(z.device)
+    variances, directions = torch.linalg.eigh((centred.T @ centred).cpu())
+    mixtures = torch.randn(sae.d_sae, sae.d_in, generator=random) * variances.clamp_min(0).sqrt() @ directions.T
     sae.b_dec.copy_(learner.mean / learner.scale)
-    sae.W_dec.copy_(F.normalize(mixture @ centred, dim=-1))
-    sae.W_enc.copy_(sae.W_dec.T)
-    pre = centred[:4096] / learner.scale @ sae.W_enc
-    sae.b_enc.copy_(-pre.quantile(0.98, dim=0))
+    sae.W_dec.copy_(F.normalize(mixtures, dim=-1))
+    sae.W_enc.copy_(0.5 * sae.W_dec.T)
+    pre = centred[::8] / learner.scale @ sae.W_enc
+    sae.b_enc.copy_(-pre.kthvalue(math.ceil(0.99 * len(pre)), dim=0).values)
 
 
-def generator(*numbers):
-    """A random generator of its own for every tuple of whole numbers: seed, layer, step ..., so that nothing depends on what ran before."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7]))
+def generator(*key):
+    """A random generator for each key (seed, purpose, layer, step ...), so that nothing depends on what was drawn before."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7]))
 
 
 def settings(config):
@@ -311,7 +312,7 @@ def load_checkpoint(folder, config, learners):
         with torch.no_grad():
             for name, parameter in learner.sae.named_parameters():
                 parameter.copy_(state[f"{layer} {name}"])
-                learner.optimizer.state[parameter] = {key: state[f"{layer} {name} {key}"].to(device if key != "step" else "cpu")
+                learner.optimizer.state[parameter] = {key: state[f"{layer} {name} {key}"].to(device)
                                                       for key in ("step", "exp_avg", "exp_avg_sq")}
         for name in ("fired", "last_fired", "mean", "scale"):
             setattr(learner, name, state[f"{layer} {name}"].to(device))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(2)
 
 GPT2_SHAPES = {
     "small": dict(n_layer=3, n_head=4, n_embd=32, vocab_size=101, n_positions=40),

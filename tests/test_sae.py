@@ -50,7 +50,7 @@ def test_gradients_equal_autograd_in_float64(step, threshold):
 
 
 def test_sparse_step_equals_dense_step_in_float32():
-    sae, z = random_sae(256, 2048, bias=-1.9), random_z(512, 256)
+    sae, z = random_sae(256, 2048, bias=-4.5), random_z(512, 256)
     dense, sparse = S.dense_step(sae, z, 0.3), S.sparse_step(sae, z, 0.3)
     assert 1 < dense.fired.sum() / len(z) < 200, "this test should be of a sparse batch"
     assert torch.allclose(sparse.mse, dense.mse, rtol=1e-5) and torch.allclose(sparse.sparsity, dense.sparsity, rtol=1e-5)
@@ -65,6 +65,7 @@ def test_no_active_entry_is_lost_among_a_million_near_zero(scale):
     """Biases put every pre-activation within rounding distance of the threshold: candidates must still hold every active entry."""
     sae, z = random_sae(64, 1000), scale * random_z(1000, 64)
     with torch.no_grad():
+        sae.b_dec *= scale
         x = (z - sae.b_dec).double()
         pre = x @ sae.W_enc.double()
         sae.b_enc.copy_(-pre[torch.randint(1000, (1000,)), torch.arange(1000)])         # one row of each column lands on 0
@@ -109,14 +110,16 @@ def planted(n, d_in=32, n_features=64, seed=0):
 def test_a_planted_dictionary_is_recovered():
     """64 directions in 32 dimensions, found from their sums alone: mean over the directions of the best cosine >= 0.95."""
     sae = S.SAE(32, 96, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.W_enc *= 0.5
     optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3, betas=(0.0, 0.9999))
-    for step in range(1500):
+    for step in range(2000):
         z, dictionary = planted(512, seed=step)
-        result = S.dense_step(sae, z, l1=0.2)
+        result = S.dense_step(sae, z, l1=0.3)
         S.project_decoder_gradient(sae, result.gradients["W_dec"])
         for name, gradient in result.gradients.items():
             getattr(sae, name).grad = gradient
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (1500 - step) / 750)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (2000 - step) / 1000)
         optimizer.step()
         S.normalise_decoder(sae)
     cosine = (dictionary @ sae.W_dec.detach().T).max(1).values
