@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -349,33 +350,32 @@ def dead_fraction(learner, n_tokens):
 
 
 @torch.no_grad()
-def evaluate(model, saes, rows, means, batch_rows=64):
+def evaluate(model, saes, rows, means=None, batch_rows=64):
     """What each layer's SAE keeps of its z_cat, and what the model loses when z_cat is replaced -> {layer: metrics}.
 
-    saes: {layer: SAE}. rows (R,T): held-out tokens. means: {layer: (D,)}, the vector of mean ablation. Cross-entropies are nats per
-    token over the predictions made from positions 1 to T-2; every replacement leaves position 0 (BOS) as it is. *zero* sets z_cat
-    to 0 in the model's own weights (b_O stays). Intervals are 95% bootstrap intervals over rows. Where z_cat matters too little to
-    tell, that is if CE_zero - CE_clean is below 0.05 nats or its interval reaches 0, ce_recovered_zero is None; so for mean.
+    saes: {layer: SAE}. rows (R,T): held-out tokens. means: {layer: (D,)}, the vector of mean ablation; if not given, the mean over
+    `rows`. Cross-entropies are nats per token over the predictions made from positions 1 to T-2; every replacement leaves position 0
+    (BOS) as it is. *zero* sets z_cat to 0 in the model's own weights (b_O stays). Intervals are 95% bootstrap intervals over rows.
+    Where z_cat matters too little to tell, that is if CE_zero - CE_clean is below 0.05 nats or its interval reaches 0,
+    ce_recovered_zero is None; so for mean.
     """
-    clean, zero, mean, spliced, l0, squares = ({layer: [] for layer in saes} for _ in range(6))
-    z_sums = {layer: [] for layer in saes}
-    clean_ce = []
+    if means is None:
+        means = {layer: z[:, 1:].mean((0, 1)) for layer, z in model.z_cat_at(rows, list(saes)).items()}
+    per_row = {layer: [] for layer in saes}
     for tokens in rows.split(batch_rows):
-        clean_ce.append(row_ce(model, tokens, {}))
-        z_all = model.z_cat_at(tokens, list(saes))
+        ce_clean, z_cats = row_ce(model, tokens), model.z_cat_at(tokens, list(saes))
         for layer, sae in saes.items():
-            z = z_all[layer][:, 1:]
-            f = sae.encode(z)
-            error = (sae.decode(f) - z).square().sum(-1)
-            l0[layer].append((f != 0).float().sum(-1).mean(-1))
-            squares[layer].append(torch.stack([error.sum(-1), z.square().sum((-1, -2))], -1))
-            z_sums[layer].append(z.sum(1))
-            zero[layer].append(row_ce(model, tokens, {layer: constant(torch.zeros_like(means[layer]))}))
-            mean[layer].append(row_ce(model, tokens, {layer: constant(means[layer])}))
-            spliced[layer].append(row_ce(model, tokens, {layer: splice(sae)}))
-    join = lambda parts: torch.cat(parts).cpu().double().numpy()
-    return {layer: summarise(join(clean_ce), join(spliced[layer]), join(zero[layer]), join(mean[layer]), join(l0[layer]), join(squares[layer]),
-                             join(z_sums[layer]), rows.shape[1] - 1) for layer in saes}
+            edits = {"ce_sae": splice(sae), "ce_zero": constant(torch.zeros_like(means[layer])), "ce_mean": constant(means[layer])}
+            found = {name: row_ce(model, tokens, {layer: edit}) for name, edit in edits.items()}
+            per_row[layer].append(found | {"ce_clean": ce_clean} | reconstruction(sae, z_cats[layer][:, 1:]))
+    join = lambda parts: {name: torch.cat([part[name] for part in parts]).cpu().double().numpy() for name in parts[0]}
+    return {layer: summarise(join(parts), rows.shape[1] - 1) for layer, parts in per_row.items()}
+
+
+def row_ce(model, tokens, edit_z=None):                                 # (R,T) -> (R,)
+    """Mean cross-entropy of each row's predictions from positions 1 to T-2, in nats."""
+    logits = model(tokens, edit_z)[0][:, 1:-1]
+    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 2:], reduction="none").mean(-1)
 
 
 def constant(value):
@@ -383,34 +383,34 @@ def constant(value):
     return lambda z: torch.cat([z[:, :1], value.expand_as(z[:, 1:])], 1)
 
 
-def row_ce(model, tokens, edit_z):                                      # (R,T) -> (R,) float64
-    """Mean cross-entropy of each row's predictions from positions 1 to T-2, in nats."""
-    logits = model(tokens, edit_z)[0][:, 1:-1]
-    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 2:], reduction="none").mean(-1)
+def reconstruction(sae, z):                                             # (R,T,D) -> dict of (R,), and (R,D)
+    """Per row: active features per token, squared error, and what the variance needs, the sums of z^2 and of z."""
+    f = sae.encode(z)
+    return {"l0": (f != 0).float().sum(-1).mean(-1), "error": (sae.decode(f) - z).square().sum((-1, -2)),
+            "power": z.square().sum((-1, -2)), "z_sum": z.sum(1)}
 
 
-def summarise(clean, spliced, zero, mean, l0, squares, z_sums, positions):
-    """Per-row numbers -> the metrics of one layer, each with its interval."""
-    def explained(i):
-        error, power = squares[i].sum(0)
-        return 1 - error / (power - (z_sums[i].sum(0) ** 2).sum() / (len(i) * positions))
+def summarise(row, positions):                                          # {name: (R,) float64} -> metrics
+    """Per-row numbers -> one layer's metrics, each with its interval. Ratios are of means: rows are drawn, then the ratio is taken."""
+    mean = lambda name: lambda i: row[name][i].mean()
+    above_clean = lambda name: lambda i: (row[name][i] - row["ce_clean"][i]).mean()
+    recovered = lambda name: lambda i: (row[name][i] - row["ce_sae"][i]).mean() / (row[name][i] - row["ce_clean"][i]).mean()
 
-    statistics = {
-        "l0": lambda i: l0[i].mean(), "ce_clean": lambda i: clean[i].mean(), "ce_sae": lambda i: spliced[i].mean(),
-        "ce_zero": lambda i: zero[i].mean(), "ce_mean": lambda i: mean[i].mean(),
-        "ce_sae_minus_clean": lambda i: (spliced[i] - clean[i]).mean(), "ce_zero_minus_clean": lambda i: (zero[i] - clean[i]).mean(),
-        "ce_mean_minus_clean": lambda i: (mean[i] - clean[i]).mean(),
-        "ce_recovered_zero": lambda i: (zero[i] - spliced[i]).mean() / (zero[i] - clean[i]).mean(),
-        "ce_recovered_mean": lambda i: (mean[i] - spliced[i]).mean() / (mean[i] - clean[i]).mean(),
-        "explained_variance": explained}
-    everything, metrics = range(len(clean)), {}
+    def explained_variance(i):
+        variance = row["power"][i].sum() - (row["z_sum"][i].sum(0) ** 2).sum() / (len(i) * positions)
+        return 1 - row["error"][i].sum() / variance
+
+    statistics = {name: mean(name) for name in ("l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean")}
+    statistics |= {f"{name}_minus_clean": above_clean(name) for name in ("ce_sae", "ce_zero", "ce_mean")}
+    statistics |= {"ce_recovered_zero": recovered("ce_zero"), "ce_recovered_mean": recovered("ce_mean"), "explained_variance": explained_variance}
+    n_rows, metrics = len(row["l0"]), {}
     for name, statistic in statistics.items():
-        metrics[name] = float(statistic(list(everything)))
-        metrics[name + "_ci"] = bootstrap(statistic, len(clean))
+        metrics[name] = float(statistic(np.arange(n_rows)))
+        metrics[name + "_ci"] = bootstrap(statistic, n_rows)
     for kind in ("zero", "mean"):
         if metrics[f"ce_{kind}_minus_clean"] < 0.05 or metrics[f"ce_{kind}_minus_clean_ci"][0] <= 0:
             metrics[f"ce_recovered_{kind}"] = metrics[f"ce_recovered_{kind}_ci"] = None
-    return metrics | {"n_eval_tokens": len(clean) * positions}
+    return metrics | {"n_eval_tokens": n_rows * positions}
 
 
 # ---- the end of a run ---------------------------------------------------------------------------------------------------

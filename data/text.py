@@ -73,8 +73,10 @@ def _pack(documents, tokenizer, T):
 
 def repeat_a_passage(row, rng, n_ids):
     """Write one passage of 8 to 50 tokens into the row twice, in place: random tokens (60%) or the row's own text (40%)."""
-    T = len(row)
-    length = int(rng.integers(8, min(50, (T - 1) // 2) + 1))
+    T, longest = len(row), min(50, (len(row) - 1) // 2)
+    if longest < 8:
+        return
+    length = int(rng.integers(8, longest + 1))
     first = int(rng.integers(1, T - 2 * length + 1))
     second = int(rng.integers(first + length, T - length + 1))
     if rng.random() < 0.6:

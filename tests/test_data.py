@@ -97,7 +97,7 @@ def first_rows(n, **arguments):
 
 
 def test_rows_start_with_bos_and_have_the_length_asked_for():
-    for T in (16, 128):
+    for T in (4, 17, 128):
         rows = first_rows(70, T=T)
         assert rows.shape == (70, T) and rows.dtype == torch.int64
         assert (rows[:, 0] == data.tokenizer("tiny").bos).all()

@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 import sae as S
@@ -164,12 +164,16 @@ def test_a_perfect_sae_recovers_everything_and_the_mean_nothing(tiny):
 
 
 def test_where_z_cat_does_not_matter_recovered_is_not_given():
-    nothing = torch.full((50,), 3.0).double().numpy()
-    noise = torch.randn(50, generator=torch.Generator().manual_seed(0)).double().numpy()
-    ones, z = torch.ones(50).numpy(), torch.ones(50, 2).numpy()
-    small = T.summarise(nothing, nothing, nothing + 0.04, nothing + 0.2, ones, z, z, 10)
+    noise = np.random.default_rng(0).normal(size=50)
+
+    def metrics(zero, mean):
+        ones = np.ones(50)
+        return T.summarise({"l0": ones, "ce_clean": 3 * ones, "ce_sae": 3 * ones, "ce_zero": 3 + zero, "ce_mean": 3 + mean,
+                            "error": ones, "power": 9 * ones, "z_sum": np.ones((50, 2))}, 10)
+
+    small = metrics(0.04 * np.ones(50), 0.2 * np.ones(50))
     assert small["ce_recovered_zero"] is None and small["ce_recovered_mean"] == pytest.approx(1)
-    unsure = T.summarise(nothing, nothing, nothing + 0.1 + 2 * noise, nothing + 0.2, ones, z, z, 10)
+    unsure = metrics(0.1 + 2 * noise, 0.2 * np.ones(50))
     assert unsure["ce_recovered_zero"] is None and unsure["ce_zero_minus_clean_ci"][0] < 0
     assert "n/a" in T.table({0: small | {"dead_fraction": 0.0}})
 
