@@ -8,6 +8,7 @@ float16 weights.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -28,6 +29,12 @@ from data.stories import held_out_prompts
 from data.weights import read_json
 
 
+# Phases of training: (up to this part of the steps, share of rows with a repeated passage, share of the text that is stories). Induction
+# and indirect objects are each learnt in a phase that is full of them, and the last phase has the corpus as everybody else reads it.
+PHASES = ((0.25, 0.5, text.STORY_SHARE), (5 / 9, text.REPEAT_SHARE, text.STORY_SHARE), (0.9, text.REPEAT_SHARE, 0.7),
+          (1.0, text.REPEAT_SHARE, text.STORY_SHARE))
+
+
 @dataclass(frozen=True)
 class TinyConfig:
     out: str = field("out/make_tiny", "folder for the model, its checkpoint and log.jsonl")
@@ -41,7 +48,6 @@ class TinyConfig:
     lr: float = field(2e-3, "peak learning rate, cosine decay to a tenth")
     warmup: int = field(300, "steps over which the learning rate rises")
     weight_decay: float = field(0.05, "AdamW's, on matrices only")
-    repeats_early: float = field(0.5, "share of rows with a repeated passage in the first quarter of the steps")
     seed: int = field(0, "fixes vocabulary, rows and initial weights")
     device: str = field("auto", "cpu, cuda, mps or auto")
 
@@ -59,7 +65,7 @@ def make_tokenizer(config, folder):
     if not (folder / "merges.txt").is_file():
         print(f"learning {config.d_vocab} tokens ...", flush=True)
         size, pages = 0, []
-        for page in text._python_documents("train", config.seed):
+        for page in text.python_documents("train", config.seed):
             pages.append(page)
             size += len(page)
             if size > 20e6:
@@ -82,14 +88,14 @@ def new_model(config):
 
 
 def training_rows(config, tokenizer, start):
-    """(batch_size, n_ctx) batches from step `start` on: many repeats in the first quarter of the steps, then the usual share."""
-    early = config.n_steps // 4
-    stream = lambda step, share: text.rows("python", tokenizer, "train", config.n_ctx, config.batch_size, config.seed,
-                                           step * config.batch_size, share)
-    if start < early:
-        for _, batch in zip(range(start, early), stream(start, config.repeats_early)):
-            yield batch
-    yield from stream(max(start, early), text.REPEAT_SHARE)
+    """(batch_size, n_ctx) batches from step `start` on, in the phases of PHASES."""
+    for until, repeat_share, story_share in PHASES:
+        end = round(until * config.n_steps)
+        if start < end:
+            stream = text.rows("python", tokenizer, "train", config.n_ctx, config.batch_size, config.seed, start * config.batch_size,
+                               repeat_share, story_share)
+            yield from itertools.islice(stream, end - start)
+            start = end
 
 
 def train(config, tokenizer, folder):
@@ -133,15 +139,15 @@ def save_checkpoint(model, optimizer, step, folder):
         state["weight " + name] = parameter.detach()
         for key in ("exp_avg", "exp_avg_sq", "step"):
             state[f"{key} {name}"] = optimizer.state[parameter][key]
-    with atomic(folder / "checkpoint.safetensors") as temporary:
+    with atomic(folder / "training.checkpoint") as temporary:
         save_file(state, temporary)
 
 
 def resume(model, optimizer, folder):
     """Put the last checkpoint back, if there is one -> the step to go on from."""
-    if not (folder / "checkpoint.safetensors").is_file():
+    if not (folder / "training.checkpoint").is_file():
         return 0
-    state = load_file(folder / "checkpoint.safetensors")
+    state = load_file(folder / "training.checkpoint")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state["weight " + name])

@@ -9,7 +9,7 @@ A *form* is a pair (between, verb): what stands between the two mentions of the 
 Some forms are never used in training, whatever the scene, so that `held_out_prompts` asks for a combination that was
 not seen: every form with a verb of `HELD_OUT_VERBS` (never a giving verb in training), the forms that
 `is_held_out` picks among the rest, and the form (", ", "gave") of the paper's own example. The names of
-`HELD_OUT_NAMES` occur in ordinary stories only, never in a giving sentence.
+`HELD_OUT_NAMES` occur in ordinary stories only, where people talk, wave and listen to each other, never in a giving sentence.
 
 Everything is a pure function of the `random.Random` passed in.
 """
@@ -84,6 +84,11 @@ RECEIVER_ENDS = [".", ".", ".", " before the {time}.", ", who smiled.", ", who w
                  " again.", " and laughed.", ", but it was too late.", ". \"Thank you,\" said {receiver}.", ". {receiver} was {feeling}."]
 NOT_A_NAME = ["the {animal}", "the {place}", "them", "a friend", "a {feeling} man", "the teacher", "everyone", "the old woman"]
 
+# What else one may do to another: two people as in a giving sentence, and nothing that is given.
+MEETINGS = _split("""talked to|waved to|listened to|was kind to|said hello to|spoke to|sang to|bowed to|came up to|walked back to|ran over to
+smiled at|looked at|laughed at|pointed at|waited for|sat down next to|thanked|hugged|helped|called|ran after|wanted to talk to
+tried to listen to|stopped to wave to|decided to speak to|was happy to see|quietly talked to|turned around and smiled at""")
+
 # How a story begins: never with a name, since a name is one token only with a space before it.
 BEGINNINGS = _split("""It was a {adjective} {time}.|This happened near the {place}.|It was {time}.|Here is a story about a {animal}.|Listen.
 Nobody was at the {place}.|The {animal} was {feeling}.|It was very {adjective}.|Once upon a time there was a {adjective} {place}.""")
@@ -124,22 +129,18 @@ def is_held_out(between, verb):
 
 
 def story(rng):
-    """One story of one to eight sentences; three in four have one or two giving sentences."""
-    if rng.random() < 0.75:
+    """One story of a few sentences: two in three have one to three giving sentences, the others are ordinary."""
+    if rng.random() < 2 / 3:
         a, b = rng.sample(NAMES, 2)
-        parts = [giving_sentence(rng, a, b)]
-        for _ in range(rng.choice((0, 0, 1, 1, 2))):
-            parts.insert(0, _ordinary(rng, a, b))
-        for _ in range(rng.choice((0, 1, 2))):
-            parts.append(_ordinary(rng, a, b))
-        if rng.random() < 0.5:
-            parts.append(giving_sentence(rng, *rng.sample(NAMES, 2)))
+        parts = [_ordinary(rng, a, b) for _ in range(rng.choice((0, 0, 1, 2)))]
+        for _ in range(rng.choice((1, 2, 3))):
+            parts.append(giving_sentence(rng, a, b))
+            parts += [_ordinary(rng, a, b) for _ in range(rng.choice((0, 0, 1)))]
+            a, b = rng.choice(((a, b), rng.sample(NAMES, 2)))
     else:
-        a, b = rng.sample(NAMES + 3 * HELD_OUT_NAMES, 2)
-        while a == b:
-            a, b = rng.sample(NAMES + 3 * HELD_OUT_NAMES, 2)
-        parts = [_ordinary(rng, *(rng.choice([(a, b), (b, a)]))) for _ in range(rng.randint(3, 8))]
-    if parts[0].split()[0] in (a, b) or rng.random() < 0.3:
+        a, b = rng.sample(NAMES if rng.random() < 0.4 else HELD_OUT_NAMES, 2)
+        parts = [meeting_sentence(rng, a, b) if rng.random() < 0.4 else _ordinary(rng, a, b) for _ in range(rng.randint(3, 6))]
+    if parts[0].split()[0] in NAMES + HELD_OUT_NAMES or rng.random() < 0.3:
         parts.insert(0, _fill(rng, rng.choice(BEGINNINGS)))
     return " ".join(parts)
 
@@ -155,6 +156,14 @@ def giving_sentence(rng, a, b):
     if rng.random() < 1 / 12:
         return text + " to " + _fill(rng, rng.choice(NOT_A_NAME)) + "."
     return text + " to " + receiver + _fill(rng, rng.choice(RECEIVER_ENDS)).replace("{receiver}", receiver)
+
+
+def meeting_sentence(rng, a, b):
+    """An ordinary sentence with the frame of a giving sentence: "When Mary and John went to the store, John waved to Mary." """
+    scene, between, _ = _draw_form(rng, VERBS)
+    first, second = rng.sample((a, b), 2)
+    text = _join(rng, scene, a, b) + between + first + " " + rng.choice(MEETINGS) + " " + second + rng.choice(RECEIVER_ENDS)
+    return _fill(rng, text).replace("{receiver}", second)
 
 
 def held_out_prompts(n, seed=0):
@@ -195,6 +204,7 @@ def _give(rng, verb):
 
 
 def _ordinary(rng, a, b):
+    a, b = rng.sample((a, b), 2)
     if rng.random() < 0.6:
         return _fill(rng, rng.choice(TOGETHER).replace("{a}", a).replace("{b}", b))
     return _fill(rng, rng.choice(ALONE).replace("{a}", rng.choice((a, b))))

@@ -30,7 +30,7 @@ REPEAT_SHARE = 0.12         # of the rows of the python corpus
 MAX_SHARED_LINES = 0.2      # a held-out file may share this part of its lines with the training files
 
 
-def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_share=REPEAT_SHARE):
+def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_share=REPEAT_SHARE, story_share=STORY_SHARE):
     """An iterator of int64 tensors (n, T) of token ids, each row starting with BOS, from row number `start` on.
 
     corpus: "python", endless: each pass shuffles the pages anew and has new stories.
@@ -39,7 +39,7 @@ def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_
     """
     if corpus != "python":
         raise UserError(f"--corpus {corpus} is unknown; the one there is is python.")
-    packed = _pack(_python_documents(split, seed), tokenizer, T)
+    packed = _pack(python_documents(split, seed, story_share), tokenizer, T)
     shuffled = itertools.islice(_shuffle(packed, seed), start, None)
     for number in itertools.count(start, n):
         block = np.stack(list(itertools.islice(shuffled, n)))
@@ -84,14 +84,14 @@ def repeat_a_passage(row, rng, n_ids):
     row[second:second + length] = row[first:first + length]
 
 
-def _python_documents(split, seed):
+def python_documents(split, seed, story_share=STORY_SHARE):
     """Endless: pages of the corpus in an order that the seed fixes, with stories between them."""
     pages, story_number, debt = python_pages()[split], itertools.count(), 0.0
     for epoch in itertools.count():
         order = list(range(len(pages)))
         random.Random(f"{split} pages {seed} {epoch}").shuffle(order)
         for i in order:
-            debt += len(pages[i]) * STORY_SHARE / (1 - STORY_SHARE)
+            debt += len(pages[i]) * story_share / (1 - story_share)
             yield pages[i]
             while debt > 0:
                 text = story(random.Random(f"{split} story {seed} {next(story_number)}"))
