@@ -36,7 +36,7 @@ class SAE(nn.Module):
     def __init__(self, d_in, d_sae, generator=None):
         super().__init__()
         W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
-        self.W_enc, self.b_enc = nn.Parameter(W_dec.T.clone()), nn.Parameter(torch.zeros(d_sae))
+        self.W_enc, self.b_enc = nn.Parameter(W_dec.T.contiguous()), nn.Parameter(torch.zeros(d_sae))     # Adam needs it contiguous
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(d_sae))
 

@@ -98,6 +98,22 @@ def test_decoder_gradient_has_no_part_along_the_row_and_rows_stay_unit():
     assert (projected * sae.W_dec).sum(1).abs().max() < 1e-5, "project on the row's tangent space: subtract (g . w) w"
 
 
+def test_fused_adam_moves_parameters_as_plain_adam_does():
+    """The fused optimiser walks through memory in order: a parameter and its gradient must be laid out alike."""
+    moved = []
+    for fused in (False, True):
+        z = random_z()
+        sae = S.SAE(24, 96, torch.Generator().manual_seed(0))
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, betas=(0.0, 0.9999), fused=fused)
+        for _ in range(3):
+            for name, gradient in S.sparse_step(sae, z, 0.3).gradients.items():
+                getattr(sae, name).grad = gradient
+            optimizer.step()
+        moved.append({name: p.detach() for name, p in sae.named_parameters()})
+    for name in moved[0]:
+        assert torch.allclose(moved[0][name], moved[1][name], atol=1e-5), f"{name} is not contiguous, or its gradient is not"
+
+
 def planted(n, d_in=32, n_features=64, seed=0):
     """Activations from a known dictionary: 3 of 64 features at a time, of sizes 1 to 2."""
     g = torch.Generator().manual_seed(seed)
