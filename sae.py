@@ -6,11 +6,13 @@
 
     loss  = sum_d (z_hat - z)^2 + l1 * sum_i f_i    sums over d_in and d_sae, then the mean over the batch
 
-An SAE reads the z_cat of one attention layer, so d_in = D = H*d_head. Here are the two functions, the loss with its gradient
-(`dense_step`, and the same in `sparse_step` at a fraction of the cost), what keeps the decoder's rows at unit norm, how dead
-features are drawn anew, the edits of z_cat that use an SAE, and saving and loading.
+An SAE reads the z_cat of one attention layer, so d_in = D = H*d_head. Here are the two functions, the loss
+with its gradient (`dense_step`, and the same in `sparse_step` at a fraction of the cost), what keeps the
+decoder's rows at unit norm, how dead features are drawn anew, the edits of z_cat that use an SAE, and saving
+and loading.
 
-Shapes: B batch (or any leading dimensions), d_in, d_sae; nnz is the number of active features in the whole batch.
+Shapes: B batch (or any leading dimensions), d_in, d_sae; nnz is the number of active features in the whole
+batch.
 """
 
 import warnings
@@ -30,13 +32,14 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 
 class SAE(nn.Module):
-    """f = encode(z), z_hat = decode(f). Parameters: W_enc (d_in,d_sae), b_enc (d_sae), W_dec (d_sae,d_in), b_dec (d_in), and the
-    constant threshold (d_sae)."""
+    """f = encode(z), z_hat = decode(f). Parameters: W_enc (d_in,d_sae), b_enc (d_sae), W_dec (d_sae,d_in),
+    b_dec (d_in), and the constant threshold (d_sae)."""
 
     def __init__(self, d_in, d_sae, generator=None):
         super().__init__()
         W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
-        self.W_enc, self.b_enc = nn.Parameter(W_dec.T.contiguous()), nn.Parameter(torch.zeros(d_sae))     # Adam needs it contiguous
+        # Adam needs it contiguous
+        self.W_enc, self.b_enc = nn.Parameter(W_dec.T.contiguous()), nn.Parameter(torch.zeros(d_sae))
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(d_sae))
 
@@ -62,51 +65,62 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def shift(self, c):
-        """Make an SAE of z - c read z: b_dec += c, in place -> self. See model.value_bias for the c of folded weights."""
+        """Make an SAE of z - c read z: b_dec += c, in place -> self. See model.value_bias for the c of folded
+        weights."""
         self.b_dec += c
         return self
 
     @torch.no_grad()
     def rescale(self, s):
-        """Make an SAE of z / s read z, with features s times as large: biases and threshold times s, in place -> self."""
+        """Make an SAE of z / s read z, with features s times as large: biases and threshold times s, in place
+        -> self."""
         self.b_enc *= s
         self.b_dec *= s
         self.threshold *= s
         return self
 
     def save(self, path, dtype=torch.float32):
-        """Write the five tensors to `path` (a .safetensors file) in `dtype`; the same SAE gives the same bytes."""
-        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        """Write the five tensors to `path` (a .safetensors file) in `dtype`; the same SAE gives the same
+        bytes."""
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name,
+                   tensor in self.state_dict().items()}
         with atomic(path) as temporary:
             save_file(tensors, temporary)
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """Read what `save` wrote, as float32. The decoder's rows of a float16 file are brought back to unit norm exactly.
+        """Read what `save` wrote, as float32. The decoder's rows of a float16 file are brought back to unit
+        norm exactly.
 
-        Raises UserError if the file is missing or damaged, or if a tensor is missing, has another shape or is not finite.
+        Raises UserError if the file is missing or damaged, or if a tensor is missing, has another shape or is
+        not finite.
         """
         if not Path(path).is_file():
-            raise UserError(f"there is no SAE at {path}; train one with python train.py, or name another folder with --saes.")
+            raise UserError(f"there is no SAE at {path}; train one with python train.py, or name another "
+                            f"folder with --saes.")
         tensors = dict(read_tensors(path))
         names = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
         if tensors.keys() != names or tensors["W_dec"].dim() != 2:
-            raise UserError(f"{path} is not an SAE of this project: it has {sorted(tensors)}, and {sorted(names)} are needed.")
+            raise UserError(f"{path} is not an SAE of this project: it has {sorted(tensors)}, and "
+                            f"{sorted(names)} are needed.")
         d_sae, d_in = tensors["W_dec"].shape
-        shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "threshold": (d_sae,)}
+        shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,),
+                  "threshold": (d_sae,)}
         for name, shape in shapes.items():
             if tensors[name].shape != shape or not tensors[name].isfinite().all():
-                raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, {shape} is needed, of finite numbers.")
+                raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, {shape} is needed, "
+                                f"of finite numbers.")
         half = tensors["W_dec"].dtype == torch.float16
         with torch.device("meta"):
             sae = cls(d_in, d_sae)
-        sae.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}, assign=True)
+        sae.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in tensors.items()},
+                            assign=True)
         if half:
             normalise_decoder(sae)
         return sae.requires_grad_(False)
 
 
-# ---- the loss and its gradient ------------------------------------------------------------------------------------------
+# ---- the loss and its gradient ----
 #
 # With x = z - b_dec, e = z_hat - z, and every sum over the batch carrying 1/B:
 #     dL/dz_hat = 2 e / B                      =: g
@@ -121,7 +135,7 @@ class Step(NamedTuple):
     """One batch's loss and gradients."""
     mse: Tensor             # sum over d_in, mean over B
     sparsity: Tensor        # sum_i f_i, mean over B: the loss is mse + l1 * sparsity
-    fired: Tensor           # (d_sae,) in how many rows of the batch each feature was active; its sum over B is L0
+    fired: Tensor  # (d_sae,) in how many rows of the batch each feature was active; its sum over B is L0
     gradients: dict         # {"W_enc": (d_in,d_sae), "b_enc": ..., "W_dec": ..., "b_dec": ...}
 
 
@@ -136,24 +150,26 @@ def dense_step(sae, z, l1):                                             # (B,d_i
     g = 2 * e / len(z)
     d_pre = (g @ sae.W_dec.T + l1 / len(z)) * active
     d_b_enc = d_pre.sum(0)
-    gradients = {"W_enc": x.T @ d_pre, "b_enc": d_b_enc, "W_dec": f.T @ g, "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
+    gradients = {"W_enc": x.T @ d_pre, "b_enc": d_b_enc, "W_dec": f.T @ g,
+                 "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
     return Step(e.square().sum() / len(z), f.sum() / len(z), active.sum(0), gradients)
 
 
 @torch.no_grad()
 def sparse_step(sae, z, l1):                                            # (B,d_in) -> Step
-    """The same to float precision, at the cost of one low-precision product: the rest touches active entries only.
+    """The same to float precision, at the cost of one low-precision product: the rest touches active entries
+    only.
 
-    A batch of B rows with nnz active entries is kept as lists of length nnz: `cols` is an entry's feature, and rows begin at
-    `crow`. Products with such a matrix are weighted sums of a few rows (`embedding_bag`); the values of a dense product at its
-    entries alone are `sampled_addmm`.
+    A batch of B rows with nnz active entries is kept as lists of length nnz: `cols` is an entry's feature,
+    and rows begin at `crow`. Products with such a matrix are weighted sums of a few rows (`embedding_bag`);
+    the values of a dense product at its entries alone are `sampled_addmm`.
     """
     B = len(z)
     x = z - sae.b_dec
     crow, cols = candidates(sae, x)
     pre = product_at(crow, cols, x, sae.W_enc) + sae.b_enc[cols]
     active = pre > sae.threshold[cols]
-    f = pre * active                                                    # (nnz,), 0 where a candidate is not active after all
+    f = pre * active  # (nnz,), 0 where a candidate is not active after all
     e = weighted_rows(crow, cols, f, sae.W_dec) + sae.b_dec - z         # (B,d_in)
     g = 2 * e / B
     d_pre = (product_at(crow, cols, g, sae.W_dec.T) + l1 / B) * active  # (nnz,)
@@ -168,42 +184,47 @@ def sparse_step(sae, z, l1):                                            # (B,d_i
 
 
 def candidates(sae, x):                                                 # (B,d_in) -> crow (B+1,), cols (nnz,)
-    """Every entry of the batch that may be active, found by a bfloat16 product; a few that are not come along.
+    """Every entry of the batch that may be active, found by a bfloat16 product; a few that are not come
+    along.
 
-    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-9 of itself, hence a product x . w of two rounded vectors
-    by at most (2u + u^2) |x| |w| (Cauchy-Schwarz). Bias and threshold ride along as one more dimension of x and W_enc, and a
-    margin of 3u |x| |w| as another: where the sum is not above 0, the exact pre-activation is not above the threshold.
+    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-9 of itself, hence a product x . w of two
+    rounded vectors by at most (2u + u^2) |x| |w| (Cauchy-Schwarz). Bias and threshold ride along as one more
+    dimension of x and W_enc, and a margin of 3u |x| |w| as another: where the sum is not above 0, the exact
+    pre-activation is not above the threshold.
     """
     u = 2.0**-9
     bias = sae.b_enc - sae.threshold
     left = torch.cat([x, torch.ones_like(x[:, :1]), x.norm(dim=1, keepdim=True)], 1)            # (B,d_in+2)
-    right = torch.cat([sae.W_enc, (bias + 3 * u * bias.abs())[None], 3 * u * sae.W_enc.norm(dim=0, keepdim=True)])
+    right = torch.cat([sae.W_enc, (bias + 3 * u * bias.abs())[None],
+                       3 * u * sae.W_enc.norm(dim=0, keepdim=True)])
     left, right = left.bfloat16(), right.bfloat16()
     over = left @ right > 0                                                                     # (B,d_sae)
-    flat = torch.from_numpy(np.flatnonzero(over.numpy()))               # several times faster than torch's own on a CPU
+    flat = torch.from_numpy(np.flatnonzero(over.numpy()))  # several times faster than torch's own on a CPU
     crow = torch.searchsorted(flat, torch.arange(len(x) + 1) * sae.d_sae)
     return crow, flat % sae.d_sae
 
 
 def product_at(crow, cols, left, right):                                # (B,d) @ (d,d_sae) -> (nnz,)
     """The entries (row, cols) of a dense product, and no others."""
-    where = torch.sparse_csr_tensor(crow, cols, left.new_zeros(len(cols)), (len(left), right.shape[1]), check_invariants=False)
+    where = torch.sparse_csr_tensor(crow, cols, left.new_zeros(len(cols)), (len(left), right.shape[1]),
+                                    check_invariants=False)
     return torch.sparse.sampled_addmm(where, left, right, beta=0).values()
 
 
-def weighted_rows(start, index, weight, table):                         # (n+1,), (nnz,), (nnz,), (m,d) -> (n,d)
+def weighted_rows(start, index, weight, table):  # (n+1,), (nnz,), (nnz,), (m,d) -> (n,d)
     """Row i is the sum of weight[j] * table[index[j]] over j from start[i] to start[i+1]."""
     return F.embedding_bag(index, table, start[:-1], per_sample_weights=weight, mode="sum")
 
 
-def by_feature(cols, d_sae):                                            # (nnz,) -> order (nnz,), ccol (d_sae+1,)
+def by_feature(cols, d_sae):  # (nnz,) -> order (nnz,), ccol (d_sae+1,)
     """A stable order of the entries by feature, and where each feature's entries begin."""
-    short = cols.numpy().astype(np.uint16 if d_sae <= 2**16 else np.int64)      # numpy sorts 16-bit numbers by radix
+    # numpy sorts 16-bit numbers by radix
+    short = cols.numpy().astype(np.uint16 if d_sae <= 2**16 else np.int64)
     order = torch.from_numpy(np.argsort(short, kind="stable"))
     return order, F.pad(torch.bincount(cols, minlength=d_sae).cumsum(0), (1, 0))
 
 
-# ---- what training does besides gradient steps --------------------------------------------------------------------------
+# ---- what training does besides gradient steps ----
 
 
 @torch.no_grad()
@@ -214,46 +235,53 @@ def project_decoder_gradient(sae, gradient):                            # (d_sae
 
 @torch.no_grad()
 def normalise_decoder(sae):
-    """Bring the rows of W_dec back to unit norm, in place: after the optimiser's step, so that what is saved has unit norm."""
+    """Bring the rows of W_dec back to unit norm, in place: after the optimiser's step, so that what is saved
+    has unit norm."""
     sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 @torch.no_grad()
 def resample(sae, optimizer, dead, z, generator):
-    """Give each dead feature a new direction, taken from an input that is badly reconstructed (Bricken et al. 2023), in place.
+    """Give each dead feature a new direction, taken from an input that is badly reconstructed (Bricken et al.
+    2023), in place.
 
-    dead: (d_sae,) bool. z: (B,d_in) inputs to draw from, with probability ~ (squared error)^2. W_dec's row is the input,
-    centred and normalised; W_enc's column the same direction at 0.2 times the mean norm of live columns; b_enc is 0. In Adam,
-    the first moment is 0 and the second is the element-wise mean over live features: zero would make the first update huge, as
-    Adam's step count, which corrects for a young average, is no longer young.
+    dead: (d_sae,) bool. z: (B,d_in) inputs to draw from, with probability ~ (squared error)^2. W_dec's row is
+    the input, centred and normalised; W_enc's column the same direction at 0.2 times the mean norm of live
+    columns; b_enc is 0. In Adam, the first moment is 0 and the second is the element-wise mean over live
+    features: zero would make the first update huge, as Adam's step count, which corrects for a young average,
+    is no longer young.
     """
     live = ~dead
     if not dead.any() or not live.any():
         return
     error = (sae(z) - z).square().sum(-1).cpu().double()
-    drawn = torch.multinomial(error.square(), int(dead.sum()), replacement=True, generator=generator).to(z.device)
+    drawn = torch.multinomial(error.square(), int(dead.sum()), replacement=True,
+                              generator=generator).to(z.device)
     direction = F.normalize(z[drawn] - sae.b_dec, dim=-1)
     sae.W_dec[dead] = direction
     sae.W_enc[:, dead] = 0.2 * sae.W_enc[:, live].norm(dim=0).mean() * direction.T
     sae.b_enc[dead] = 0.0
     for parameter, feature_dim in ((sae.W_enc, 1), (sae.W_dec, 0), (sae.b_enc, 0)):
         state = optimizer.state[parameter]
-        mean = state["exp_avg_sq"].index_select(feature_dim, live.nonzero()[:, 0]).mean(feature_dim, keepdim=True)
+        mean = state["exp_avg_sq"].index_select(feature_dim,
+                                                live.nonzero()[:, 0]).mean(feature_dim, keepdim=True)
         index = (slice(None), dead) if feature_dim == 1 else dead
         state["exp_avg"][index] = 0.0
         state["exp_avg_sq"][index] = mean.expand_as(state["exp_avg_sq"][index])
 
 
-# ---- edits: functions from z_cat to z_cat, for model(tokens, edit_z={layer: edit}) --------------------------------------
+# ---- edits: functions from z_cat to z_cat, for model(tokens, edit_z={layer: edit}) ----
 
 
 def splice(sae):
-    """The edit that puts the reconstruction in place of z_cat, except at position 0 (BOS), which SAEs do not see."""
+    """The edit that puts the reconstruction in place of z_cat, except at position 0 (BOS), which SAEs do not
+    see."""
     return lambda z: torch.cat([z[:, :1], sae(z[:, 1:])], 1)
 
 
 def ablate(sae, feature, where):                                        # int, (B,T) bool
-    """The edit that takes f_i * W_dec[i] out of z_cat where `where` holds, and leaves all else, the SAE's error included."""
+    """The edit that takes f_i * W_dec[i] out of z_cat where `where` holds, and leaves all else, the SAE's
+    error included."""
     def edit(z):                                                        # (B,T,d_in) -> (B,T,d_in)
         pre = (z - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
         f = pre * (pre > sae.threshold[feature]) * where                # (B,T)

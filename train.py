@@ -1,11 +1,12 @@
-"""The main job: train one sparse autoencoder per layer on z_cat, and measure what the reconstructions cost the model.
+"""The main job: train one sparse autoencoder per layer on z_cat, and measure what the reconstructions cost
+the model.
 
     python train.py                          the shipped model, all layers, a few minutes on two cores
     python train.py --layers 1 --d-sae 4096 --n-tokens 10e6
 
-Every forward pass serves all layers. A block of whole rows is turned into activations, shuffled, and drained batch by batch;
-BOS (position 0) is left out. What is random depends on the seed and the step alone, so a run that is stopped and goes on with
---resume ends with the same bytes as one that was not.
+Every forward pass serves all layers. A block of whole rows is turned into activations, shuffled, and drained
+batch by batch; BOS (position 0) is left out. What is random depends on the seed and the step alone, so a run
+that is stopped and goes on with --resume ends with the same bytes as one that was not.
 
 Written to <out>/<model>/: L<layer>/sae.safetensors, config.json and metrics.json, log.jsonl, training.png.
 
@@ -30,7 +31,9 @@ from torch import Tensor
 
 import data
 import model as models
-from data.common import (Progress, UserError, atomic, bootstrap, deferred_interrupt, fast_bfloat16, field, parse_flags, pick_device,
+from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
+                         fast_bfloat16, field,
+                         parse_flags, pick_device,
                          run, write_json)
 from data.weights import read_tensors
 from sae import SAE, dense_step, normalise_decoder, project_decoder_gradient, resample, sparse_step, splice
@@ -48,14 +51,19 @@ class TrainConfig:
     corpus: str = field("python", "text: \"python\" is what tiny was trained on")
     layers: tuple[int, ...] = field((), "layers, such as 0,2; all of them if not given")
     d_sae: int = field(2048, "features per SAE (paper: 24576 = 32 x d_in for GPT-2 Small)")
-    l1: tuple[float, ...] = field((0.25,), "weight of the sparsity term: one for all layers, or one for each (paper: 0.8 to 3, of raw z_cat)")
-    normalise: bool = field(True, "train on z_cat in units of its mean distance from its mean, so that one l1 suits all layers (paper: no)")
-    lr: float = field(1.2e-3, "Adam's peak learning rate (paper: 1.2e-3)")
+    l1: tuple[float, ...] = field((0.2,),
+                                  "weight of the sparsity term: one for all layers, or one for each (paper: "
+                                  "0.8 to 3, of raw z_cat)")
+    normalise: bool = field(True, "train on z_cat in units of its mean distance from its mean, so that one "
+                            "l1 suits all layers (paper: no)")
+    lr: float = field(2.4e-3, "Adam's peak learning rate (paper: 1.2e-3)")
     n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
     batch_size: int = field(1024, "activations per step (paper: 4096)")
-    warmup: int = field(200, "steps from 0.1 to 1 x lr, again after each resampling; l1 rises from 0 over the first so many (paper: 1000)")
+    warmup: int = field(200, "steps from 0.1 to 1 x lr, again after each resampling; l1 rises from 0 over "
+                        "the first so many (paper: 1000)")
     decay: float = field(0.2, "last part of the run in which lr falls to 0 (paper: 0)")
-    resample_every: int = field(500, "steps between resamplings of dead features, none in the last half of the run (paper: 25000)")
+    resample_every: int = field(500, "steps between resamplings of dead features, none in the last half of "
+                                "the run (paper: 25000)")
     resample_times: int = field(4, "resamplings at most (paper: 4)")
     n_ctx: int = field(128, "tokens per row, BOS included (paper: 128)")
     n_eval_rows: int = field(256, "held-out rows for the metrics")
@@ -64,7 +72,8 @@ class TrainConfig:
     device: str = field("auto", "cpu, cuda, mps or auto")
     out: str = field("out", "folder for results")
     resume: bool = field(False, "go on with the run that is in --out")
-    half: bool = field(False, "store the SAEs in float16, as the shipped ones are; the metrics are of what is stored")
+    half: bool = field(False, "store the SAEs in float16, as the shipped ones are; the metrics are of what "
+                       "is stored")
 
 
 @dataclass
@@ -75,15 +84,15 @@ class Learner:
     l1: float
     fired: Tensor           # (d_sae,) rows in which each feature was active since the last resampling
     last_fired: Tensor      # (d_sae,) number of training activations seen when each feature was last active
-    l0: float               # active features per row in the last step: chooses the dense or the sparse computation
+    l0: float               # active features per row in the last step: chooses the dense or the sparse step
     mean: Tensor            # (D,) mean activation over the first block, the vector of mean ablation
-    scale: Tensor           # () what activations are divided by while training: 1, or their mean distance from the mean
+    scale: Tensor           # () what activations are divided by: 1, or their mean distance from the mean
     mse: float = math.nan   # the last step's, for the log
     sparsity: float = math.nan
 
 
 def train(config):
-    """Train, evaluate and write everything -> {layer: metrics}. Raises UserError for what the user can put right."""
+    """Train, evaluate, write everything -> {layer: metrics}. Raises UserError for what the user can mend."""
     device = pick_device(config.device)
     model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
     layers = config.layers or tuple(range(model.config.n_layers))
@@ -100,15 +109,17 @@ def train(config):
                 learn(learner, batches[layer], step, config, layer)
             if should_resample(step + 1, config):
                 for layer, learner in learners.items():
-                    resample(learner.sae, learner.optimizer, learner.fired == 0, source.sample(layer) / learner.scale,
+                    resample(learner.sae, learner.optimizer, learner.fired == 0,
+                             source.sample(layer) / learner.scale,
                              generator(config.seed, "resample", layer, step))
                     learner.fired.zero_()
-            progress((step + 1) * config.batch_size, "  ".join(f"L{layer}: L0 {one.l0:.1f}" for layer, one in learners.items()))
+            progress((step + 1) * config.batch_size,
+                     "L0 by layer: " + "  ".join(f"{one.l0:.1f}" for one in learners.values()))
             log(step, learners)
             if interrupted() or (step + 1) % CHECKPOINT_EVERY == 0:
                 save_checkpoint(folder, config, step + 1, learners)
             if interrupted():
-                raise KeyboardInterrupt(f"stopped after step {step + 1}; the same command with --resume goes on from there.")
+                raise KeyboardInterrupt(f"stopped after step {step + 1}; --resume goes on from there.")
     step = config.n_tokens // config.batch_size
     speed = (step - first_step) * config.batch_size / (time.monotonic() - begun)
     progress(step * config.batch_size, last=True)
@@ -118,35 +129,40 @@ def train(config):
 def check(config, model, layers, folder):
     """Raise UserError for settings that cannot work, before any time is spent."""
     if bad := [layer for layer in layers if not 0 <= layer < model.config.n_layers]:
-        raise UserError(f"--layers {bad[0]} is out of range: this model has layers 0 to {model.config.n_layers - 1}.")
+        raise UserError(f"--layers {bad[0]} is out of range: this model has layers 0 to "
+                        f"{model.config.n_layers - 1}.")
     if len(set(layers)) != len(layers):
         raise UserError("--layers names a layer twice; name each once.")
     if len(config.l1) not in (1, len(layers)):
-        raise UserError(f"--l1 has {len(config.l1)} values for {len(layers)} layers; give one for all, or one for each.")
+        raise UserError(f"--l1 has {len(config.l1)} values for {len(layers)} layers; give one for all, or "
+                        f"one for each.")
     if not 3 <= config.n_ctx <= model.config.n_ctx:
-        raise UserError(f"--n-ctx {config.n_ctx} does not fit this model, which takes 3 to {model.config.n_ctx} tokens.")
+        raise UserError(f"--n-ctx {config.n_ctx} does not fit this model, which takes 3 to "
+                        f"{model.config.n_ctx} tokens.")
     for name in ("d_sae", "batch_size", "n_eval_rows", "block_mib", "resample_every", "warmup"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1.")
     if config.n_tokens < config.batch_size:
-        raise UserError(f"--n-tokens {config.n_tokens} is less than one batch of {config.batch_size}; raise it or lower --batch-size.")
+        raise UserError(f"--n-tokens {config.n_tokens} is less than one batch of {config.batch_size}; raise "
+                        f"it or lower --batch-size.")
     if not config.resume and (folder / "checkpoint.safetensors").is_file():
-        raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove {folder}/checkpoint.safetensors.")
-    with atomic(folder / "log.jsonl") as temporary:             # is the folder writable?
-        temporary.write_bytes((folder / "log.jsonl").read_bytes() if (folder / "log.jsonl").is_file() else b"")
+        raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove "
+                        f"{folder}/checkpoint.safetensors.")
+    check_writable(folder)
 
 
-# ---- one step -----------------------------------------------------------------------------------------------------------
+# ---- one step ----
 
 
 def learn(learner, z, step, config, layer):                             # z (B,D)
-    """Learning rate, loss and gradients, projection, Adam, unit norm, counts: one layer's part of a step, in place."""
+    """One layer's part of a step, in place: loss, gradients, projection, Adam, unit norm, counts."""
     sae, optimizer, z = learner.sae, learner.optimizer, z / learner.scale
     sparse = z.device.type == "cpu" and learner.l0 < sae.d_sae / 16
     l1 = learner.l1 * min(1.0, (step + 1) / config.warmup)
     result = sparse_step(sae, z, l1) if sparse else dense_step(sae, z, l1)
     if not math.isfinite(result.mse + result.sparsity):
-        raise UserError(f"the loss of layer {layer} is not finite at step {step}; the last checkpoint is kept, try a lower --lr.")
+        raise UserError(f"the loss of layer {layer} is not finite at step {step}; the last checkpoint is "
+                        f"kept, try a lower --lr.")
     project_decoder_gradient(sae, result.gradients["W_dec"])
     for name, gradient in result.gradients.items():
         getattr(sae, name).grad = gradient
@@ -160,7 +176,7 @@ def learn(learner, z, step, config, layer):                             # z (B,D
 
 
 def learning_rate(step, config):
-    """Half a cosine from 0.1 to 1 x lr at the start and after each resampling, then constant, at the end linear to 0."""
+    """Half a cosine from 0.1 to 1 x lr, at the start and after each resampling; linear to 0 at the end."""
     since = step - max((s for s in resampling_steps(config) if s <= step), default=0)
     rise = 0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * min(1.0, since / config.warmup)))
     n_steps = config.n_tokens // config.batch_size
@@ -171,35 +187,38 @@ def learning_rate(step, config):
 def resampling_steps(config):
     """The steps before which dead features are resampled."""
     half = config.n_tokens // config.batch_size // 2
-    return [k * config.resample_every for k in range(1, config.resample_times + 1) if k * config.resample_every <= half]
+    return [k * config.resample_every for k in range(1, config.resample_times + 1)
+            if k * config.resample_every <= half]
 
 
 def should_resample(step, config):
     return step in resampling_steps(config)
 
 
-# ---- activations --------------------------------------------------------------------------------------------------------
+# ---- activations ----
 
 
 class Source:
-    """Batches of activations of all layers, block by block; block and order depend on the seed and the step alone."""
+    """Batches of all layers' activations, block by block. Everything depends on seed and step alone."""
 
     def __init__(self, model, tokenizer, config, layers, device):
-        self.model, self.tokenizer, self.config, self.layers, self.device = model, tokenizer, config, layers, device
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.layers, self.device, self.z = layers, device, None
         per_row, D = config.n_ctx - 1, model.config.n_heads * model.config.d_head
         in_memory = config.block_mib * 2**20 // (per_row * D * 4 * len(layers))
-        self.n_rows = max(math.ceil(config.batch_size / per_row), min(in_memory, math.ceil(config.n_tokens / per_row)))
-        self.steps_per_block = self.n_rows * (config.n_ctx - 1) // config.batch_size
-        self.z = None
+        self.n_rows = max(math.ceil(config.batch_size / per_row),
+                          min(in_memory, math.ceil(config.n_tokens / per_row)))
+        self.steps_per_block = self.n_rows * per_row // config.batch_size
 
     def batches(self, first_step):
-        """Yields {layer: (B,D)} for every step from `first_step` to the last. The batches are copies: a refill never touches them."""
+        """Yields {layer: (B,D)} for every step from `first_step` on: copies, which no refill touches."""
         n_steps, size = self.config.n_tokens // self.config.batch_size, self.config.batch_size
         number, place = divmod(first_step, self.steps_per_block)
         step = first_step
         for tokens in self._blocks(number):
             self.fill(tokens)
-            order = torch.randperm(len(self.z[self.layers[0]]), generator=generator(self.config.seed, "block", number))
+            order = torch.randperm(len(self.z[self.layers[0]]),
+                                   generator=generator(self.config.seed, "block", number))
             for i in range(place, self.steps_per_block):
                 if step == n_steps:
                     return
@@ -209,7 +228,7 @@ class Source:
             number, place = number + 1, 0
 
     def fill(self, tokens):
-        """Run the model on a block of rows, as deep as it must, and keep z_cat of every position but BOS: {layer: (N,D)}."""
+        """Run the model on a block of rows and keep z_cat, but not BOS's: self.z is {layer: (N,D)}."""
         if self.z is None:
             shape = (self.n_rows, self.config.n_ctx - 1, self.model.config.n_heads * self.model.config.d_head)
             self.rows = {layer: torch.empty(shape, device=self.device) for layer in self.layers}
@@ -224,17 +243,18 @@ class Source:
         return self.z[layer][:: max(1, len(self.z[layer]) // 8192)]
 
     def _blocks(self, number):
-        return data.rows(self.config.corpus, self.tokenizer, "train", self.config.n_ctx, self.n_rows, self.config.seed, number * self.n_rows)
+        return data.rows(self.config.corpus, self.tokenizer, "train", self.config.n_ctx, self.n_rows,
+                         self.config.seed, number * self.n_rows)
 
 
 @torch.no_grad()
 def z_cat(model, tokens, layers):                                       # (R,T) -> {layer: (R,T,D)} float32
-    """model.z_cat_at, its products in bfloat16 where that is faster; residual stream and result are float32."""
+    """model.z_cat_at, with products in bfloat16 where that is faster; the residual stream stays float32."""
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=fast_bfloat16(tokens.device)):
         return {layer: z.float() for layer, z in model.z_cat_at(tokens, layers).items()}
 
 
-# ---- start, stop, go on -------------------------------------------------------------------------------------------------
+# ---- start, stop, go on ----
 
 
 def start(config, source, folder):
@@ -244,8 +264,8 @@ def start(config, source, folder):
         sae = SAE(source.model.config.n_heads * source.model.config.d_head, config.d_sae).to(source.device)
         optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.0, 0.9999), fused=True)
         zeros = torch.zeros(config.d_sae, dtype=torch.int64, device=source.device)
-        learners[layer] = Learner(sae, optimizer, l1_of_layer, zeros, zeros.clone(), float(config.d_sae), torch.zeros_like(sae.b_dec.data),
-                                  torch.ones((), device=source.device))
+        learners[layer] = Learner(sae, optimizer, l1_of_layer, zeros, zeros.clone(), float(config.d_sae),
+                                  torch.zeros_like(sae.b_dec.data), torch.ones((), device=source.device))
     if config.resume and (folder / "checkpoint.safetensors").is_file():
         return load_checkpoint(folder, config, learners), learners
     source.fill(next(source._blocks(0)))
@@ -256,18 +276,20 @@ def start(config, source, folder):
 
 @torch.no_grad()
 def initialise(learner, z, config, random):                             # z (N,D)
-    """b_dec is the mean activation, W_dec's rows are random directions in the space that activations fill, W_enc half their transpose.
+    """b_dec is the mean activation, W_dec's rows are random directions in the space that activations fill,
+    W_enc half their transpose.
 
-    Attention outputs have low rank, and features that start outside their space stay dead (arXiv 2508.16929), so a row is a
-    random mixture of centred activations: normal, with the activations' own covariance. Each b_enc lets its feature fire on
-    one token in a hundred, so that the sparse step serves from the start.
+    Attention outputs have low rank, and features that start outside their space stay dead (arXiv 2508.16929),
+    so a row is a random mixture of centred activations: normal, with the activations' own covariance. Each
+    b_enc lets its feature fire on one token in a hundred, so that the sparse step serves from the start.
     """
     sae, learner.mean = learner.sae, z.mean(0)
     centred = z[:: max(1, len(z) // 8192)] - learner.mean
     if config.normalise:
         learner.scale = centred.norm(dim=-1).mean()
     variances, directions = torch.linalg.eigh((centred.T @ centred).cpu())
-    mixtures = torch.randn(sae.d_sae, sae.d_in, generator=random) * variances.clamp_min(0).sqrt() @ directions.T
+    noise = torch.randn(sae.d_sae, sae.d_in, generator=random)
+    mixtures = noise * variances.clamp_min(0).sqrt() @ directions.T
     sae.b_dec.copy_(learner.mean / learner.scale)
     sae.W_dec.copy_(F.normalize(mixtures, dim=-1))
     sae.W_enc.copy_(0.5 * sae.W_dec.T)
@@ -276,30 +298,34 @@ def initialise(learner, z, config, random):                             # z (N,D
 
 
 def generator(*key):
-    """A random generator for each key (seed, purpose, layer, step ...), so that nothing depends on what was drawn before."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7]))
+    """A random generator for each key (seed, purpose, step ...): no draw depends on those before it."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7],
+                                                        "big"))
 
 
 def settings(config):
     """The config as a dict, without what may differ between a run and its resumption."""
-    return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config))).items() if k not in ("resume", "out", "device")}
+    return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config))).items()
+            if k not in ("resume", "out", "device")}
 
 
 def save_checkpoint(folder, config, step, learners):
-    """All that the rest of the run depends on, in one file: weights, Adam's moments, counts, the step; the settings as metadata."""
+    """All that the rest of the run depends on: weights, Adam's moments, counts, the step, the settings."""
     state = {"step": torch.tensor(step)}
     for layer, learner in learners.items():
         for name, parameter in learner.sae.named_parameters():
             state[f"{layer} {name}"] = parameter.detach()
-            state |= {f"{layer} {name} {key}": value for key, value in learner.optimizer.state[parameter].items()}
-        state |= {f"{layer} fired": learner.fired, f"{layer} last_fired": learner.last_fired, f"{layer} mean": learner.mean,
-                  f"{layer} scale": learner.scale, f"{layer} l0": torch.tensor(learner.l0, dtype=torch.float64)}
+            adam = learner.optimizer.state[parameter]
+            state |= {f"{layer} {name} {key}": adam[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+        state |= {f"{layer} {name}": getattr(learner, name)
+                  for name in ("fired", "last_fired", "mean", "scale")}
+        state[f"{layer} l0"] = torch.tensor(learner.l0, dtype=torch.float64)
     with atomic(folder / "checkpoint.safetensors") as temporary:
         save_file(state, temporary, metadata={"settings": json.dumps(settings(config))})
 
 
 def load_checkpoint(folder, config, learners):
-    """Put a checkpoint back, in place -> the step to go on with. Raises UserError if it is damaged or of other settings."""
+    """Put a checkpoint back -> the step to go on with. UserError if damaged or of other settings."""
     path = folder / "checkpoint.safetensors"
     state = dict(read_tensors(path))
     with safe_open(path, framework="pt") as file:
@@ -307,7 +333,8 @@ def load_checkpoint(folder, config, learners):
     mine = settings(config)
     if different := [key for key in mine if theirs.get(key) != mine[key]]:
         key = different[0]
-        raise UserError(f"--resume: {path} was made with {key} = {theirs.get(key)}, not {mine[key]}; use the same settings, or another --out.")
+        raise UserError(f"--resume: {path} was made with {key} = {theirs.get(key)}, not {mine[key]}; use the "
+                        f"same settings, or another --out.")
     for layer, learner in learners.items():
         device = learner.mean.device
         with torch.no_grad():
@@ -327,37 +354,44 @@ class Log:
     def __init__(self, folder, config, first_step):
         self.path, self.every = folder / "log.jsonl", max(1, config.n_tokens // config.batch_size // 200)
         self.config = config
-        kept = [line for line in self.path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= first_step]
+        lines = self.path.read_text().splitlines() if first_step and self.path.is_file() else []
+        kept = [line for line in lines if line.endswith("}")
+                and json.loads(line)["step"] <= first_step]
         self.path.write_text("".join(line + "\n" for line in kept))
 
     def __call__(self, step, learners):
         if (step + 1) % self.every:
             return
-        line = {"step": step + 1, "tokens": (step + 1) * self.config.batch_size, "lr": learning_rate(step, self.config)}
+        line = {"step": step + 1, "tokens": (step + 1) * self.config.batch_size,
+                "lr": learning_rate(step, self.config)}
         for layer, one in learners.items():
-            line[f"L{layer}"] = {"mse": one.mse, "sparsity": one.sparsity, "l0": one.l0, "dead": dead_fraction(one, line["tokens"])[0]}
+            line[f"L{layer}"] = {"mse": one.mse, "sparsity": one.sparsity, "l0": one.l0,
+                                 "dead": dead_fraction(one, line["tokens"])[0]}
         with open(self.path, "a", encoding="utf8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def dead_fraction(learner, n_tokens):
-    """Share of features that fired on none of the last DEAD_WINDOW training activations, and how many activations that were."""
+    """Share of features that fired on none of the last DEAD_WINDOW training activations, and how many
+    activations that were."""
     window = min(DEAD_WINDOW, n_tokens)
     return float((learner.last_fired <= n_tokens - window).float().mean()), window
 
 
-# ---- evaluation ---------------------------------------------------------------------------------------------------------
+# ---- evaluation ----
 
 
 @torch.no_grad()
 def evaluate(model, saes, rows, means=None, batch_rows=64):
-    """What each layer's SAE keeps of its z_cat, and what the model loses when z_cat is replaced -> {layer: metrics}.
+    """What each layer's SAE keeps of its z_cat, and what the model loses when z_cat is replaced -> {layer:
+    metrics}.
 
-    saes: {layer: SAE}. rows (R,T): held-out tokens. means: {layer: (D,)}, the vector of mean ablation; if not given, the mean over
-    `rows`. Cross-entropies are nats per token over the predictions made from positions 1 to T-2; every replacement leaves position 0
-    (BOS) as it is. *zero* sets z_cat to 0 in the model's own weights (b_O stays). Intervals are 95% bootstrap intervals over rows.
-    Where z_cat matters too little to tell, that is if CE_zero - CE_clean is below 0.05 nats or its interval reaches 0,
-    ce_recovered_zero is None; so for mean.
+    saes: {layer: SAE}. rows (R,T): held-out tokens. means: {layer: (D,)}, the vector of mean ablation; if not
+    given, the mean over `rows`. Cross-entropies are nats per token over the predictions made from positions 1
+    to T-2; every replacement leaves position 0 (BOS) as it is. *zero* sets z_cat to 0 in the model's own
+    weights (b_O stays). Intervals are 95% bootstrap intervals over rows. Where z_cat matters too little to
+    tell, that is if CE_zero - CE_clean is below 0.05 nats or its interval reaches 0, ce_recovered_zero is
+    None; so for mean.
     """
     if means is None:
         means = {layer: z[:, 1:].mean((0, 1)) for layer, z in model.z_cat_at(rows, list(saes)).items()}
@@ -365,10 +399,12 @@ def evaluate(model, saes, rows, means=None, batch_rows=64):
     for tokens in rows.split(batch_rows):
         ce_clean, z_cats = row_ce(model, tokens), model.z_cat_at(tokens, list(saes))
         for layer, sae in saes.items():
-            edits = {"ce_sae": splice(sae), "ce_zero": constant(torch.zeros_like(means[layer])), "ce_mean": constant(means[layer])}
+            edits = {"ce_sae": splice(sae), "ce_zero": constant(torch.zeros_like(means[layer])),
+                     "ce_mean": constant(means[layer])}
             found = {name: row_ce(model, tokens, {layer: edit}) for name, edit in edits.items()}
             per_row[layer].append(found | {"ce_clean": ce_clean} | reconstruction(sae, z_cats[layer][:, 1:]))
-    join = lambda parts: {name: torch.cat([part[name] for part in parts]).cpu().double().numpy() for name in parts[0]}
+    join = lambda parts: {name: torch.cat([part[name] for part in parts]).cpu().double().numpy()
+                          for name in parts[0]}
     return {layer: summarise(join(parts), rows.shape[1] - 1) for layer, parts in per_row.items()}
 
 
@@ -384,17 +420,21 @@ def constant(value):
 
 
 def reconstruction(sae, z):                                             # (R,T,D) -> dict of (R,), and (R,D)
-    """Per row: active features per token, squared error, and what the variance needs, the sums of z^2 and of z."""
+    """Per row: active features per token, squared error, and what the variance needs, the sums of z^2 and of
+    z."""
     f = sae.encode(z)
     return {"l0": (f != 0).float().sum(-1).mean(-1), "error": (sae.decode(f) - z).square().sum((-1, -2)),
             "power": z.square().sum((-1, -2)), "z_sum": z.sum(1)}
 
 
 def summarise(row, positions):                                          # {name: (R,) float64} -> metrics
-    """Per-row numbers -> one layer's metrics, each with its interval. Ratios are of means: rows are drawn, then the ratio is taken."""
+    """Per-row numbers -> one layer's metrics, each with its interval. Ratios are of means: rows are drawn,
+    then the ratio is taken."""
     mean = lambda name: lambda i: row[name][i].mean()
     above_clean = lambda name: lambda i: (row[name][i] - row["ce_clean"][i]).mean()
-    recovered = lambda name: lambda i: (row[name][i] - row["ce_sae"][i]).mean() / (row[name][i] - row["ce_clean"][i]).mean()
+    recovered = lambda name: lambda i: (row[name][i]
+                                        - row["ce_sae"][i]).mean() / (row[name][i]
+                                                                      - row["ce_clean"][i]).mean()
 
     def explained_variance(i):
         variance = row["power"][i].sum() - (row["z_sum"][i].sum(0) ** 2).sum() / (len(i) * positions)
@@ -402,7 +442,8 @@ def summarise(row, positions):                                          # {name:
 
     statistics = {name: mean(name) for name in ("l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean")}
     statistics |= {f"{name}_minus_clean": above_clean(name) for name in ("ce_sae", "ce_zero", "ce_mean")}
-    statistics |= {"ce_recovered_zero": recovered("ce_zero"), "ce_recovered_mean": recovered("ce_mean"), "explained_variance": explained_variance}
+    statistics |= {"ce_recovered_zero": recovered("ce_zero"), "ce_recovered_mean": recovered("ce_mean"),
+                   "explained_variance": explained_variance}
     n_rows, metrics = len(row["l0"]), {}
     for name, statistic in statistics.items():
         metrics[name] = float(statistic(np.arange(n_rows)))
@@ -413,7 +454,7 @@ def summarise(row, positions):                                          # {name:
     return metrics | {"n_eval_tokens": n_rows * positions}
 
 
-# ---- the end of a run ---------------------------------------------------------------------------------------------------
+# ---- the end of a run ----
 
 
 def finish(config, model, tokenizer, learners, folder, speed):
@@ -423,18 +464,24 @@ def finish(config, model, tokenizer, learners, folder, speed):
         path = folder / f"L{layer}" / "sae.safetensors"
         learner.sae.rescale(learner.scale).save(path, dtype)
         saes[layer] = SAE.load(path, learner.mean.device)
-        write_json(folder / f"L{layer}" / "config.json", {"layer": layer, "d_in": saes[layer].d_in, "l1_of_layer": learner.l1, **settings(config)})
+        write_json(folder / f"L{layer}" / "config.json",
+                   {"layer": layer, "d_in": saes[layer].d_in, "l1_of_layer": learner.l1, **settings(config)})
     print(f"measuring on {config.n_eval_rows} held-out rows ...", flush=True)
-    rows = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows)).to(learner.mean.device)
+    rows = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx,
+                          config.n_eval_rows)).to(learner.mean.device)
     metrics = evaluate(model, saes, rows, {layer: learner.mean for layer, learner in learners.items()})
     n_tokens = config.n_tokens // config.batch_size * config.batch_size
     for layer, learner in learners.items():
         dead, window = dead_fraction(learner, n_tokens)
-        metrics[layer] |= {"dead_fraction": dead, "n_dead_tokens": window, "n_train_tokens": n_tokens, "tokens_per_second": speed, "seed": config.seed}
+        metrics[layer] |= {"dead_fraction": dead, "n_dead_tokens": window, "n_train_tokens": n_tokens,
+                           "tokens_per_second": speed, "seed": config.seed}
         write_json(folder / f"L{layer}" / "metrics.json", metrics[layer])
-    densities = {layer: (learner.fired.double() / max(n_tokens - config.batch_size * max(resampling_steps(config), default=0), 1)).cpu()
+    densities = {layer: (learner.fired.double()
+                         / max(n_tokens - config.batch_size * max(resampling_steps(config), default=0),
+                               1)).cpu()
                  for layer, learner in learners.items()}
-    plot_training([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], densities, folder / "training.png")
+    plot_training([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], densities,
+                  folder / "training.png")
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     print(table(metrics), f"\n\nwritten to {folder}/", sep="")
     return metrics
@@ -449,29 +496,36 @@ def table(metrics):
         return f"{m[f'ce_recovered_{kind}']:.1%} [{low:.1%}, {high:.1%}]".rjust(20)
 
     lines = ["cross-entropy in nats per token, clean and with z_cat replaced; [95% interval]",
-             "layer    L0   clean     SAE    zero    mean   recovered over zero   recovered over mean   variance   dead"]
+             "layer    L0   clean     SAE    zero    mean   recovered over zero   recovered over mean   "
+             "variance   dead"]
     for layer, m in metrics.items():
-        lines.append(f"{layer:5d} {m['l0']:5.1f} {m['ce_clean']:7.3f} {m['ce_sae']:7.3f} {m['ce_zero']:7.3f} {m['ce_mean']:7.3f}  {recovered(m, 'zero')}"
+        lines.append(f"{layer:5d} {m['l0']:5.1f} {m['ce_clean']:7.3f} {m['ce_sae']:7.3f} {m['ce_zero']:7.3f} "
+                     f"{m['ce_mean']:7.3f}  {recovered(m, 'zero')}"
                      f"  {recovered(m, 'mean')}  {m['explained_variance']:9.1%} {m['dead_fraction']:6.1%}")
     return "\n".join(lines)
 
 
 def plot_training(log, densities, path):
-    """Four panels over training: loss, L0, dead features, and how often the features fire, one line per layer."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    """Four panels over training: error, L0, dead features, and how often the features fire; one line per
+    layer, dark to light."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    colours = dict(zip(densities, plt.colormaps["viridis"](np.linspace(0, 0.9, len(densities)))))
     tokens = [line["tokens"] / 1e6 for line in log]
-    panels = (("mse", "squared error, summed over z_cat"), ("l0", "L0: active features per token"), ("dead", "share of dead features"))
+    panels = (("mse", "squared error per token, in units of training"),
+              ("l0", "L0: active features per token"), ("dead", "share of dead features"))
     for axis, (key, label) in zip(axes.flat, panels):
-        for layer in densities:
-            axis.plot(tokens, [line[f"L{layer}"][key] for line in log], label=f"layer {layer}")
-        axis.set(xlabel="training activations (millions)", ylabel=label, yscale="linear" if key == "dead" else "log")
+        for layer, colour in colours.items():
+            axis.plot(tokens, [line[f"L{layer}"][key] for line in log], color=colour, linewidth=1,
+                      label=f"layer {layer}")
+        axis.set(xlabel="training activations (millions)", ylabel=label, ylim=(0, None))
     for layer, density in densities.items():
         counts, edges = torch.histogram(density.clamp_min(1e-7).log10().float(), bins=50, range=(-7.0, 0.0))
-        axes[1, 1].stairs(counts.numpy(), edges.numpy(), label=f"layer {layer}")
-    axes[1, 1].set(xlabel="log10 of the share of tokens on which a feature fires (dead: -7)", ylabel="features")
+        axes[1, 1].stairs(counts.numpy(), edges.numpy(), color=colours[layer], label=f"layer {layer}")
+    axes[1, 1].set(xlabel="share of tokens on which a feature fires", ylabel="features", xticks=range(-7, 1),
+                   xticklabels=["never", *(f"$10^{{{k}}}$" for k in range(-6, 0)), "1"])
     axes[0, 0].legend()
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
 
 

@@ -1,8 +1,8 @@
 """Byte-pair encoding: learn merges from text, and read a vocabulary into a `tiktoken.Encoding`.
 
-GPT-2's algorithm (Sennrich et al. 2016, on bytes): text is split into words by a pattern; a word starts as its bytes; the
-most frequent pair of neighbours, counted over all words, becomes a new token; and so on. Files are GPT-2's own,
-`vocab.json` and `merges.txt`, so that transformers reads them too.
+GPT-2's algorithm (Sennrich et al. 2016, on bytes): text is split into words by a pattern; a word starts as
+its bytes; the most frequent pair of neighbours, counted over all words, becomes a new token; and so on. Files
+are GPT-2's own, `vocab.json` and `merges.txt`, so that transformers reads them too.
 """
 
 import heapq
@@ -15,9 +15,11 @@ import tiktoken
 
 from data.common import UserError, atomic, read_json
 
-# GPT-2's split into words: contractions, letters, digits and other signs, each with the space before it; runs of white space.
+# GPT-2's split into words: contractions, letters, digits and other signs, each with the space before it; runs
+# of white space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same for Python's re, which has no \p{L}; used for counting words only, so rare scripts may be split otherwise.
+# The same for Python's re, which has no \p{L}; used for counting words only, so rare scripts may be split
+# otherwise.
 COUNTING_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
 
@@ -44,12 +46,14 @@ class Tokenizer:
         """The id of a text that must be exactly one token. Raises UserError if it is more."""
         ids = self.encode(text)
         if len(ids) != 1:
-            raise UserError(f"{text!r} is {len(ids)} tokens in this model's vocabulary, and one is needed; choose another word.")
+            raise UserError(f"{text!r} is {len(ids)} tokens in this model's vocabulary, and one is needed; "
+                            f"choose another word.")
         return ids[0]
 
 
 def tokenizer(name_or_dir):
-    """The tokenizer of a model: vocab.json of its directory ("tiny" ships with the project), else tiktoken's GPT-2.
+    """The tokenizer of a model: vocab.json of its directory ("tiny" ships with the project), else tiktoken's
+    GPT-2.
 
     Raises UserError if the files are damaged, or if tiktoken's have to be downloaded and cannot be.
     """
@@ -57,35 +61,44 @@ def tokenizer(name_or_dir):
     if (folder / "vocab.json").is_file():
         return Tokenizer(_read(folder / "vocab.json"))
     if name_or_dir == "tiny":
-        raise UserError(f"{folder}/vocab.json is missing; restore it from the repository, or run python -m data.make_tiny.")
+        raise UserError(f"{folder}/vocab.json is missing; restore it from the repository, or run python -m "
+                        f"data.make_tiny.")
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2"))
     except Exception as error:      # tiktoken passes on whatever its HTTP library raises
-        raise UserError(f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}); connect to the internet once, or "
+        raise UserError(f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}); connect to "
+                        f"the internet once, or "
                         "set TIKTOKEN_CACHE_DIR to a folder that has tiktoken's cached files.") from error
 
 
 def _read(path):
-    """vocab.json -> tiktoken.Encoding. A token's id is its rank: GPT-2's ids are in the order in which merges were learnt."""
+    """vocab.json -> tiktoken.Encoding. A token's id is its rank: GPT-2's ids are in the order in which merges
+    were learnt."""
     to_byte = {sign: byte for byte, sign in _byte_signs().items()}
     try:
-        ranks = {bytes(to_byte[sign] for sign in token): rank for token, rank in read_json(path).items() if token != END_OF_TEXT}
-        if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        ranks = {bytes(to_byte[sign] for sign in token): rank for token,
+                 rank in read_json(path).items() if token != END_OF_TEXT}
+        if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks
+                                                                    for b in range(256)):
             raise ValueError
-        return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+        return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={END_OF_TEXT: len(ranks)})
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not a GPT-2 vocabulary (256 bytes and their merges, numbered in order); fetch it again.") from error
+        raise UserError(f"{path} is not a GPT-2 vocabulary (256 bytes and their merges, numbered in order); "
+                        f"fetch it again.") from error
 
 
 def _byte_signs():
-    """GPT-2's printable sign for every byte: itself where it is printable, else the next of the signs from 256 on."""
+    """GPT-2's printable sign for every byte: itself where it is printable, else the next of the signs from
+    256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def train_bpe(texts, n_vocab):
-    """Learn a vocabulary of n_vocab tokens (256 bytes, merges, end of text) -> list of merged pairs of byte strings.
+    """Learn a vocabulary of n_vocab tokens (256 bytes, merges, end of text) -> list of merged pairs of byte
+    strings.
 
     Ties are broken by the pair itself, so that the result depends on the text alone.
     """
@@ -104,10 +117,11 @@ def train_bpe(texts, n_vocab):
     merges, known = [], set()
     while len(merges) < n_vocab - 257:
         if not queue:
-            raise UserError(f"this text has only {len(merges)} pairs to merge, too few for {n_vocab} tokens; train on more text.")
+            raise UserError(f"this text has only {len(merges)} pairs to merge, too few for {n_vocab} tokens; "
+                            f"train on more text.")
         count, best = heapq.heappop(queue)
         if -count != pair_count[best]:
-            continue                                    # counted before a later merge changed it; its new count is queued too
+            continue  # counted before a later merge changed it; its new count is queued too
         if best[0] + best[1] not in known:              # two ways to the same token need one entry
             merges.append(best)
             known.add(best[0] + best[1])
@@ -121,7 +135,8 @@ def train_bpe(texts, n_vocab):
 
 
 def _merge_in_word(words, i, best, times, pair_count, where):
-    """Replace the pair in word i and bring the counts up to date -> the pairs whose count may have changed."""
+    """Replace the pair in word i and bring the counts up to date -> the pairs whose count may have changed.
+    """
     old, new, j = words[i], [], 0
     while j < len(old):
         step = 2 if tuple(old[j:j + 2]) == best else 1
@@ -142,8 +157,11 @@ def write_bpe(merges, folder):
     signs = _byte_signs()
     sign = lambda token: "".join(signs[byte] for byte in token)
     tokens = [signs[byte] for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]]
-    tokens += [s for byte, s in sorted(signs.items()) if s not in set(tokens)] + [sign(a + b) for a, b in merges] + [END_OF_TEXT]
+    tokens += [s for byte, s in sorted(signs.items())
+               if s not in set(tokens)] + [sign(a + b) for a, b in merges] + [END_OF_TEXT]
     with atomic(Path(folder) / "vocab.json") as temporary:
-        temporary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False), encoding="utf8")
+        temporary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False),
+                             encoding="utf8")
     with atomic(Path(folder) / "merges.txt") as temporary:
-        temporary.write_text("#version: 0.2\n" + "".join(f"{sign(a)} {sign(b)}\n" for a, b in merges), encoding="utf8")
+        temporary.write_text("#version: 0.2\n" + "".join(f"{sign(a)} {sign(b)}\n" for a, b in merges),
+                             encoding="utf8")

@@ -1,4 +1,5 @@
-"""What every program here shares: flags from a dataclass, one-sentence errors, atomic writes, a progress line, bootstrap intervals."""
+"""What every program here shares: flags from a dataclass, one-sentence errors, atomic writes, a progress
+line, bootstrap intervals."""
 
 import argparse
 import contextlib
@@ -17,11 +18,13 @@ import torch
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one sentence that names the file or flag and the way out."""
+    """Something the user can put right. The message is one sentence that names the file or flag and the way
+    out."""
 
 
 def run(main):
-    """Run a program's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a program's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """
     keep_freed_memory()
     try:
         main()
@@ -32,8 +35,9 @@ def run(main):
 
 
 def keep_freed_memory():
-    """Let freed tensors stay with the process. By default glibc returns every large block to the system, which clears each page
-    again at the next use: a fifth of the time of a training step. Does nothing where the C library is another."""
+    """Let freed tensors stay with the process. By default glibc returns every large block to the system,
+    which clears each page again at the next use: a fifth of the time of a training step. Does nothing where
+    the C library is another."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)                 # M_MMAP_MAX: no block is too large for the heap
@@ -41,26 +45,32 @@ def keep_freed_memory():
 
 
 def _say(message, code):
-    print(f"\n{Path(sys.argv[0]).name}: {message}" if sys.stdout.isatty() else f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"\n{Path(sys.argv[0]).name}: {message}" if sys.stdout.isatty()
+          else f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     return code
 
 
 def parse_flags(config_class, description, argv=None):
-    """A config dataclass from the command line: field d_sae becomes --d-sae, with its default and its help text.
+    """A config dataclass from the command line: field d_sae becomes --d-sae, with its default and its help
+    text.
 
     Whole numbers may be written 1e6; a bool x gets --x and --no-x; a tuple of whole numbers is written 0,2,3.
     The help of a field is `metadata["help"]`. Raises UserError for a value that is not of the field's type.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
         flag, help_text = "--" + field.name.replace("_", "-"), field.metadata.get("help", "")
         kind, element = _base_type(field.type)
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help_text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default,
+                                help=help_text)
         else:
-            parser.add_argument(flag, default=field.default, metavar=kind.__name__.upper(), help=f"{help_text} [{shown}]",
-                                type=lambda text, kind=kind, element=element, flag=flag: _convert(text, kind, element, flag))
+            parser.add_argument(flag, default=field.default, metavar=kind.__name__.upper(),
+                                help=f"{help_text} [{shown}]",
+                                type=lambda text, kind=kind, element=element,
+                                flag=flag: _convert(text, kind, element, flag))
     return config_class(**vars(parser.parse_args(argv)))
 
 
@@ -83,7 +93,8 @@ def _convert(text, kind, element, flag):
         return text if kind is str else _number(text, kind)
     except (ValueError, OverflowError):
         one = {int: "a whole number", float: "a number"}.get(element or kind)
-        raise UserError(f"{flag} takes {one + ', or several with commas' if element else one}, not {text!r}.") from None
+        raise UserError(f"{flag} takes {one + ', or several with commas' if element else one}, not "
+                        f"{text!r}.") from None
 
 
 def _number(text, kind):
@@ -96,7 +107,7 @@ def _number(text, kind):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`, which takes its name only when the block ends well: never half a file."""
+    """Yields a temporary path that takes the name `path` only when the block ends well: never half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -109,6 +120,16 @@ def atomic(path):
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder):
+    """Make the folder. Raises UserError now, rather than in an hour, if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out.") from error
 
 
 def write_json(path, value):
@@ -124,7 +145,8 @@ def read_json(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it may be cut short: fetch or make it again.") from error
+        raise UserError(f"{path} is not valid JSON ({error}); it may be cut short: fetch or make it "
+                        f"again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, and holds a {type(value).__name__}.")
     return value
@@ -138,7 +160,8 @@ class Progress:
         self.every = every if every is not None else (0.5 if sys.stdout.isatty() else 10.0)
 
     def __call__(self, done, text="", last=False):
-        """Show `done` of `total`, its rate, the time left and `text`; silent if the last line is younger than `every` seconds."""
+        """Show `done` of `total`, its rate, the time left and `text`; silent if the last line is younger than
+        `every` seconds."""
         now = time.monotonic()
         if self.first is None:
             self.first = done                           # a resumed run starts with work already done
@@ -148,19 +171,23 @@ class Progress:
         rate = (done - self.first) / max(now - self.start, 1e-9)
         left = "" if last or rate == 0 else f"  {_clock((self.total - done) / rate)} left"
         line = f"{done:>{len(f'{self.total:,}')},}/{self.total:,} {self.unit}  {rate:,.0f}/s{left}  {text}"
-        print(f"\r\033[K{line}" if sys.stdout.isatty() else line, end="\n" if last or not sys.stdout.isatty() else "", flush=True)
+        print(f"\r\033[K{line}" if sys.stdout.isatty() else line,
+              end="\n" if last or not sys.stdout.isatty() else "", flush=True)
 
 
 def _clock(seconds):
     minutes, seconds = divmod(int(seconds + 0.5), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def bootstrap(statistic, n, samples=1000, seed=0):
-    """95% interval of `statistic(rows)` when the n rows are drawn anew with replacement: percentile bootstrap -> [low, high].
+    """95% interval of `statistic(rows)` when the n rows are drawn anew with replacement: percentile bootstrap
+    -> [low, high].
 
-    `statistic` gets an (n,) integer array of row numbers and returns a float, or an array of statistics (intervals then
-    have its shape). Rows, not tokens, are drawn, since the tokens of a row are not independent.
+    `statistic` gets an (n,) integer array of row numbers and returns a float, or an array of statistics
+    (intervals then have its shape). Rows, not tokens, are drawn, since the tokens of a row are not
+    independent.
     """
     rng = np.random.default_rng(seed)
     draws = np.array([statistic(rng.integers(0, n, n)) for _ in range(samples)])
@@ -170,7 +197,8 @@ def bootstrap(statistic, n, samples=1000, seed=0):
 
 @contextlib.contextmanager
 def deferred_interrupt():
-    """Yields a function that tells whether Ctrl-C was pressed, so that a loop can stop between two steps; pressed twice, it stops at once."""
+    """Yields a function that tells whether Ctrl-C was pressed, so that a loop can stop between two steps;
+    pressed twice, it stops at once."""
     pressed = []
 
     def handler(number, frame):
@@ -191,7 +219,8 @@ def pick_device(name):
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if have[kind]))
     if not have.get(name.split(":")[0], False):
-        raise UserError(f"--device {name} is not available here; use one of: auto, {', '.join(k for k in have if have[k])}.")
+        raise UserError(f"--device {name} is not available here; use one of: auto, "
+                        f"{', '.join(k for k in have if have[k])}.")
     return torch.device(name)
 
 

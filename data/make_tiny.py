@@ -2,9 +2,9 @@
 
     python -m data.make_tiny [--out out/make_tiny] [--n-steps 18000]
 
-A GPT-2 of about 4 million parameters, trained on the corpus "python" (data/text.py). Interrupted, the same command goes on
-where it stopped. Copy the result over data/tiny/ to ship it. The report says what was reached, measured on the stored
-float16 weights.
+A GPT-2 of about 4 million parameters, trained on the corpus "python" (data/text.py). Interrupted, the same
+command goes on where it stopped. Copy the result over data/tiny/ to ship it. The report says what was
+reached, measured on the stored float16 weights.
 """
 
 import dataclasses
@@ -12,11 +12,10 @@ import itertools
 import json
 import math
 import platform
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,14 +23,17 @@ from safetensors.torch import load_file, save_file
 
 import model as models
 from data import bpe, text
-from data.common import Progress, UserError, atomic, bootstrap, field, parse_flags, pick_device, run, write_json
+from data.common import (Progress, UserError, atomic, bootstrap, field, parse_flags, pick_device, run,
+                         write_json)
 from data.stories import held_out_prompts
 from data.weights import read_json
 
 
-# Phases of training: (up to this part of the steps, share of rows with a repeated passage, share of the text that is stories). Induction
-# and indirect objects are each learnt in a phase that is full of them, and the last phase has the corpus as everybody else reads it.
-PHASES = ((0.25, 0.5, text.STORY_SHARE), (5 / 9, text.REPEAT_SHARE, text.STORY_SHARE), (0.9, text.REPEAT_SHARE, 0.7),
+# Phases of training: (up to this part of the steps, share of rows with a repeated passage, share of the text
+# that is stories). Induction and indirect objects are each learnt in a phase that is full of them, and the
+# last phase has the corpus as everybody else reads it.
+PHASES = ((0.25, 0.5, text.STORY_SHARE), (5 / 9, text.REPEAT_SHARE, text.STORY_SHARE),
+          (0.9, text.REPEAT_SHARE, 0.7),
           (1.0, text.REPEAT_SHARE, text.STORY_SHARE))
 
 
@@ -75,9 +77,11 @@ def make_tokenizer(config, folder):
 
 
 def new_model(config):
-    """GPT-2's initial weights: normal(0.02), and what writes to the residual stream scaled down by sqrt(2 * layers)."""
+    """GPT-2's initial weights: normal(0.02), and what writes to the residual stream scaled down by sqrt(2 *
+    layers)."""
     torch.manual_seed(config.seed)
-    shape = models.GPT2Config(config.n_layers, config.n_heads, config.d_model, 4 * config.d_model, config.d_vocab, config.n_ctx)
+    shape = models.GPT2Config(config.n_layers, config.n_heads, config.d_model, 4 * config.d_model,
+                              config.d_vocab, config.n_ctx)
     model = models.GPT2(shape)
     for name, parameter in model.named_parameters():
         if name.startswith(("wte", "wpe")):
@@ -92,28 +96,33 @@ def training_rows(config, tokenizer, start):
     for until, repeat_share, story_share in PHASES:
         end = round(until * config.n_steps)
         if start < end:
-            stream = text.rows("python", tokenizer, "train", config.n_ctx, config.batch_size, config.seed, start * config.batch_size,
+            stream = text.rows("python", tokenizer, "train", config.n_ctx, config.batch_size, config.seed,
+                               start * config.batch_size,
                                repeat_share, story_share)
             yield from itertools.islice(stream, end - start)
             start = end
 
 
 def train(config, tokenizer, folder):
-    """The loop: rows -> loss -> AdamW, with a checkpoint and a quick report now and then -> the trained model."""
+    """The loop: rows -> loss -> AdamW, with a checkpoint and a quick report now and then -> the trained
+    model."""
     device = pick_device(config.device)
     model = new_model(config).to(device)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}],
                                   lr=config.lr, betas=(0.9, 0.98), fused=True)
     start = resume(model, optimizer, folder)
-    progress, tokens_per_step, recent = Progress(config.n_steps, "steps"), config.batch_size * config.n_ctx, []
+    progress, tokens_per_step, recent = Progress(config.n_steps,
+                                                 "steps"), config.batch_size * config.n_ctx, []
     for step, batch in zip(range(start, config.n_steps), training_rows(config, tokenizer, start)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            logits, _ = model(batch, keep=range(config.n_layers))      # at this length the explicit pattern has the faster backward pass
+            # at this length the explicit pattern has the faster backward pass
+            logits, _ = model(batch, keep=range(config.n_layers))
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -121,7 +130,8 @@ def train(config, tokenizer, folder):
         optimizer.step()
         recent = [*recent[-99:], loss.item()]
         if not math.isfinite(recent[-1]):
-            raise UserError(f"the loss is not finite at step {step}; the last checkpoint in {folder} is good, try a lower --lr.")
+            raise UserError(f"the loss is not finite at step {step}; the last checkpoint in {folder} is "
+                            f"good, try a lower --lr.")
         progress(step + 1, f"loss {np.mean(recent):.3f}  {(step + 1) * tokens_per_step / 1e6:.1f}M tokens")
         if (step + 1) % 1000 == 0 or step + 1 == config.n_steps:
             save_checkpoint(model, optimizer, step + 1, folder)
@@ -151,7 +161,8 @@ def resume(model, optimizer, folder):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state["weight " + name])
-            optimizer.state[parameter] = {key: state[f"{key} {name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq", "step")}
+            optimizer.state[parameter] = {key: state[f"{key} {name}"].to(parameter.device)
+                                          for key in ("exp_avg", "exp_avg_sq", "step")}
     return int(state["step"])
 
 
@@ -159,31 +170,36 @@ def write_model(model, folder):
     """config.json and model.safetensors (float16) in Hugging Face's GPT-2 layout."""
     c = model.config
     write_json(folder / "config.json", {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new", "n_layer": c.n_layers, "n_head": c.n_heads,
-        "n_embd": c.d_model, "n_inner": c.d_mlp, "vocab_size": c.d_vocab, "n_positions": c.n_ctx, "layer_norm_epsilon": c.eps,
-        "bos_token_id": c.d_vocab - 1, "eos_token_id": c.d_vocab - 1, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0})
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "n_layer": c.n_layers, "n_head": c.n_heads,
+        "n_embd": c.d_model, "n_inner": c.d_mlp, "vocab_size": c.d_vocab, "n_positions": c.n_ctx,
+        "layer_norm_epsilon": c.eps,
+        "bos_token_id": c.d_vocab - 1, "eos_token_id": c.d_vocab - 1, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0})
     with atomic(folder / "model.safetensors") as temporary:
-        save_file({"transformer." + name: p.detach().to("cpu", torch.float16).contiguous() for name, p in model.named_parameters()},
+        save_file({"transformer." + name: p.detach().to("cpu", torch.float16).contiguous() for name,
+                   p in model.named_parameters()},
                   temporary, metadata={"format": "pt"})
 
 
 @torch.no_grad()
-def loss_per_row(model, tokens):                                        # (B,T) -> (B,) nats, mean over the row's predictions
+def loss_per_row(model, tokens):  # (B,T) -> (B,) nats, mean over the row's predictions
     """Cross-entropy of every next token."""
     logits = model(tokens)[0]
     return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), tokens[:, 1:], reduction="none").mean(-1)
 
 
 @torch.no_grad()
-def repeat_attention(model, tokens, matched=1):                        # (B,T) -> (layers, H), number of queries
+def repeat_attention(model, tokens, matched=1):  # (B,T) -> (layers, H), number of queries
     """Induction score: mean attention of each head from a repeat to the token that followed last time.
 
-    A query q counts if its last `matched` tokens stood together before in the row, ending at some k-1 with 1 < k < q; its score
-    is its attention to all such k together. Key 0 is BOS and never counts.
+    A query q counts if its last `matched` tokens stood together before in the row, ending at some k-1 with 1
+    < k < q; its score is its attention to all such k together. Key 0 is BOS and never counts.
     """
     total, queries = 0, 0
     for row in tokens.split(32):
-        follows = torch.ones(row.shape[0], row.shape[1], row.shape[1], dtype=torch.bool, device=row.device).tril(-1)
+        follows = torch.ones(row.shape[0], row.shape[1], row.shape[1], dtype=torch.bool,
+                             device=row.device).tril(-1)
         follows[:, :, : matched + 1] = False
         for back in range(matched):                                     # token[q-back] == token[k-1-back]
             same = row[:, :, None] == row[:, None, :]
@@ -191,7 +207,7 @@ def repeat_attention(model, tokens, matched=1):                        # (B,T) -
         follows[:, :matched] = False
         repeats = follows.any(-1)                                       # (B,q)
         _, cache = model(row, keep=range(model.config.n_layers))
-        mass = torch.stack([(c.pattern * follows[:, None]).sum(-1) for c in cache.values()])       # (layers,B,H,q)
+        mass = torch.stack([(c.pattern * follows[:, None]).sum(-1) for c in cache.values()])  # (layers,B,H,q)
         total = total + mass.transpose(1, 2)[:, :, repeats].sum(-1).cpu()
         queries += int(repeats.sum())
     return total / max(queries, 1), queries
@@ -207,11 +223,12 @@ def repeated_random_rows(model, n, seed=0):                             # -> (n,
 
 @torch.no_grad()
 def indirect_objects(model, tokenizer, prompts):
-    """Logit difference receiver - giver, and whether the receiver is the top prediction, for each prompt -> two (n,) arrays."""
+    """Logit difference receiver - giver, and whether the receiver is the top prediction, for each prompt ->
+    two (n,) arrays."""
     ids = [[tokenizer.bos, *tokenizer.encode(p.text)] for p in prompts]
     tokens = torch.full((len(ids), max(map(len, ids))), tokenizer.bos)
     for row, prompt in zip(tokens, ids):
-        row[: len(prompt)] = torch.tensor(prompt)                       # what stands after the prompt cannot change it
+        row[: len(prompt)] = torch.tensor(prompt)  # what stands after the prompt cannot change it
     logits = model(tokens.to(next(model.parameters()).device))[0].cpu()
     last = logits[torch.arange(len(ids)), torch.tensor([len(prompt) - 1 for prompt in ids])].float()
     receiver = torch.tensor([tokenizer.single(" " + p.receiver) for p in prompts])
@@ -224,18 +241,23 @@ def quick_report(model, tokenizer):
     """A few numbers to watch while training."""
     difference, top = indirect_objects(model, tokenizer, held_out_prompts(200, seed=1))
     scores = repeat_attention(model, repeated_random_rows(model, 32))[0]
-    best = sorted(((s, f"{l}.{h}") for l, row in enumerate(scores.tolist()) for h, s in enumerate(row)), reverse=True)
-    rows = next(text.rows("python", tokenizer, "held-out", model.config.n_ctx, 128, repeat_share=0.0)).to(scores.device)
+    best = sorted(((s, f"{l}.{h}") for l, row in enumerate(scores.tolist()) for h, s in enumerate(row)),
+                  reverse=True)
+    rows = next(text.rows("python", tokenizer, "held-out", model.config.n_ctx, 128,
+                          repeat_share=0.0)).to(scores.device)
     return {"held_out_loss": float(loss_per_row(model, rows.to(next(model.parameters()).device)).mean()),
             "induction": {head: round(s, 2) for s, head in best[:4]},
-            "ioi_right": float((difference > 0).mean()), "ioi_top": float(top.mean()), "ioi_logit_difference": float(difference.mean())}
+            "ioi_right": float((difference > 0).mean()), "ioi_top": float(top.mean()),
+            "ioi_logit_difference": float(difference.mean())}
 
 
-def report(model, tokenizer, config, device, seconds):
-    """What the stored model reached, on held-out text, repeats and prompts -> a dict of plain numbers, with 95% intervals over rows."""
+def report(model, tokenizer, config, device):
+    """What the stored model reached, on held-out text, repeats and prompts -> a dict of plain numbers, with
+    95% intervals over rows."""
     rows = next(text.rows("python", tokenizer, "held-out", config.n_ctx, 1024, repeat_share=0.0))
     losses = torch.cat([loss_per_row(model, part) for part in rows.split(64)]).double().numpy()
-    n_bytes = sum(len(tokenizer.decode(row[1:]).replace(bpe.END_OF_TEXT, "").encode()) for row in rows.tolist())
+    n_bytes = sum(len(tokenizer.decode(row[1:]).replace(bpe.END_OF_TEXT, "").encode())
+                  for row in rows.tolist())
     bits_per_byte = losses.mean() * rows[:, 1:].numel() / n_bytes / math.log(2)
     prompts = held_out_prompts(1000)
     difference, top = indirect_objects(model, tokenizer, prompts)
@@ -245,33 +267,43 @@ def report(model, tokenizer, config, device, seconds):
         right = (difference[mine] > 0).astype(float)
         by_order[order] = {"n": int(mine.sum()), "receiver_above_giver": float(right.mean()),
                            "receiver_above_giver_ci": bootstrap(lambda i: right[i].mean(), len(right)),
-                           "receiver_is_top": float(top[mine].mean()), "logit_difference": float(difference[mine].mean()),
+                           "receiver_is_top": float(top[mine].mean()),
+                           "logit_difference": float(difference[mine].mean()),
                            "logit_difference_ci": bootstrap(lambda i: difference[mine][i].mean(), len(right))}
-    name_heads = lambda scores: {f"{l}.{h}": round(s, 4) for l, row in enumerate(scores.tolist()) for h, s in enumerate(row)}
+    name_heads = lambda scores: {f"{l}.{h}": round(s, 4) for l, row in enumerate(scores.tolist()) for h,
+                                 s in enumerate(row)}
     real = {f"matched_{m}": repeat_attention(model, rows[:512], m) for m in (1, 2, 4)}
-    return {"held_out_loss": losses.mean(), "held_out_loss_ci": bootstrap(lambda i: losses[i].mean(), len(losses)),
+    return {"held_out_loss": losses.mean(),
+            "held_out_loss_ci": bootstrap(lambda i: losses[i].mean(), len(losses)),
             "held_out_bits_per_byte": bits_per_byte, "n_held_out_tokens": rows[:, 1:].numel(),
-            "induction_repeated_random": name_heads(repeat_attention(model, repeated_random_rows(model, 128))[0]),
-            "induction_held_out_text": {key: {"n_queries": n, **name_heads(scores)} for key, (scores, n) in real.items()},
+            "induction_repeated_random": name_heads(repeat_attention(model,
+                                                                     repeated_random_rows(model, 128))[0]),
+            "induction_held_out_text": {key: {"n_queries": n, **name_heads(scores)} for key,
+                                        (scores, n) in real.items()},
             "indirect_object": by_order, "n_parameters": sum(p.numel() for p in model.parameters()),
-            "n_train_tokens": config.n_steps * config.batch_size * config.n_ctx, "train_seconds": seconds, "device": device,
-            "config": dataclasses.asdict(config),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                         "matplotlib": __import__("matplotlib").__version__}}
+            "n_train_tokens": config.n_steps * config.batch_size * config.n_ctx, "device": device,
+            "config": settings(config),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__,
+                         "matplotlib": matplotlib.__version__}}
+
+
+def settings(config):
+    """The config as a dict, without what may differ between a run and its resumption."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "device")}
 
 
 def main():
     config = parse_flags(TinyConfig, __doc__)
-    folder, begun = Path(config.out), time.monotonic()
+    folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "device")}
-    if (folder / "make_tiny.json").is_file() and read_json(folder / "make_tiny.json") != settings:
+    if (folder / "make_tiny.json").is_file() and read_json(folder / "make_tiny.json") != settings(config):
         raise UserError(f"{folder} holds a run with other settings; choose another --out.")
-    write_json(folder / "make_tiny.json", settings)
+    write_json(folder / "make_tiny.json", settings(config))
     tokenizer = make_tokenizer(config, folder)
     trained = train(config, tokenizer, folder)
     write_model(trained, folder)
-    result = report(models.load(folder), tokenizer, config, str(next(trained.parameters()).device), time.monotonic() - begun)
+    result = report(models.load(folder), tokenizer, config, str(next(trained.parameters()).device))
     write_json(folder / "report.json", result)
     print(json.dumps(result, indent=1))
 

@@ -1,10 +1,11 @@
 """Text as rows of token ids.
 
-`rows(corpus, tokenizer, split)` yields (n, T) tensors; every row starts with the tokenizer's BOS, and documents are packed
-into rows with BOS between them. The corpus "python" is the text that the shipped model was trained on, and every machine
-that can run this project has it: the Python sources, docstrings and manuals of the standard library, torch, numpy and
-matplotlib, read where they are installed; with short stories (data/stories.py) between them, and with passages that repeat
-inside a row, on which induction can be learnt and measured.
+`rows(corpus, tokenizer, split)` yields (n, T) tensors; every row starts with the tokenizer's BOS, and
+documents are packed into rows with BOS between them. The corpus "python" is the text that the shipped model
+was trained on, and every machine that can run this project has it: the Python sources, docstrings and manuals
+of the standard library, torch, numpy and matplotlib, read where they are installed; with short stories
+(data/stories.py) between them, and with passages that repeat inside a row, on which induction can be learnt
+and measured.
 """
 
 import hashlib
@@ -30,12 +31,14 @@ REPEAT_SHARE = 0.12         # of the rows of the python corpus
 MAX_SHARED_LINES = 0.2      # a held-out file may share this part of its lines with the training files
 
 
-def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_share=REPEAT_SHARE, story_share=STORY_SHARE):
-    """An iterator of int64 tensors (n, T) of token ids, each row starting with BOS, from row number `start` on.
+def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_share=REPEAT_SHARE,
+         story_share=STORY_SHARE):
+    """An iterator of int64 tensors (n, T) of token ids, each row starting with BOS, from row number `start`
+    on.
 
-    corpus: "python", endless: each pass shuffles the pages anew and has new stories.
-    split: "train" or "held-out"; the two share no file and no story.
-    The rows depend on the arguments alone: a stream with start=k is the stream with start=0 after k rows.
+    corpus: "python", endless: each pass shuffles the pages anew and has new stories. split: "train" or
+    "held-out"; the two share no file and no story. The rows depend on the arguments alone: a stream with
+    start=k is the stream with start=0 after k rows.
     """
     if corpus != "python":
         raise UserError(f"--corpus {corpus} is unknown; the one there is is python.")
@@ -60,7 +63,8 @@ def _shuffle(packed, seed, window=1024):
 
 
 def _pack(documents, tokenizer, T):
-    """Documents end to end with BOS between them, cut every T-1 tokens, and BOS put before each cut; nothing is dropped."""
+    """Documents end to end with BOS between them, cut every T-1 tokens, and BOS put before each cut; nothing
+    is dropped."""
     kept = []
     for batch in iter(lambda: list(itertools.islice(documents, 64)), []):
         for ids in tokenizer.encode_batch(batch):
@@ -72,7 +76,8 @@ def _pack(documents, tokenizer, T):
 
 
 def repeat_a_passage(row, rng, n_ids):
-    """Write one passage of 8 to 50 tokens into the row twice, in place: random tokens (60%) or the row's own text (40%)."""
+    """Write one passage of 8 to 50 tokens into the row twice, in place: random tokens (60%) or the row's own
+    text (40%)."""
     T, longest = len(row), min(50, (len(row) - 1) // 2)
     if longest < 8:
         return
@@ -101,10 +106,11 @@ def python_documents(split, seed, story_share=STORY_SHARE):
 
 @lru_cache(maxsize=1)
 def python_pages():
-    """{"train": [...], "held-out": [...]}: the pages of every file, split by a hash of the file's path inside its package.
+    """{"train": [...], "held-out": [...]}: the pages of every file, split by a hash of the file's path inside
+    its package.
 
-    Exact duplicates are dropped, and so is a held-out file that shares more than 20% of its lines (of 12 characters and
-    more: `else:` is everybody's) with training files.
+    Exact duplicates are dropped, and so is a held-out file that shares more than 20% of its lines (of 12
+    characters and more: `else:` is everybody's) with training files.
     """
     files, seen = {"train": [], "held-out": []}, set()
     for name, text in _python_files():
@@ -123,7 +129,8 @@ def _python_files():
     roots |= {package: Path(importlib.util.find_spec(package).origin).parent for package in PACKAGES}
     for package, root in roots.items():
         for folder, subfolders, names in os.walk(root):
-            subfolders[:] = sorted(s for s in subfolders if not s.startswith(("test", "_test")) and s not in ("site-packages", "dist-packages"))
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith(("test", "_test"))
+                                   and s not in ("site-packages", "dist-packages"))
             for path in (Path(folder) / name for name in sorted(names) if name.endswith(SUFFIXES)):
                 try:
                     text = path.read_text(encoding="utf8")

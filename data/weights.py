@@ -15,7 +15,8 @@ def find(name_or_dir):
     """The directory of a model: "tiny", or a path. Raises UserError if there is none."""
     folder = TINY if name_or_dir == "tiny" else Path(name_or_dir)
     if not (folder / "config.json").is_file():
-        raise UserError(f"--model {name_or_dir}: there is no {folder}/config.json; give \"tiny\" or a directory in Hugging Face layout.")
+        raise UserError(f"--model {name_or_dir}: there is no {folder}/config.json; give \"tiny\" or a "
+                        f"directory in Hugging Face layout.")
     return folder
 
 
@@ -28,20 +29,22 @@ def positive_int(raw, key, folder):
 
 
 def read_tensors(path):
-    """(name, tensor) for every tensor of a safetensors file, one at a time. Raises UserError if the file is damaged."""
+    """(name, tensor) for every tensor of a safetensors file, one at a time. Raises UserError if the file is
+    damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError, struct.error, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); it may be cut short: fetch or make it again.") from error
+        raise UserError(f"{path} cannot be read ({error}); it may be cut short: fetch or make it "
+                        f"again.") from error
 
 
 def load_into(model, folder, rename, device, dtype):
     """Fill a module made on the meta device from the folder's *.safetensors, tensor by tensor.
 
-    rename: a checkpoint's name -> ours, or None for a tensor to leave out. Raises UserError if a tensor is missing, unknown or
-    of another shape; then the module is not to be used.
+    rename: a checkpoint's name -> ours, or None for a tensor to leave out. Raises UserError if a tensor is
+    missing, unknown or of another shape; then the module is not to be used.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     files = sorted(folder.glob("*.safetensors"))
@@ -54,11 +57,14 @@ def load_into(model, folder, rename, device, dtype):
             if ours is None:
                 continue
             if ours not in expected:
-                raise UserError(f"{path}: tensor {theirs} is not part of this model; config.json and the weights do not belong together.")
+                raise UserError(f"{path}: tensor {theirs} is not part of this model; config.json and the "
+                                f"weights do not belong together.")
             if tuple(tensor.shape) != expected[ours]:
-                raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, and config.json asks for {expected[ours]}.")
+                raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, and config.json "
+                                f"asks for {expected[ours]}.")
             found[ours] = tensor.to(device, dtype)
     missing = sorted(expected.keys() - found.keys())
     if missing:
-        raise UserError(f"{folder}: {len(missing)} tensors are missing from the weights, the first is {missing[0]}; fetch the file again.")
+        raise UserError(f"{folder}: {len(missing)} tensors are missing from the weights, the first is "
+                        f"{missing[0]}; fetch the file again.")
     model.load_state_dict(found, assign=True)

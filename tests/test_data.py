@@ -15,10 +15,11 @@ from data import bpe, common, stories, text
 from data.common import UserError
 from data.weights import TINY
 
-SAMPLE = "the cat sat on the mat, the cat ate the rat;  that's  what   cats do\n\n    def f(x):\n        return x + 1 # 12 cats\n" * 3
+SAMPLE = ("the cat sat on the mat, the cat ate the rat;  that's  what   cats do\n\n"
+          "    def f(x):\n        return x + 1 # 12 cats\n") * 3
 
 
-# ---- vocabulary ---------------------------------------------------------------------------------------------------------
+# ---- vocabulary ----
 
 
 def brute_force_bpe(text, n_merges):
@@ -57,7 +58,8 @@ def test_tokens_equal_those_of_transformers_for_the_shipped_files():
     theirs = transformers.GPT2Tokenizer(str(TINY / "vocab.json"), str(TINY / "merges.txt"))
     ours = data.tokenizer("tiny")
     page = text.python_pages()["held-out"][3]
-    for sample in (SAMPLE, page, "naïve Ünïcode — ½ 漢字 🙂\t\r\n", "When Mary and John went to the store, John gave a drink to"):
+    for sample in (SAMPLE, page, "naïve Ünïcode — ½ 漢字 🙂\t\r\n",
+                   "When Mary and John went to the store, John gave a drink to"):
         assert ours.encode(sample) == theirs.encode(sample, add_special_tokens=False)
         assert ours.decode(ours.encode(sample)) == sample
     assert ours.decode([ours.bos]) == "<|endoftext|>" and ours.n_vocab == len(theirs)
@@ -89,7 +91,7 @@ def test_a_name_of_two_tokens_is_refused_by_name():
         data.tokenizer("tiny").single(" Bartholomew")
 
 
-# ---- rows ---------------------------------------------------------------------------------------------------------------
+# ---- rows ----
 
 
 def first_rows(n, **arguments):
@@ -144,17 +146,19 @@ def test_unknown_corpus_is_named():
         next(data.rows("nowhere", data.tokenizer("tiny")))
 
 
-# ---- stories ------------------------------------------------------------------------------------------------------------
+# ---- stories ----
 
 
 def test_held_out_names_and_verbs_never_give():
-    """'VERB a ... OBJECT to Name': no such sentence of 20,000 stories has a held-out name or a verb phrase that was held out."""
+    """'VERB a ... OBJECT to Name': no such sentence of 20,000 stories has a held-out name or a verb phrase
+    that was held out."""
     held_out = set(stories.HELD_OUT_NAMES)
     seen = Counter()
     for i in range(20_000):
         words = stories.story(random.Random(f"test {i}"))
         seen.update(name for name in held_out if name in words)
-        for giver, phrase, receiver in re.findall(r"(\w+) ((?:[a-z]+ ){1,6}?(?:a|an|the|another|that) (?:\w+ )?\w+) to ([A-Z]\w+)", words):
+        for giver, phrase, receiver in re.findall(r"(\w+) ((?:[a-z]+ ){1,6}?(?:a|an|the|another|that) (?:\w+ "
+                                                  r")?\w+) to ([A-Z]\w+)", words):
             assert receiver not in held_out and giver not in held_out, words
             assert not any(phrase.startswith(verb + " ") for verb in stories.HELD_OUT_VERBS), words
     assert min(seen[name] for name in held_out) > 100, "every held-out name is to occur in ordinary stories"
@@ -163,7 +167,8 @@ def test_held_out_names_and_verbs_never_give():
 def test_forms_of_training_and_of_held_out_prompts_are_disjoint(monkeypatch):
     drawn = []
     original = stories.is_held_out
-    monkeypatch.setattr(stories, "is_held_out", lambda *form: drawn.append((form, original(*form))) or drawn[-1][1])
+    monkeypatch.setattr(stories, "is_held_out",
+                        lambda *form: drawn.append((form, original(*form))) or drawn[-1][1])
     for i in range(5000):
         stories.story(random.Random(i))
     trained = {form for form, held_out in drawn if not held_out}
@@ -178,19 +183,22 @@ def test_prompts_are_what_they_say():
     for prompt in stories.held_out_prompts(400):
         giver, receiver = prompt.giver, prompt.receiver
         assert giver != receiver and {giver, receiver} <= set(stories.HELD_OUT_NAMES)
-        assert len(re.findall(rf"\b{giver}\b", prompt.text)) == 2 and len(re.findall(rf"\b{receiver}\b", prompt.text)) == 1
-        assert prompt.text.endswith(" to") and prompt.order == ("ABBA" if prompt.text.index(receiver) < prompt.text.index(giver) else "BABA")
+        assert len(re.findall(rf"\b{giver}\b",
+                              prompt.text)) == 2 and len(re.findall(rf"\b{receiver}\b", prompt.text)) == 1
+        assert prompt.text.endswith(" to")
+        assert prompt.order == ("ABBA" if prompt.text.index(receiver) < prompt.text.index(giver) else "BABA")
         tokenizer.single(" " + giver)
         assert len(tokenizer.encode(prompt.text)) < 60
 
 
 def test_every_word_of_the_stories_that_studies_swap_is_one_token():
     tokenizer = data.tokenizer("tiny")
-    for word in [*stories.NAMES, *stories.HELD_OUT_NAMES, *stories.PLACES, *stories.OBJECTS, "and", "with", "or", "alongside", "plus", "but"]:
+    for word in [*stories.NAMES, *stories.HELD_OUT_NAMES, *stories.PLACES, *stories.OBJECTS, "and", "with",
+                 "or", "alongside", "plus", "but"]:
         tokenizer.single(" " + word)
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------------------
+# ---- helpers ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,12 +212,15 @@ class Flags:
 
 
 def test_flags_come_from_the_dataclass():
-    parsed = common.parse_flags(Flags, "", ["--n-steps", "1e6", "--lr", "2e-4", "--layers", "0,2", "--l1", "1,0.5", "--half", "--name", "y"])
+    parsed = common.parse_flags(Flags, "",
+                                ["--n-steps", "1e6", "--lr", "2e-4", "--layers", "0,2", "--l1", "1,0.5",
+                                 "--half", "--name", "y"])
     assert parsed == Flags(1_000_000, 2e-4, (0, 2), (1.0, 0.5), "y", True)
     assert common.parse_flags(Flags, "", ["--no-half"]) == Flags()
 
 
-@pytest.mark.parametrize("argv", [["--n-steps", "1.5"], ["--n-steps", "inf"], ["--lr", "nan"], ["--layers", "0,x"], ["--n-steps", ""]])
+@pytest.mark.parametrize("argv", [["--n-steps", "1.5"], ["--n-steps", "inf"], ["--lr", "nan"],
+                                  ["--layers", "0,x"], ["--n-steps", ""]])
 def test_a_value_of_the_wrong_type_names_the_flag(argv):
     with pytest.raises(UserError, match=argv[0]):
         common.parse_flags(Flags, "", argv)
@@ -229,4 +240,5 @@ def test_bootstrap_interval_of_a_mean_is_that_of_the_normal_law():
     x = np.random.default_rng(1).normal(size=400)
     low, high = common.bootstrap(lambda i: x[i].mean(), 400, samples=4000)
     expected = 1.96 * x.std() / 20
-    assert abs(low - (x.mean() - expected)) < 0.15 * expected and abs(high - (x.mean() + expected)) < 0.15 * expected
+    assert abs(low - (x.mean() - expected)) < 0.15 * expected
+    assert abs(high - (x.mean() + expected)) < 0.15 * expected

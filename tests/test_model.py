@@ -14,23 +14,29 @@ from data.weights import TINY
 
 
 def random_tokens(model, B=3, seed=0):
-    return torch.randint(model.config.d_vocab, (B, model.config.n_ctx), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(model.config.d_vocab, (B, model.config.n_ctx),
+                         generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def compare_with_transformers(ours, theirs, tokens):
     z = {}
-    hooks = [block.attn.c_proj.register_forward_pre_hook(lambda m, args, layer=layer: z.update({layer: args[0]}))
+    hooks = [block.attn.c_proj.register_forward_pre_hook(lambda m, args,
+                                                         layer=layer: z.update({layer: args[0]}))
              for layer, block in enumerate(theirs.transformer.h)]
     reference = theirs(tokens, output_attentions=True)
     for hook in hooks:
         hook.remove()
     logits, cache = ours(tokens, keep=range(ours.config.n_layers))
-    assert (logits - reference.logits).abs().max() < 1e-4, "logits differ: is the GELU the tanh form, and eps the config's?"
-    assert torch.allclose(ours(tokens)[0], logits, atol=1e-4), "fused attention and explicit pattern give different logits"
+    assert (logits - reference.logits).abs().max() < 1e-4, \
+        "logits differ: is the GELU the tanh form, and eps the config's?"
+    assert torch.allclose(ours(tokens)[0], logits,
+                          atol=1e-4), "fused attention and explicit pattern give different logits"
     for layer, kept in cache.items():
-        assert (kept.pattern - reference.attentions[layer]).abs().max() < 1e-5, f"pattern of layer {layer}: causal mask, 1/sqrt(d_head)?"
-        assert (kept.z_cat - z[layer]).abs().max() < 1e-5 * max(1, z[layer].abs().max()), f"z_cat of layer {layer}: are heads side by side?"
+        assert (kept.pattern - reference.attentions[layer]).abs().max() < 1e-5, \
+            f"pattern of layer {layer}: causal mask, 1/sqrt(d_head)?"
+        assert (kept.z_cat - z[layer]).abs().max() < 1e-5 * max(1, z[layer].abs().max()), \
+            f"z_cat of layer {layer}: are heads side by side?"
 
 
 def test_parity_with_transformers_on_random_configurations(gpt2_pair):
@@ -40,7 +46,8 @@ def test_parity_with_transformers_on_random_configurations(gpt2_pair):
 
 def test_parity_with_transformers_on_tiny(tiny):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(TINY, attn_implementation="eager", dtype=torch.float32).eval()
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(TINY, attn_implementation="eager",
+                                                          dtype=torch.float32).eval()
     compare_with_transformers(tiny, theirs, random_tokens(tiny))
 
 
@@ -52,7 +59,8 @@ def test_z_cat_at_is_the_cached_z_cat(gpt2_pair):
         found = ours.z_cat_at(tokens, layers)
         assert found.keys() == set(layers)
         for layer in layers:
-            assert torch.allclose(found[layer], cache[layer].z_cat, atol=1e-5), f"z_cat_at differs from the full run at layer {layer}"
+            assert torch.allclose(found[layer], cache[layer].z_cat,
+                                  atol=1e-5), f"z_cat_at differs from the full run at layer {layer}"
 
 
 def test_cached_parts_add_up_to_the_next_layer(gpt2_pair):
@@ -60,7 +68,8 @@ def test_cached_parts_add_up_to_the_next_layer(gpt2_pair):
     _, cache = ours(random_tokens(ours), keep=range(ours.config.n_layers))
     for layer in range(ours.config.n_layers - 1):
         one = cache[layer]
-        assert torch.allclose(one.resid_pre + one.attn_out + one.mlp_out, cache[layer + 1].resid_pre, atol=1e-5)
+        assert torch.allclose(one.resid_pre + one.attn_out + one.mlp_out, cache[layer + 1].resid_pre,
+                              atol=1e-5)
         assert torch.allclose(one.attn_out, ours.h[layer].attn.out(one.z_cat), atol=1e-6)
         z = torch.einsum("bhqk,bkhd->bqhd", one.pattern, one.v).flatten(-2)
         assert torch.allclose(z, one.z_cat, atol=1e-5), "z_cat is not pattern @ v"
@@ -79,12 +88,15 @@ def test_edit_leaves_earlier_layers_bit_equal_and_later_edits_see_it(gpt2_pair):
     everything = range(ours.config.n_layers)
     _, before = ours(tokens, keep=everything)
     seen = []
-    _, after = ours(tokens, edit_z={last - 1: lambda z: 2 * z, last: lambda z: seen.append(z) or z}, keep=everything)
+    _, after = ours(tokens, edit_z={last - 1: lambda z: 2 * z, last: lambda z: seen.append(z) or z},
+                    keep=everything)
     for layer in range(last - 1):
-        assert all(torch.equal(a, b) for a, b in zip(before[layer][:8], after[layer][:8])), f"an edit reached back to layer {layer}"
+        assert all(torch.equal(a, b) for a,
+                   b in zip(before[layer][:8], after[layer][:8])), f"an edit reached back to layer {layer}"
     assert torch.equal(after[last - 1].pattern, before[last - 1].pattern)
     assert torch.equal(after[last - 1].z_cat, 2 * before[last - 1].z_cat)
-    assert not torch.allclose(seen[0], before[last].z_cat), "the later edit did not see what the earlier one led to"
+    assert not torch.allclose(seen[0], before[last].z_cat), \
+        "the later edit did not see what the earlier one led to"
 
 
 def test_zeroing_a_slice_of_z_cat_removes_that_head(gpt2_pair):
@@ -104,7 +116,8 @@ def test_zeroing_a_slice_of_z_cat_removes_that_head(gpt2_pair):
         projection[mine] = 0                                            # rows of W_O that read the head
         reference = theirs(tokens).logits
         projection.copy_(kept)
-    assert (ours(tokens, edit_z={layer: zero_head})[0] - reference).abs().max() < 1e-4, "the heads' slices of z_cat are in another order"
+    assert (ours(tokens, edit_z={layer: zero_head})[0]
+            - reference).abs().max() < 1e-4, "the heads' slices of z_cat are in another order"
 
 
 def test_head_matrices_give_q_k_v_from_the_normalised_stream(gpt2_pair):
@@ -115,17 +128,19 @@ def test_head_matrices_give_q_k_v_from_the_normalised_stream(gpt2_pair):
         m = ours.head_matrices(layer)
         for name, W, b in (("q", m.W_Q, m.b_Q), ("k", m.W_K, m.b_K), ("v", m.W_V, m.b_V)):
             rebuilt = torch.einsum("btm,hmd->bthd", n, W) + b
-            assert torch.allclose(rebuilt, getattr(one, name), atol=1e-4), f"{name} of layer {layer}: is the norm's gain or bias missing?"
+            assert torch.allclose(rebuilt, getattr(one, name),
+                                  atol=1e-4), f"{name} of layer {layer}: is the norm's gain or bias missing?"
 
 
 def test_value_bias_is_z_of_a_stream_without_direction(gpt2_pair):
     ours, _ = gpt2_pair
     block = ours.h[0]
-    nothing = block.attn.heads(block.ln_1(torch.full((1, 5, ours.config.d_model), 7.0))).z_cat      # centred to 0 by the norm
+    # centred to 0 by the norm
+    nothing = block.attn.heads(block.ln_1(torch.full((1, 5, ours.config.d_model), 7.0))).z_cat
     assert torch.allclose(nothing, ours.value_bias(0).expand_as(nothing), atol=1e-5)
 
 
-# ---- loading ------------------------------------------------------------------------------------------------------------
+# ---- loading ----
 
 
 @pytest.fixture
@@ -164,7 +179,8 @@ def test_the_original_layout_without_prefix_and_with_masks_loads_the_same(saved)
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop("transformer.h.1.ln_1.bias"), ["missing", "h.1.ln_1.bias"]),
     (lambda t: t.update({"transformer.h.7.ln_1.bias": torch.zeros(32)}), ["h.7.ln_1.bias", "not part"]),
-    (lambda t: t.update({"transformer.wpe.weight": torch.zeros(39, 32)}), ["wpe.weight", "(39, 32)", "(40, 32)"]),
+    (lambda t: t.update({"transformer.wpe.weight": torch.zeros(39, 32)}),
+     ["wpe.weight", "(39, 32)", "(40, 32)"]),
 ], ids=["missing", "unknown", "shape"])
 def test_weights_that_do_not_fit_are_named(saved, change, words):
     change_weights(saved, change)
@@ -190,7 +206,8 @@ def test_missing_weights_and_missing_model_are_named(saved):
         models.load(saved)
 
 
-@pytest.mark.parametrize("values", [{"activation_function": "relu"}, {"model_type": "llama"}, {"n_embd": 33}, {"n_layer": "3"},
+@pytest.mark.parametrize("values", [{"activation_function": "relu"}, {"model_type": "llama"}, {"n_embd": 33},
+                                    {"n_layer": "3"},
                                     {"scale_attn_by_inverse_layer_idx": True}, {"n_head": 0}], ids=str)
 def test_options_that_are_not_implemented_are_refused_by_name(saved, values):
     change_config(saved, **values)
@@ -202,6 +219,7 @@ def test_prompt_and_layer_out_of_range(tiny):
     for T in (0, tiny.config.n_ctx + 1):
         with pytest.raises(UserError, match=f"{T} tokens"):
             tiny(torch.zeros(1, T, dtype=torch.int64))
-    for call in (lambda t: tiny(t, keep=(99,)), lambda t: tiny(t, edit_z={-1: None}), lambda t: tiny.z_cat_at(t, [99])):
+    for call in (lambda t: tiny(t, keep=(99,)), lambda t: tiny(t, edit_z={-1: None}),
+                 lambda t: tiny.z_cat_at(t, [99])):
         with pytest.raises(UserError, match="out of range"):
             call(torch.zeros(1, 3, dtype=torch.int64))

@@ -1,4 +1,5 @@
-"""sae.py: the hand-worked gradient against autograd, the sparse step against the dense one, a dictionary that is known."""
+"""sae.py: the hand-worked gradient against autograd, the sparse step against the dense one, a dictionary that
+is known."""
 
 import pytest
 import torch
@@ -41,20 +42,25 @@ def test_gradients_equal_autograd_in_float64(step, threshold):
     sae, z, l1 = random_sae(dtype=torch.float64, threshold=threshold), random_z(dtype=torch.float64), 0.3
     loss, gradients, fired = autograd_step(sae, z, l1)
     result = step(sae, z, l1)
-    assert abs(result.mse + l1 * result.sparsity - loss) < 1e-10, "the loss: sum over d_in and d_sae, mean over the batch"
+    assert abs(result.mse + l1 * result.sparsity
+               - loss) < 1e-10, "the loss: sum over d_in and d_sae, mean over the batch"
     assert torch.equal(result.fired, fired)
     for name, expected in gradients.items():
         got = result.gradients[name]
-        hint = {"b_dec": "b_dec enters twice", "W_dec": "f^T g", "W_enc": "the ReLU's gate?", "b_enc": "the ReLU's gate?"}[name]
-        assert got.shape == expected.shape and (got - expected).abs().max() < 1e-10, f"gradient of {name} is wrong: {hint}"
+        hint = {"b_dec": "b_dec enters twice", "W_dec": "f^T g", "W_enc": "the ReLU's gate?",
+                "b_enc": "the ReLU's gate?"}[name]
+        assert got.shape == expected.shape and (got - expected).abs().max() < 1e-10, \
+            f"gradient of {name} is wrong: {hint}"
 
 
 def test_sparse_step_equals_dense_step_in_float32():
     sae, z = random_sae(256, 2048, bias=-4.5), random_z(512, 256)
     dense, sparse = S.dense_step(sae, z, 0.3), S.sparse_step(sae, z, 0.3)
     assert 1 < dense.fired.sum() / len(z) < 200, "this test should be of a sparse batch"
-    assert torch.allclose(sparse.mse, dense.mse, rtol=1e-5) and torch.allclose(sparse.sparsity, dense.sparsity, rtol=1e-5)
-    assert (sparse.fired - dense.fired).abs().sum() <= 2, "active entries were lost"        # a pre-activation of 1e-8 may round either way
+    assert torch.allclose(sparse.mse, dense.mse,
+                          rtol=1e-5) and torch.allclose(sparse.sparsity, dense.sparsity, rtol=1e-5)
+    # a pre-activation of 1e-8 may round either way
+    assert (sparse.fired - dense.fired).abs().sum() <= 2, "active entries were lost"
     for name, expected in dense.gradients.items():
         assert (sparse.gradients[name] - expected).norm() < 1e-5 * expected.norm(), f"gradient of {name}"
         assert sparse.gradients[name].is_contiguous()
@@ -62,25 +68,29 @@ def test_sparse_step_equals_dense_step_in_float32():
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_no_active_entry_is_lost_among_a_million_near_zero(scale):
-    """Biases put every pre-activation within rounding distance of the threshold: candidates must still hold every active entry."""
+    """Biases put every pre-activation within rounding distance of the threshold: candidates must still hold
+    every active entry."""
     sae, z = random_sae(64, 1000), scale * random_z(1000, 64)
     with torch.no_grad():
         sae.b_dec *= scale
         x = (z - sae.b_dec).double()
         pre = x @ sae.W_enc.double()
-        sae.b_enc.copy_(-pre[torch.randint(1000, (1000,)), torch.arange(1000)])         # one row of each column lands on 0
+        # one row of each column lands on 0
+        sae.b_enc.copy_(-pre[torch.randint(1000, (1000,)), torch.arange(1000)])
     active = (x @ sae.W_enc.double() + sae.b_enc.double()) > 0
     crow, cols = S.candidates(sae, z - sae.b_dec)
     found = torch.zeros_like(active)
     found[torch.repeat_interleave(torch.arange(1000), crow.diff()), cols] = True
-    assert not (active & ~found).any(), "an active entry is missing from the candidates: the margin is too small"
+    assert not (active & ~found).any(), \
+        "an active entry is missing from the candidates: the margin is too small"
     assert found.sum() < 1.1 * active.sum() + 1000, "far more candidates than the rounding error needs"
 
 
 def test_loss_does_not_change_when_the_batch_is_duplicated():
     sae, z = random_sae(), random_z()
     once, twice = S.dense_step(sae, z, 0.3), S.dense_step(sae, torch.cat([z, z]), 0.3)
-    assert torch.allclose(once.mse, twice.mse) and torch.allclose(once.sparsity, twice.sparsity), "the batch is to be averaged, not summed"
+    assert torch.allclose(once.mse, twice.mse) and torch.allclose(once.sparsity, twice.sparsity), \
+        "the batch is to be averaged, not summed"
     assert torch.allclose(once.gradients["W_dec"], twice.gradients["W_dec"], atol=1e-6)
 
 
@@ -95,11 +105,13 @@ def test_decoder_gradient_has_no_part_along_the_row_and_rows_stay_unit():
     projected = gradient.clone()
     S.project_decoder_gradient(sae, projected)
     assert torch.allclose(projected, gradient - along, atol=1e-6)
-    assert (projected * sae.W_dec).sum(1).abs().max() < 1e-5, "project on the row's tangent space: subtract (g . w) w"
+    assert (projected * sae.W_dec).sum(1).abs().max() < 1e-5, \
+        "project on the row's tangent space: subtract (g . w) w"
 
 
 def test_fused_adam_moves_parameters_as_plain_adam_does():
-    """The fused optimiser walks through memory in order: a parameter and its gradient must be laid out alike."""
+    """The fused optimiser walks through memory in order: a parameter and its gradient must be laid out alike.
+    """
     moved = []
     for fused in (False, True):
         z = random_z()
@@ -111,20 +123,23 @@ def test_fused_adam_moves_parameters_as_plain_adam_does():
             optimizer.step()
         moved.append({name: p.detach() for name, p in sae.named_parameters()})
     for name in moved[0]:
-        assert torch.allclose(moved[0][name], moved[1][name], atol=1e-5), f"{name} is not contiguous, or its gradient is not"
+        assert torch.allclose(moved[0][name], moved[1][name],
+                              atol=1e-5), f"{name} is not contiguous, or its gradient is not"
 
 
 def planted(n, d_in=32, n_features=64, seed=0):
     """Activations from a known dictionary: 3 of 64 features at a time, of sizes 1 to 2."""
     g = torch.Generator().manual_seed(seed)
-    dictionary = F.normalize(torch.randn(n_features, d_in, generator=torch.Generator().manual_seed(99)), dim=1)
+    dictionary = F.normalize(torch.randn(n_features, d_in, generator=torch.Generator().manual_seed(99)),
+                             dim=1)
     which = torch.rand(n, n_features, generator=g).argsort(1)[:, :3]
     f = torch.zeros(n, n_features).scatter_(1, which, 1 + torch.rand(n, 3, generator=g))
     return f @ dictionary, dictionary
 
 
 def test_a_planted_dictionary_is_recovered():
-    """64 directions in 32 dimensions, found from their sums alone: mean over the directions of the best cosine >= 0.95."""
+    """64 directions in 32 dimensions, found from their sums alone: mean over the directions of the best
+    cosine >= 0.95."""
     sae = S.SAE(32, 96, torch.Generator().manual_seed(0))
     with torch.no_grad():
         sae.W_enc *= 0.5
@@ -142,7 +157,7 @@ def test_a_planted_dictionary_is_recovered():
     assert cosine.mean() >= 0.95, f"mean best cosine {cosine.mean():.3f}"
 
 
-# ---- resampling ---------------------------------------------------------------------------------------------------------
+# ---- resampling ----
 
 
 def trained(steps=300):
@@ -175,13 +190,16 @@ def test_resampled_rows_are_what_bricken_et_al_ask_for():
     z = planted(500, seed=7)[0]
     S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0))
     directions = F.normalize(z - sae.b_dec, dim=1).detach()
-    assert (sae.W_dec[dead] @ directions.T).max(1).values.min() > 1 - 1e-5, "a new decoder row is a centred, normalised input"
+    assert (sae.W_dec[dead] @ directions.T).max(1).values.min() > 1 - 1e-5, \
+        "a new decoder row is a centred, normalised input"
     wanted = 0.2 * before["W_enc"][:, ~dead].norm(dim=0).mean()
     assert torch.allclose(sae.W_enc[:, dead].norm(dim=0), wanted.expand(8), rtol=1e-5)
     assert torch.allclose(F.normalize(sae.W_enc[:, dead].T, dim=1), sae.W_dec[dead], atol=1e-5)
     assert (sae.b_enc[dead] == 0).all()
-    for name, live in (("W_enc", (slice(None), ~dead)), ("W_dec", ~dead), ("b_enc", ~dead), ("b_dec", slice(None))):
-        assert torch.equal(getattr(sae, name)[live], before[name][live]), f"{name} of a live feature was touched"
+    for name, live in (("W_enc", (slice(None), ~dead)), ("W_dec", ~dead), ("b_enc", ~dead),
+                       ("b_dec", slice(None))):
+        assert torch.equal(getattr(sae, name)[live],
+                           before[name][live]), f"{name} of a live feature was touched"
 
 
 def test_resampling_prefers_inputs_that_are_badly_reconstructed():
@@ -196,12 +214,14 @@ def test_resampling_prefers_inputs_that_are_badly_reconstructed():
     dead = torch.arange(2001) < 2000
     S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0))
     share = (sae.W_dec[dead][:, 1] > 0.5).float().mean()
-    assert abs(share - 0.9) < 0.03, f"drawn with probability {share:.2f}, not 0.9: is it the square of the squared error?"
+    assert abs(share - 0.9) < 0.03, \
+        f"drawn with probability {share:.2f}, not 0.9: is it the square of the squared error?"
 
 
 @pytest.mark.parametrize("silent_steps", [0, 1000])
 def test_a_resampled_row_never_jumps(silent_steps):
-    """Its first update is at most 10 lr per element, right away or when it first fires a thousand steps later."""
+    """Its first update is at most 10 lr per element, right away or when it first fires a thousand steps
+    later."""
     sae, optimizer, dead = trained()
     S.resample(sae, optimizer, dead, planted(500, seed=7)[0], torch.Generator().manual_seed(0))
     for step in range(silent_steps):
@@ -210,10 +230,11 @@ def test_a_resampled_row_never_jumps(silent_steps):
     gradient_step(sae, optimizer, 5000)
     for name, index in (("W_enc", (slice(None), dead)), ("W_dec", dead), ("b_enc", dead)):
         moved = (getattr(sae, name)[index] - before[name][index]).abs().max()
-        assert 0 < moved < 10 * 1e-3, f"{name} moved by {moved / 1e-3:.0f} x lr: is Adam's second moment 0 while its step count is not?"
+        assert 0 < moved < 10 * 1e-3, \
+            f"{name} moved by {moved / 1e-3:.0f} x lr: is Adam's second moment 0 while its step count is not?"
 
 
-# ---- edits, files -------------------------------------------------------------------------------------------------------
+# ---- edits, files ----
 
 
 def test_splice_keeps_position_0_and_ablate_removes_one_feature_where_asked():
@@ -229,7 +250,8 @@ def test_splice_keeps_position_0_and_ablate_removes_one_feature_where_asked():
         for t in range(10):
             expected = z[b, t] - f[b, t, feature] * sae.W_dec[feature] if where[b, t] else z[b, t]
             assert torch.allclose(ablated[b, t], expected, atol=1e-6)
-            assert where[b, t] or torch.equal(ablated[b, t], z[b, t]), "a position that was not asked for changed"
+            assert where[b, t] or torch.equal(ablated[b, t],
+                                              z[b, t]), "a position that was not asked for changed"
 
 
 def test_save_and_load_give_the_same_sae(tmp_path):
@@ -255,18 +277,21 @@ def test_shift_makes_an_sae_of_folded_activations_read_plain_ones():
     f = sae.encode(z)
     z_hat = sae(z)
     sae.shift(c)
-    assert torch.allclose(sae.encode(z + c), f, atol=1e-5) and torch.allclose(sae(z + c), z_hat + c, atol=1e-5)
+    assert torch.allclose(sae.encode(z + c), f,
+                          atol=1e-5) and torch.allclose(sae(z + c), z_hat + c, atol=1e-5)
 
 
 def test_rescale_makes_an_sae_of_scaled_activations_read_plain_ones():
     sae, z = random_sae(), random_z()
     f, z_hat = sae.encode(z), sae(z)
     sae.rescale(5.0)
-    assert torch.allclose(sae.encode(5 * z), 5 * f, atol=1e-4) and torch.allclose(sae(5 * z), 5 * z_hat, atol=1e-4)
+    assert torch.allclose(sae.encode(5 * z), 5 * f,
+                          atol=1e-4) and torch.allclose(sae(5 * z), 5 * z_hat, atol=1e-4)
 
 
 @pytest.mark.parametrize("damage", [
-    lambda t: t.pop("b_enc"), lambda t: t.update(extra=torch.zeros(1)), lambda t: t.update(W_enc=t["W_enc"].T.contiguous()),
+    lambda t: t.pop("b_enc"), lambda t: t.update(extra=torch.zeros(1)),
+    lambda t: t.update(W_enc=t["W_enc"].T.contiguous()),
     lambda t: t["W_dec"].__setitem__((0, 0), float("nan")), lambda t: t.update(W_dec=t["W_dec"][0])],
     ids=["missing", "unknown", "transposed", "NaN", "one-dimensional"])
 def test_files_that_are_not_an_sae_are_refused(tmp_path, damage):
