@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import weights
-from data.common import UserError
+from data.common import UserError, read_json
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def load(name_or_dir, device="cpu", dtype=torch.float32):
     module implements.
     """
     folder = weights.find(name_or_dir)
-    config = gpt2_config(weights.read_json(folder / "config.json"), folder)
+    config = gpt2_config(read_json(folder / "config.json"), folder)
     with torch.device("meta"):  # no memory yet: the weights are put in one by one
         model = GPT2(config)
     weights.load_into(model, folder, gpt2_name, device, dtype)

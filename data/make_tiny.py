@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 
 import model as models
 from data import bpe, text
-from data.common import (Progress, UserError, atomic, bootstrap, field, parse_flags, pick_device, run,
-                         write_json)
+from data.common import (Progress, UserError, atomic, bootstrap, field, parse_flags, pick_device,
+                         read_json, run, write_json)
 from data.stories import held_out_prompts
-from data.weights import read_json
 
 
 # Phases of training: (up to this part of the steps, share of rows with a repeated passage, share of the text
@@ -35,6 +34,8 @@ from data.weights import read_json
 PHASES = ((0.25, 0.5, text.STORY_SHARE), (5 / 9, text.REPEAT_SHARE, text.STORY_SHARE),
           (0.9, text.REPEAT_SHARE, 0.7),
           (1.0, text.REPEAT_SHARE, text.STORY_SHARE))
+
+CHECKPOINT_EVERY = 1000     # steps
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,13 @@ def training_rows(config, tokenizer, start):
         end = round(until * config.n_steps)
         if start < end:
             stream = text.rows("python", tokenizer, "train", config.n_ctx, config.batch_size, config.seed,
-                               start * config.batch_size,
-                               repeat_share, story_share)
+                               start * config.batch_size, repeat_share, story_share)
             yield from itertools.islice(stream, end - start)
             start = end
 
 
 def train(config, tokenizer, folder):
-    """The loop: rows -> loss -> AdamW, with a checkpoint and a quick report now and then -> the trained
-    model."""
+    """The loop: rows -> loss -> AdamW, with a checkpoint and a quick report now and then -> the model."""
     device = pick_device(config.device)
     model = new_model(config).to(device)
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -114,8 +113,7 @@ def train(config, tokenizer, folder):
                                    {"params": vectors, "weight_decay": 0.0}],
                                   lr=config.lr, betas=(0.9, 0.98), fused=True)
     start = resume(model, optimizer, folder)
-    progress, tokens_per_step, recent = Progress(config.n_steps,
-                                                 "steps"), config.batch_size * config.n_ctx, []
+    progress, tokens_per_step, recent = Progress(config.n_steps, "steps"), config.batch_size * config.n_ctx, []
     for step, batch in zip(range(start, config.n_steps), training_rows(config, tokenizer, start)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -133,7 +131,7 @@ def train(config, tokenizer, folder):
             raise UserError(f"the loss is not finite at step {step}; the last checkpoint in {folder} is "
                             f"good, try a lower --lr.")
         progress(step + 1, f"loss {np.mean(recent):.3f}  {(step + 1) * tokens_per_step / 1e6:.1f}M tokens")
-        if (step + 1) % 1000 == 0 or step + 1 == config.n_steps:
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.n_steps:
             save_checkpoint(model, optimizer, step + 1, folder)
             note = {"step": step + 1, "loss": float(np.mean(recent)), **quick_report(model, tokenizer)}
             with open(folder / "log.jsonl", "a", encoding="utf8") as log:
@@ -171,15 +169,14 @@ def write_model(model, folder):
     c = model.config
     write_json(folder / "config.json", {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-        "n_layer": c.n_layers, "n_head": c.n_heads,
-        "n_embd": c.d_model, "n_inner": c.d_mlp, "vocab_size": c.d_vocab, "n_positions": c.n_ctx,
-        "layer_norm_epsilon": c.eps,
-        "bos_token_id": c.d_vocab - 1, "eos_token_id": c.d_vocab - 1, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-        "resid_pdrop": 0.0})
+        "n_layer": c.n_layers, "n_head": c.n_heads, "n_embd": c.d_model, "n_inner": c.d_mlp,
+        "vocab_size": c.d_vocab, "n_positions": c.n_ctx, "layer_norm_epsilon": c.eps,
+        "bos_token_id": c.d_vocab - 1, "eos_token_id": c.d_vocab - 1,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0})
+    tensors = {"transformer." + name: p.detach().to("cpu", torch.float16).contiguous()
+               for name, p in model.named_parameters()}
     with atomic(folder / "model.safetensors") as temporary:
-        save_file({"transformer." + name: p.detach().to("cpu", torch.float16).contiguous() for name,
-                   p in model.named_parameters()},
-                  temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 @torch.no_grad()
@@ -223,8 +220,7 @@ def repeated_random_rows(model, n, seed=0):                             # -> (n,
 
 @torch.no_grad()
 def indirect_objects(model, tokenizer, prompts):
-    """Logit difference receiver - giver, and whether the receiver is the top prediction, for each prompt ->
-    two (n,) arrays."""
+    """Logit difference receiver - giver, and whether the receiver is predicted, per prompt: two (n,) arrays."""
     ids = [[tokenizer.bos, *tokenizer.encode(p.text)] for p in prompts]
     tokens = torch.full((len(ids), max(map(len, ids))), tokenizer.bos)
     for row, prompt in zip(tokens, ids):
@@ -243,8 +239,7 @@ def quick_report(model, tokenizer):
     scores = repeat_attention(model, repeated_random_rows(model, 32))[0]
     best = sorted(((s, f"{l}.{h}") for l, row in enumerate(scores.tolist()) for h, s in enumerate(row)),
                   reverse=True)
-    rows = next(text.rows("python", tokenizer, "held-out", model.config.n_ctx, 128,
-                          repeat_share=0.0)).to(scores.device)
+    rows = next(text.rows("python", tokenizer, "held-out", model.config.n_ctx, 128, repeat_share=0.0))
     return {"held_out_loss": float(loss_per_row(model, rows.to(next(model.parameters()).device)).mean()),
             "induction": {head: round(s, 2) for s, head in best[:4]},
             "ioi_right": float((difference > 0).mean()), "ioi_top": float(top.mean()),
@@ -252,8 +247,7 @@ def quick_report(model, tokenizer):
 
 
 def report(model, tokenizer, config, device):
-    """What the stored model reached, on held-out text, repeats and prompts -> a dict of plain numbers, with
-    95% intervals over rows."""
+    """What the stored model reached on held-out text, repeats and prompts, with 95% intervals over rows."""
     rows = next(text.rows("python", tokenizer, "held-out", config.n_ctx, 1024, repeat_share=0.0))
     losses = torch.cat([loss_per_row(model, part) for part in rows.split(64)]).double().numpy()
     n_bytes = sum(len(tokenizer.decode(row[1:]).replace(bpe.END_OF_TEXT, "").encode())
@@ -270,22 +264,22 @@ def report(model, tokenizer, config, device):
                            "receiver_is_top": float(top[mine].mean()),
                            "logit_difference": float(difference[mine].mean()),
                            "logit_difference_ci": bootstrap(lambda i: difference[mine][i].mean(), len(right))}
-    name_heads = lambda scores: {f"{l}.{h}": round(s, 4) for l, row in enumerate(scores.tolist()) for h,
-                                 s in enumerate(row)}
-    real = {f"matched_{m}": repeat_attention(model, rows[:512], m) for m in (1, 2, 4)}
+    by_head = lambda scores: {f"{layer}.{head}": round(score, 4) for layer, row in enumerate(scores.tolist())
+                              for head, score in enumerate(row)}
+    random_scores, _ = repeat_attention(model, repeated_random_rows(model, 128))
+    real_scores = {}
+    for matched in (1, 2, 4):
+        scores, n = repeat_attention(model, rows[:512], matched)
+        real_scores[f"matched_{matched}"] = {"n_queries": n, **by_head(scores)}
     return {"held_out_loss": losses.mean(),
             "held_out_loss_ci": bootstrap(lambda i: losses[i].mean(), len(losses)),
             "held_out_bits_per_byte": bits_per_byte, "n_held_out_tokens": rows[:, 1:].numel(),
-            "induction_repeated_random": name_heads(repeat_attention(model,
-                                                                     repeated_random_rows(model, 128))[0]),
-            "induction_held_out_text": {key: {"n_queries": n, **name_heads(scores)} for key,
-                                        (scores, n) in real.items()},
+            "induction_repeated_random": by_head(random_scores), "induction_held_out_text": real_scores,
             "indirect_object": by_order, "n_parameters": sum(p.numel() for p in model.parameters()),
             "n_train_tokens": config.n_steps * config.batch_size * config.n_ctx, "device": device,
             "config": settings(config),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "numpy": np.__version__,
-                         "matplotlib": matplotlib.__version__}}
+                         "numpy": np.__version__, "matplotlib": matplotlib.__version__}}
 
 
 def settings(config):

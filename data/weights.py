@@ -3,10 +3,9 @@
 import struct
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from data.common import UserError, read_json  # noqa: F401  (read_json is part of what a loader needs)
+from data.common import UserError
 
 TINY = Path(__file__).parent / "tiny"
 
