@@ -420,21 +420,19 @@ def constant(value):
 
 
 def reconstruction(sae, z):                                             # (R,T,D) -> dict of (R,), and (R,D)
-    """Per row: active features per token, squared error, and what the variance needs, the sums of z^2 and of
-    z."""
+    """Per row: active features per token, squared error, and for the variance the sums of z^2 and of z."""
     f = sae.encode(z)
     return {"l0": (f != 0).float().sum(-1).mean(-1), "error": (sae.decode(f) - z).square().sum((-1, -2)),
             "power": z.square().sum((-1, -2)), "z_sum": z.sum(1)}
 
 
 def summarise(row, positions):                                          # {name: (R,) float64} -> metrics
-    """Per-row numbers -> one layer's metrics, each with its interval. Ratios are of means: rows are drawn,
-    then the ratio is taken."""
+    """Per-row numbers -> one layer's metrics with intervals: rows are drawn, then ratios of means taken."""
     mean = lambda name: lambda i: row[name][i].mean()
     above_clean = lambda name: lambda i: (row[name][i] - row["ce_clean"][i]).mean()
-    recovered = lambda name: lambda i: (row[name][i]
-                                        - row["ce_sae"][i]).mean() / (row[name][i]
-                                                                      - row["ce_clean"][i]).mean()
+
+    def recovered(name):
+        return lambda i: (row[name][i] - row["ce_sae"][i]).mean() / (row[name][i] - row["ce_clean"][i]).mean()
 
     def explained_variance(i):
         variance = row["power"][i].sum() - (row["z_sum"][i].sum(0) ** 2).sum() / (len(i) * positions)
@@ -467,21 +465,20 @@ def finish(config, model, tokenizer, learners, folder, speed):
         write_json(folder / f"L{layer}" / "config.json",
                    {"layer": layer, "d_in": saes[layer].d_in, "l1_of_layer": learner.l1, **settings(config)})
     print(f"measuring on {config.n_eval_rows} held-out rows ...", flush=True)
-    rows = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx,
-                          config.n_eval_rows)).to(learner.mean.device)
-    metrics = evaluate(model, saes, rows, {layer: learner.mean for layer, learner in learners.items()})
+    rows = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows))
+    means = {layer: learner.mean for layer, learner in learners.items()}
+    metrics = evaluate(model, saes, rows.to(learner.mean.device), means)
     n_tokens = config.n_tokens // config.batch_size * config.batch_size
+    since_resampling = n_tokens - config.batch_size * max(resampling_steps(config), default=0)
+    densities = {}
     for layer, learner in learners.items():
+        densities[layer] = learner.fired.cpu().double() / since_resampling
         dead, window = dead_fraction(learner, n_tokens)
         metrics[layer] |= {"dead_fraction": dead, "n_dead_tokens": window, "n_train_tokens": n_tokens,
                            "tokens_per_second": speed, "seed": config.seed}
         write_json(folder / f"L{layer}" / "metrics.json", metrics[layer])
-    densities = {layer: (learner.fired.double()
-                         / max(n_tokens - config.batch_size * max(resampling_steps(config), default=0),
-                               1)).cpu()
-                 for layer, learner in learners.items()}
-    plot_training([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], densities,
-                  folder / "training.png")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    plot_training(log, densities, folder / "training.png")
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     print(table(metrics), f"\n\nwritten to {folder}/", sep="")
     return metrics
@@ -506,8 +503,7 @@ def table(metrics):
 
 
 def plot_training(log, densities, path):
-    """Four panels over training: error, L0, dead features, and how often the features fire; one line per
-    layer, dark to light."""
+    """Four panels: error, L0, dead features over training; how often features fire. One line per layer."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     colours = dict(zip(densities, plt.colormaps["viridis"](np.linspace(0, 0.9, len(densities)))))
     tokens = [line["tokens"] / 1e6 for line in log]

@@ -113,7 +113,8 @@ def train(config, tokenizer, folder):
                                    {"params": vectors, "weight_decay": 0.0}],
                                   lr=config.lr, betas=(0.9, 0.98), fused=True)
     start = resume(model, optimizer, folder)
-    progress, tokens_per_step, recent = Progress(config.n_steps, "steps"), config.batch_size * config.n_ctx, []
+    progress, recent = Progress(config.n_steps, "steps"), []
+    tokens_per_step = config.batch_size * config.n_ctx
     for step, batch in zip(range(start, config.n_steps), training_rows(config, tokenizer, start)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -220,7 +221,7 @@ def repeated_random_rows(model, n, seed=0):                             # -> (n,
 
 @torch.no_grad()
 def indirect_objects(model, tokenizer, prompts):
-    """Logit difference receiver - giver, and whether the receiver is predicted, per prompt: two (n,) arrays."""
+    """Per prompt, the logit difference receiver - giver and whether the receiver is predicted: (n,), (n,)."""
     ids = [[tokenizer.bos, *tokenizer.encode(p.text)] for p in prompts]
     tokens = torch.full((len(ids), max(map(len, ids))), tokenizer.bos)
     for row, prompt in zip(tokens, ids):

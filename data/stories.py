@@ -199,7 +199,8 @@ def meeting_sentence(rng, a, b):
     scene, between, _ = _draw_form(rng, VERBS)
     first, second = rng.sample((a, b), 2)
     before = _join(rng, scene, a, b) + between
-    return _fill(rng, f"{before}{first} {rng.choice(MEETINGS)} {second}{rng.choice(RECEIVER_ENDS)}").replace("{receiver}", second)
+    text = f"{before}{first} {rng.choice(MEETINGS)} {second}{rng.choice(RECEIVER_ENDS)}"
+    return _fill(rng, text).replace("{receiver}", second)
 
 
 def held_out_prompts(n, seed=0):
