@@ -107,7 +107,7 @@ def train(config):
         for step, batches in enumerate(source.batches(step), start=step):
             for layer, learner in learners.items():
                 learn(learner, batches[layer], step, config, layer)
-            if should_resample(step + 1, config):
+            if step + 1 in resampling_steps(config):
                 for layer, learner in learners.items():
                     resample(learner.sae, learner.optimizer, learner.fired == 0,
                              source.sample(layer) / learner.scale,
@@ -189,10 +189,6 @@ def resampling_steps(config):
     half = config.n_tokens // config.batch_size // 2
     return [k * config.resample_every for k in range(1, config.resample_times + 1)
             if k * config.resample_every <= half]
-
-
-def should_resample(step, config):
-    return step in resampling_steps(config)
 
 
 # ---- activations ----

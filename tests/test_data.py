@@ -195,7 +195,7 @@ def test_every_word_of_the_stories_that_studies_swap_is_one_token():
     tokenizer = data.tokenizer("tiny")
     for word in [*stories.NAMES, *stories.HELD_OUT_NAMES, *stories.PLACES, *stories.OBJECTS, "and", "with",
                  "or", "alongside", "plus", "but"]:
-        tokenizer.single(" " + word)
+        assert len(tokenizer.encode(" " + word)) == 1, f"{word} is more than one token"
 
 
 # ---- helpers ----

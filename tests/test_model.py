@@ -19,7 +19,7 @@ def random_tokens(model, B=3, seed=0):
 
 
 @torch.no_grad()
-def compare_with_transformers(ours, theirs, tokens):
+def assert_parity_with_transformers(ours, theirs, tokens):
     z = {}
     hooks = [block.attn.c_proj.register_forward_pre_hook(lambda m, args,
                                                          layer=layer: z.update({layer: args[0]}))
@@ -41,14 +41,14 @@ def compare_with_transformers(ours, theirs, tokens):
 
 def test_parity_with_transformers_on_random_configurations(gpt2_pair):
     ours, theirs = gpt2_pair
-    compare_with_transformers(ours, theirs, random_tokens(ours))
+    assert_parity_with_transformers(ours, theirs, random_tokens(ours))
 
 
 def test_parity_with_transformers_on_tiny(tiny):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(TINY, attn_implementation="eager",
                                                           dtype=torch.float32).eval()
-    compare_with_transformers(tiny, theirs, random_tokens(tiny))
+    assert_parity_with_transformers(tiny, theirs, random_tokens(tiny))
 
 
 def test_z_cat_at_is_the_cached_z_cat(gpt2_pair):

@@ -204,10 +204,15 @@ def test_where_z_cat_does_not_matter_recovered_is_not_given():
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(finished, tmp_path, monkeypatch):
-    """Stopped after 15 steps, between two resamplings, in the middle of a block."""
-    original = T.should_resample
-    monkeypatch.setattr(T, "should_resample", lambda step,
-                        config: original(step, config) or step == 15 and os.kill(os.getpid(), signal.SIGINT))
+    """Stopped at step 15, between two resamplings, in the middle of a block."""
+    original = T.learning_rate
+
+    def interrupt_at_15(step, config):
+        if step == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(step, config)
+
+    monkeypatch.setattr(T, "learning_rate", interrupt_at_15)
     with pytest.raises(KeyboardInterrupt, match="--resume"):
         run_short(tmp_path)
     monkeypatch.undo()
