@@ -38,8 +38,8 @@ class SAE(nn.Module):
     def __init__(self, d_in, d_sae, generator=None):
         super().__init__()
         W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
-        # Adam needs it contiguous
-        self.W_enc, self.b_enc = nn.Parameter(W_dec.T.contiguous()), nn.Parameter(torch.zeros(d_sae))
+        W_enc = W_dec.T.contiguous()            # a transposed view would mislead fused Adam, which reads memory
+        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(torch.zeros(d_sae))
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(d_sae))
 
@@ -135,7 +135,7 @@ class Step(NamedTuple):
     """One batch's loss and gradients."""
     mse: Tensor             # sum over d_in, mean over B
     sparsity: Tensor        # sum_i f_i, mean over B: the loss is mse + l1 * sparsity
-    fired: Tensor  # (d_sae,) in how many rows of the batch each feature was active; its sum over B is L0
+    fired: Tensor           # (d_sae,) rows in which each feature was active; their sum over B is L0
     gradients: dict         # {"W_enc": (d_in,d_sae), "b_enc": ..., "W_dec": ..., "b_dec": ...}
 
 
@@ -157,8 +157,7 @@ def dense_step(sae, z, l1):                                             # (B,d_i
 
 @torch.no_grad()
 def sparse_step(sae, z, l1):                                            # (B,d_in) -> Step
-    """The same to float precision, at the cost of one low-precision product: the rest touches active entries
-    only.
+    """The same to float precision for one low-precision product: the rest touches active entries only.
 
     A batch of B rows with nnz active entries is kept as lists of length nnz: `cols` is an entry's feature,
     and rows begin at `crow`. Products with such a matrix are weighted sums of a few rows (`embedding_bag`);
@@ -169,7 +168,7 @@ def sparse_step(sae, z, l1):                                            # (B,d_i
     crow, cols = candidates(sae, x)
     pre = product_at(crow, cols, x, sae.W_enc) + sae.b_enc[cols]
     active = pre > sae.threshold[cols]
-    f = pre * active  # (nnz,), 0 where a candidate is not active after all
+    f = pre * active                                                    # (nnz,)
     e = weighted_rows(crow, cols, f, sae.W_dec) + sae.b_dec - z         # (B,d_in)
     g = 2 * e / B
     d_pre = (product_at(crow, cols, g, sae.W_dec.T) + l1 / B) * active  # (nnz,)
@@ -184,8 +183,7 @@ def sparse_step(sae, z, l1):                                            # (B,d_i
 
 
 def candidates(sae, x):                                                 # (B,d_in) -> crow (B+1,), cols (nnz,)
-    """Every entry of the batch that may be active, found by a bfloat16 product; a few that are not come
-    along.
+    """Every entry that may be active, found by a bfloat16 product; some that are not come along.
 
     bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-9 of itself, hence a product x . w of two
     rounded vectors by at most (2u + u^2) |x| |w| (Cauchy-Schwarz). Bias and threshold ride along as one more
@@ -211,12 +209,12 @@ def product_at(crow, cols, left, right):                                # (B,d) 
     return torch.sparse.sampled_addmm(where, left, right, beta=0).values()
 
 
-def weighted_rows(start, index, weight, table):  # (n+1,), (nnz,), (nnz,), (m,d) -> (n,d)
+def weighted_rows(start, index, weight, table):                         # (n+1,), (nnz,), (nnz,), (m,d) -> (n,d)
     """Row i is the sum of weight[j] * table[index[j]] over j from start[i] to start[i+1]."""
     return F.embedding_bag(index, table, start[:-1], per_sample_weights=weight, mode="sum")
 
 
-def by_feature(cols, d_sae):  # (nnz,) -> order (nnz,), ccol (d_sae+1,)
+def by_feature(cols, d_sae):                                            # (nnz,) -> order (nnz,), ccol (d_sae+1,)
     """A stable order of the entries by feature, and where each feature's entries begin."""
     # numpy sorts 16-bit numbers by radix
     short = cols.numpy().astype(np.uint16 if d_sae <= 2**16 else np.int64)
