@@ -32,9 +32,7 @@ from torch import Tensor
 import data
 import model as models
 from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
-                         fast_bfloat16, field,
-                         parse_flags, pick_device,
-                         run, write_json)
+                         fast_bfloat16, field, parse_flags, pick_device, run, write_json)
 from data.weights import read_tensors
 from sae import SAE, dense_step, normalise_decoder, project_decoder_gradient, resample, sparse_step, splice
 
@@ -96,8 +94,8 @@ def train(config):
     device = pick_device(config.device)
     model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
     layers = config.layers or tuple(range(model.config.n_layers))
-    folder = Path(config.out) / Path(config.model).name
-    check(config, model, layers, folder)
+    folder = Path(config.out) / Path(config.model).resolve().name
+    check(config, model, tokenizer, layers, folder)
     source = Source(model, tokenizer, config, layers, device)
     step, learners = start(config, source, folder)
     begun, first_step = time.monotonic(), step
@@ -126,11 +124,14 @@ def train(config):
     return finish(config, model, tokenizer, learners, folder, speed)
 
 
-def check(config, model, layers, folder):
+def check(config, model, tokenizer, layers, folder):
     """Raise UserError for settings that cannot work, before any time is spent."""
     if bad := [layer for layer in layers if not 0 <= layer < model.config.n_layers]:
         raise UserError(f"--layers {bad[0]} is out of range: this model has layers 0 to "
                         f"{model.config.n_layers - 1}.")
+    if tokenizer.n_vocab > model.config.d_vocab:
+        raise UserError(f"--model {config.model} has {model.config.d_vocab} tokens and its tokenizer "
+                        f"{tokenizer.n_vocab}; put the model's own vocab.json beside its weights.")
     if len(set(layers)) != len(layers):
         raise UserError("--layers names a layer twice; name each once.")
     if len(config.l1) not in (1, len(layers)):
@@ -142,6 +143,8 @@ def check(config, model, layers, folder):
     for name in ("d_sae", "batch_size", "n_eval_rows", "block_mib", "resample_every", "warmup"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1.")
+    if config.seed < 0 or config.lr <= 0 or min(config.l1) < 0 or not 0 <= config.decay <= 1:
+        raise UserError("--lr must be above 0, --seed and --l1 at least 0, and --decay between 0 and 1.")
     if config.n_tokens < config.batch_size:
         raise UserError(f"--n-tokens {config.n_tokens} is less than one batch of {config.batch_size}; raise "
                         f"it or lower --batch-size.")

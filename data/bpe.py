@@ -14,6 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from data.common import UserError, atomic, read_json
+from data.weights import TINY
 
 # GPT-2's split into words: contractions, letters, digits and other signs, each with the space before it; runs
 # of white space.
@@ -57,7 +58,7 @@ def tokenizer(name_or_dir):
 
     Raises UserError if the files are damaged, or if tiktoken's have to be downloaded and cannot be.
     """
-    folder = Path(__file__).parent / "tiny" if name_or_dir == "tiny" else Path(name_or_dir)
+    folder = TINY if name_or_dir == "tiny" else Path(name_or_dir)
     if (folder / "vocab.json").is_file():
         return Tokenizer(_read(folder / "vocab.json"))
     if name_or_dir == "tiny":
@@ -67,8 +68,7 @@ def tokenizer(name_or_dir):
         return Tokenizer(tiktoken.get_encoding("gpt2"))
     except Exception as error:      # tiktoken passes on whatever its HTTP library raises
         raise UserError(f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}); connect to "
-                        f"the internet once, or "
-                        "set TIKTOKEN_CACHE_DIR to a folder that has tiktoken's cached files.") from error
+                        "the internet once, or set TIKTOKEN_CACHE_DIR to a folder that has tiktoken's cached files.") from error
 
 
 def _read(path):
@@ -76,10 +76,10 @@ def _read(path):
     were learnt."""
     to_byte = {sign: byte for byte, sign in _byte_signs().items()}
     try:
-        ranks = {bytes(to_byte[sign] for sign in token): rank for token,
-                 rank in read_json(path).items() if token != END_OF_TEXT}
-        if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks
-                                                                    for b in range(256)):
+        ranks = {bytes(to_byte[sign] for sign in token): rank
+                 for token, rank in read_json(path).items() if token != END_OF_TEXT}
+        in_order = sorted(ranks.values()) == list(range(len(ranks)))
+        if not in_order or any(bytes([byte]) not in ranks for byte in range(256)):
             raise ValueError
         return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                  special_tokens={END_OF_TEXT: len(ranks)})
@@ -89,8 +89,7 @@ def _read(path):
 
 
 def _byte_signs():
-    """GPT-2's printable sign for every byte: itself where it is printable, else the next of the signs from
-    256 on."""
+    """GPT-2's printable sign for every byte, in the order of its ids: printable bytes, then stand-ins."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -156,9 +155,7 @@ def write_bpe(merges, folder):
     """GPT-2's two files: vocab.json (token -> id) and merges.txt (one pair a line, in order)."""
     signs = _byte_signs()
     sign = lambda token: "".join(signs[byte] for byte in token)
-    tokens = [signs[byte] for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]]
-    tokens += [s for byte, s in sorted(signs.items())
-               if s not in set(tokens)] + [sign(a + b) for a, b in merges] + [END_OF_TEXT]
+    tokens = [*signs.values(), *(sign(a + b) for a, b in merges), END_OF_TEXT]
     with atomic(Path(folder) / "vocab.json") as temporary:
         temporary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False),
                              encoding="utf8")

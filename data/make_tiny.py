@@ -19,13 +19,14 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import model as models
 from data import bpe, text
 from data.common import (Progress, UserError, atomic, bootstrap, field, parse_flags, pick_device,
                          read_json, run, write_json)
 from data.stories import held_out_prompts
+from data.weights import read_tensors
 
 
 # Phases of training: (up to this part of the steps, share of rows with a repeated passage, share of the text
@@ -156,7 +157,7 @@ def resume(model, optimizer, folder):
     """Put the last checkpoint back, if there is one -> the step to go on from."""
     if not (folder / "training.checkpoint").is_file():
         return 0
-    state = load_file(folder / "training.checkpoint")
+    state = dict(read_tensors(folder / "training.checkpoint"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state["weight " + name])

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import sae as S
 import train as T
 from conftest import GPT2_SHAPES, random_gpt2
 from data.common import UserError
+from data.weights import TINY
 
 ROOT = Path(__file__).parent.parent
 SHORT = T.TrainConfig(layers=(0, 2), d_sae=128, n_tokens=12_000, batch_size=256, warmup=10, resample_every=10,
@@ -268,6 +270,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 # ---- bad input ----
 
 
+def test_a_tokenizer_that_does_not_fit_the_model_is_named(tmp_path):
+    random_gpt2(tmp_path / "model", **GPT2_SHAPES["small"])
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(TINY / name, tmp_path / "model" / name)
+    with pytest.raises(UserError, match="has 101 tokens and its tokenizer 4096"):
+        run_short(tmp_path, model=str(tmp_path / "model"), n_ctx=32)
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--model", "nowhere"], ["--model nowhere"]),
     (["--layers", "0,9"], ["--layers 9", "out of range"]),
@@ -276,6 +286,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     (["--n-tokens", "10"], ["--n-tokens 10"]),
     (["--n-tokens", "many"], ["--n-tokens", "'many'"]),
     (["--d-sae", "0"], ["--d-sae"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--lr", "0"], ["--lr"]),
     (["--corpus", "nowhere.txt"], ["--corpus nowhere.txt"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--out", "/proc/nowhere"], ["/proc/nowhere", "--out"]),
