@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data.common import UserError, atomic
+from data.common import UserError, atomic, fast_bfloat16
 from data.weights import read_tensors
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -188,15 +188,16 @@ def candidates(sae, x):                                                 # (B,d_i
     bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-9 of itself, hence a product x . w of two
     rounded vectors by at most (2u + u^2) |x| |w| (Cauchy-Schwarz). Bias and threshold ride along as one more
     dimension of x and W_enc, and a margin of 3u |x| |w| as another: where the sum is not above 0, the exact
-    pre-activation is not above the threshold.
+    pre-activation is not above the threshold. Processors that only emulate bfloat16 take the product in
+    float32, where u is that of a sum of d_in rounded terms.
     """
-    u = 2.0**-9
+    kind = torch.bfloat16 if fast_bfloat16(x.device) else torch.float32
+    u = 2.0**-9 if kind == torch.bfloat16 else sae.d_in * 2.0**-24
     bias = sae.b_enc - sae.threshold
     left = torch.cat([x, torch.ones_like(x[:, :1]), x.norm(dim=1, keepdim=True)], 1)            # (B,d_in+2)
     right = torch.cat([sae.W_enc, (bias + 3 * u * bias.abs())[None],
                        3 * u * sae.W_enc.norm(dim=0, keepdim=True)])
-    left, right = left.bfloat16(), right.bfloat16()
-    over = left @ right > 0                                                                     # (B,d_sae)
+    over = left.to(kind) @ right.to(kind) > 0                                                   # (B,d_sae)
     flat = torch.from_numpy(np.flatnonzero(over.numpy()))  # several times faster than torch's own on a CPU
     crow = torch.searchsorted(flat, torch.arange(len(x) + 1) * sae.d_sae)
     return crow, flat % sae.d_sae

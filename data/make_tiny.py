@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 import model as models
 from data import bpe, text
-from data.common import (Progress, UserError, atomic, bootstrap, field, parse_flags, pick_device,
+from data.common import (Progress, UserError, atomic, bootstrap, fast_bfloat16, field, parse_flags, pick_device,
                          read_json, run, write_json)
 from data.stories import held_out_prompts
 from data.weights import read_tensors
@@ -120,7 +120,7 @@ def train(config, tokenizer, folder):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
             # at this length the explicit pattern has the faster backward pass
             logits, _ = model(batch, keep=range(config.n_layers))
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
