@@ -1,18 +1,18 @@
-"""GPT-2, written out by hand, with a seam in every attention layer at z_cat.
+"""GPT-2 and Gemma, written out by hand, with a seam in every attention layer at z_cat.
 
-    z_h    = softmax(q_h k_h^T / sqrt(d_head), causal) v_h        what head h gathered, at every position
+    z_h    = softmax(scale * q_h k_h^T, causal) v_h               what head h gathered, at every position
     z_cat  = [z_0 | z_1 | ... ]                                   all heads side by side: D = H*d_head numbers
     attn_out = z_cat @ W_O + b_O                                  what the layer adds to the residual stream
 
-`attn.heads(x)` is everything before z_cat and `attn.out(z_cat)` everything after it, so reading or changing
-z_cat needs no hooks: `model(tokens, edit_z={5: fn}, keep=(5,))` applies fn between the two halves of layer 5
-and returns what it computed.
+`heads(x)` is everything before z_cat and `rest(x, z_cat)` everything after it, so reading or changing z_cat
+needs no hooks: `model(tokens, edit_z={5: fn}, keep=(5,))` applies fn between the two halves of layer 5 and
+returns what it computed.
 
-Weights are (d_in, d_out) and activations are rows, `y = x @ W + b`, as in GPT-2's own checkpoint, whose names
-the parameters keep (Radford et al. 2019; wte, wpe, h.5.attn.c_attn, ...).
+Weights are (d_in, d_out) and activations are rows, `y = x @ W + b`, as in GPT-2's own checkpoint; Gemma's are
+transposed once, at load. Parameters keep the checkpoint's names (Radford et al. 2019; Gemma Team 2024, 2025).
 
-Shapes: B batch, T positions (q query/destination, k key/source), H heads, d_head, D = H*d_head (the SAE's
-d_in).
+Shapes: B batch, T positions (q query/destination, k key/source), H heads, G heads of keys and values (Gemma;
+each serves H/G heads in a row), d_head, D = H*d_head (the SAE's d_in).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,152 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import weights
-from data.common import UserError, read_json
+from data.common import UserError
+from data.layout import read_config
+
+
+class Heads(NamedTuple):
+    """The first half of an attention layer. pattern[b,h,q,k] is the weight with which query q reads key k."""
+    pattern: Tensor | None  # (B,H,q,k); None unless asked for
+    v: Tensor               # (B,k,H,d_head), one for every query head
+    z_cat: Tensor           # (B,q,D)
+    q: Tensor               # (B,q,H,d_head), as they enter the score
+    k: Tensor               # (B,k,H,d_head), as they enter the score, one for every query head
+
+
+class LayerCache(NamedTuple):
+    """What one layer computed. resid_pre + attn_out + mlp_out is the next layer's resid_pre."""
+    resid_pre: Tensor       # (B,T,d_model)
+    pattern: Tensor         # (B,H,q,k)
+    q: Tensor               # (B,T,H,d_head)
+    k: Tensor               # (B,T,H,d_head)
+    v: Tensor               # (B,T,H,d_head)
+    z_cat: Tensor           # (B,T,D), after the edit if there was one
+    attn_out: Tensor        # (B,T,d_model), as added to the residual stream
+    mlp_out: Tensor         # (B,T,d_model), as added to the residual stream
+    scales: dict            # what each norm divided by: "attn_in" and "mlp_in" (B,T,1); in Gemma 2 and 3 also
+                            # "attn_out" and "mlp_out" (B,T,1); in Gemma 3 also "q" and "k" (B,T,H,1)
+
+
+class HeadMatrices(NamedTuple):
+    """One layer's weights per head, with the norms' gains, biases and centring folded in.
+
+    With x = resid_pre: v_h = (x / scales["attn_in"]) @ W_V[h] + b_V[h], and so for q and k, which are then
+    divided by their own scales, if they have any, and rotated (`model.rotate`).
+    attn_out = (sum_h z_h @ W_O[h] + b_O) / scales["attn_out"], if it has that scale.
+    """
+    W_Q: Tensor             # (H,d_model,d_head)
+    W_K: Tensor
+    W_V: Tensor
+    b_Q: Tensor             # (H,d_head)
+    b_K: Tensor
+    b_V: Tensor
+    W_O: Tensor             # (H,d_head,d_model)
+    b_O: Tensor             # (d_model,)
+
+
+class Linear(nn.Module):
+    """x @ weight + bias, weight (d_in, d_out): GPT-2's layout, the transpose of torch's."""
+
+    def __init__(self, d_in, d_out, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_in, d_out).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+
+    def forward(self, x):                                               # (...,d_in) -> (...,d_out)
+        return F.linear(x, self.weight.T, self.bias)
+
+
+def attend(q, k, v, scale, window=None, cap=None, with_pattern=True):   # (B,T,H,d_head) each -> Heads
+    """Every head's pattern and what it gathers: z = softmax(scale * q k^T over the keys up to the query) v.
+
+    window: a query sees so many keys, its own position included; None is all before it. cap: scores become
+    cap * tanh(score / cap). Without the pattern, and with no cap, fused attention gives the same z_cat and
+    builds no (q,k) tensor.
+    """
+    T = q.shape[1]
+    if not with_pattern and not cap:
+        mask = None if window is None or window >= T else visible(T, window, q.device)
+        by_head = (t.transpose(1, 2) for t in (q, k, v))                              # (B,H,T,d_head)
+        z = F.scaled_dot_product_attention(*by_head, attn_mask=mask, is_causal=mask is None, scale=scale)
+        return Heads(None, v, z.transpose(1, 2).flatten(-2), q, k)
+    scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~visible(T, window, q.device), -torch.inf)
+    pattern = scores.softmax(-1, dtype=wide(scores)).to(v.dtype)
+    z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)                                   # (B,q,H,d_head)
+    return Heads(pattern, v, z.flatten(-2), q, k)
+
+
+def visible(T, window, device):                                         # -> (q,k) bool
+    """Which keys a query may see: not later than itself, and not further back than the window."""
+    ago = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    return (ago >= 0) & (ago < (window or T))
+
+
+def wide(x):
+    """float32, or float64 for a float64 tensor: the type in which norms and softmax are computed."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Transformer(nn.Module):
+    """What GPT-2 and Gemma share: the way through the layers, with the seam. A subclass has `config`, `blocks`,
+    `embed`, `unembed`, `head_matrices` and `rotate`; a block has `heads` and `rest`."""
+
+    def forward(self, tokens, edit_z=None, keep=()):  # (B,T) -> (B,T,d_vocab), {layer: LayerCache}
+        """Logits and, for the layers in `keep`, what the layer computed.
+
+        edit_z: {layer: function from z_cat (B,T,D) to the z_cat (B,T,D) that goes on}. A function and not a
+        tensor, so that an edit of layer 6 sees what an edit of layer 5 led to.
+        """
+        edit_z, cache = edit_z or {}, {}
+        self.check_layers([*edit_z, *keep])
+        x = self.embed(tokens)
+        for layer, block in enumerate(self.blocks):
+            heads = block.heads(x, with_pattern=layer in keep)
+            z_cat = edit_z[layer](heads.z_cat) if layer in edit_z else heads.z_cat
+            attn_out, mlp_out, scales = block.rest(x, z_cat, with_scales=layer in keep)
+            if layer in keep:
+                cache[layer] = LayerCache(x, heads.pattern, heads.q, heads.k, heads.v, z_cat, attn_out,
+                                          mlp_out, scales)
+            x = x + attn_out + mlp_out
+        return self.unembed(x), cache
+
+    def z_cat_at(self, tokens, layers):                                 # (B,T) -> {layer: (B,T,D)}
+        """z_cat of some layers and nothing more: stops in the middle of the last one, builds no pattern."""
+        self.check_layers(layers)
+        x, found = self.embed(tokens), {}
+        for layer, block in enumerate(self.blocks[: max(layers) + 1]):
+            z_cat = block.heads(x, with_pattern=False).z_cat
+            if layer in layers:
+                found[layer] = z_cat
+            if layer < max(layers):
+                attn_out, mlp_out, _ = block.rest(x, z_cat)
+                x = x + attn_out + mlp_out
+        return found
+
+    @torch.no_grad()
+    def value_bias(self, layer):                                        # -> (D,)
+        """c = ln_1.bias @ W_V + b_V: the part of z_cat that never changes, as pattern rows sum to 1. Gemma has
+        none."""
+        return self.head_matrices(layer).b_V.flatten()
+
+    def check_layers(self, layers):
+        """Raise UserError for a layer that the model does not have."""
+        for layer in layers:
+            if not 0 <= layer < self.config.n_layers:
+                raise UserError(f"layer {layer} is out of range: this model has layers 0 to "
+                                f"{self.config.n_layers - 1}.")
+
+    def check_length(self, T):
+        """Raise UserError for a prompt that is empty or longer than the model was trained for."""
+        if not 1 <= T <= self.config.n_ctx:
+            raise UserError(f"a prompt of {T} tokens does not fit this model, which takes 1 to "
+                            f"{self.config.n_ctx}; shorten it.")
+
+
+# ---- GPT-2 ----
 
 
 @dataclass(frozen=True)
@@ -40,37 +185,10 @@ class GPT2Config:
     def d_head(self):
         return self.d_model // self.n_heads
 
-
-class Heads(NamedTuple):
-    """The first half of an attention layer. pattern[b,h,q,k] is the weight with which query q reads key k."""
-    pattern: Tensor | None  # (B,H,q,k); None unless asked for
-    v: Tensor               # (B,k,H,d_head)
-    z_cat: Tensor           # (B,q,D)
-    q: Tensor               # (B,q,H,d_head)
-    k: Tensor               # (B,k,H,d_head)
-
-
-class LayerCache(NamedTuple):
-    """What one layer computed. resid_pre + attn_out + mlp_out is the next layer's resid_pre."""
-    resid_pre: Tensor       # (B,T,d_model)
-    pattern: Tensor         # (B,H,q,k)
-    q: Tensor               # (B,T,H,d_head)
-    k: Tensor               # (B,T,H,d_head), one for every query head
-    v: Tensor               # (B,T,H,d_head), one for every query head
-    z_cat: Tensor           # (B,T,D), after the edit if there was one
-    attn_out: Tensor        # (B,T,d_model), as added to the residual stream
-    mlp_out: Tensor         # (B,T,d_model), as added to the residual stream
-    scales: dict            # {"ln_1": (B,T,1), "ln_2": (B,T,1)}: what each norm divided by
-
-
-class HeadMatrices(NamedTuple):
-    """One layer's weights per head, the norm's gain and bias folded in: they read (x - mean x) / scale(x)."""
-    W_Q: Tensor             # (H,d_model,d_head)
-    W_K: Tensor
-    W_V: Tensor
-    b_Q: Tensor             # (H,d_head)
-    b_K: Tensor
-    b_V: Tensor
+    @property
+    def score_scale(self):
+        """What q . k is multiplied by."""
+        return self.d_head**-0.5
 
 
 class LayerNorm(nn.Module):
@@ -88,39 +206,19 @@ class LayerNorm(nn.Module):
         return (x.var(-1, unbiased=False, keepdim=True) + self.eps).sqrt()
 
 
-class Linear(nn.Module):
-    """x @ weight + bias, weight (d_in, d_out): GPT-2's layout, the transpose of torch's."""
-
-    def __init__(self, d_in, d_out):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_in, d_out).normal_(std=0.02))
-        self.bias = nn.Parameter(torch.zeros(d_out))
-
-    def forward(self, x):                                               # (...,d_in) -> (...,d_out)
-        return F.linear(x, self.weight.T, self.bias)
-
-
 class Attention(nn.Module):
     """Causal self-attention in two halves with a seam at z_cat."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_heads = config.n_heads
+        self.n_heads, self.score_scale = config.n_heads, config.score_scale
         self.c_attn = Linear(config.d_model, 3 * config.d_model)        # W_Q | W_K | W_V, side by side
         self.c_proj = Linear(config.d_model, config.d_model)            # W_O
 
     def heads(self, x, with_pattern=True):                              # (B,T,d_model), normalised -> Heads
-        """Everything before z_cat. Without the pattern, fused attention gives the same z_cat and no (q,k)."""
+        """Everything before z_cat."""
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)       # (B,T,H,d_head) each
-        if with_pattern:
-            scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-            pattern = scores.masked_fill(future, -torch.inf).softmax(-1)              # (B,H,q,k)
-            z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)                           # (B,q,H,d_head)
-        else:
-            pattern, (q_, k_, v_) = None, (t.transpose(1, 2) for t in (q, k, v))      # (B,H,T,d_head)
-            z = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2)
-        return Heads(pattern, v, z.flatten(-2), q, k)
+        return attend(q, k, v, self.score_scale, with_pattern=with_pattern)
 
     def out(self, z_cat):                                               # (B,T,D) -> attn_out (B,T,d_model)
         """Everything after z_cat."""
@@ -147,20 +245,18 @@ class Block(nn.Module):
         self.ln_1, self.attn = LayerNorm(config.d_model, config.eps), Attention(config)
         self.ln_2, self.mlp = LayerNorm(config.d_model, config.eps), MLP(config)
 
-    def forward(self, x, edit=None, keep=False):  # (B,T,d_model) -> (B,T,d_model), LayerCache or None
-        heads = self.attn.heads(self.ln_1(x), with_pattern=keep)
-        z_cat = heads.z_cat if edit is None else edit(heads.z_cat)
+    def heads(self, x, with_pattern=True):                              # resid_pre (B,T,d_model) -> Heads
+        return self.attn.heads(self.ln_1(x), with_pattern)
+
+    def rest(self, x, z_cat, with_scales=False):  # (B,T,d_model), (B,T,D) -> attn_out, mlp_out, scales or None
         attn_out = self.attn.out(z_cat)
         resid_mid = x + attn_out
         mlp_out = self.mlp(self.ln_2(resid_mid))
-        if not keep:
-            return resid_mid + mlp_out, None
-        scales = {"ln_1": self.ln_1.scale(x), "ln_2": self.ln_2.scale(resid_mid)}
-        cache = LayerCache(x, heads.pattern, heads.q, heads.k, heads.v, z_cat, attn_out, mlp_out, scales)
-        return resid_mid + mlp_out, cache
+        scales = {"attn_in": self.ln_1.scale(x), "mlp_in": self.ln_2.scale(resid_mid)} if with_scales else None
+        return attn_out, mlp_out, scales
 
 
-class GPT2(nn.Module):
+class GPT2(Transformer):
     """tokens -> logits. The unembedding is the token embedding (tied weights)."""
 
     def __init__(self, config):
@@ -171,110 +267,230 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = LayerNorm(config.d_model, config.eps)
 
-    def forward(self, tokens, edit_z=None, keep=()):  # (B,T) -> (B,T,d_vocab), {layer: LayerCache}
-        """Logits and, for the layers in `keep`, what the layer computed.
-
-        edit_z: {layer: function from z_cat (B,T,D) to the z_cat (B,T,D) that goes on}. A function and not a
-        tensor, so that an edit of layer 6 sees what an edit of layer 5 led to.
-        """
-        edit_z, cache = edit_z or {}, {}
-        self._check_layers([*edit_z, *keep])
-        x = self.embed(tokens)
-        for layer, block in enumerate(self.h):
-            x, kept = block(x, edit_z.get(layer), layer in keep)
-            if kept:
-                cache[layer] = kept
-        return self.unembed(x), cache
-
-    def z_cat_at(self, tokens, layers):                                 # (B,T) -> {layer: (B,T,D)}
-        """z_cat of some layers and nothing more: stops in the middle of the last one, builds no pattern."""
-        self._check_layers(layers)
-        x, found = self.embed(tokens), {}
-        for layer, block in enumerate(self.h[: max(layers) + 1]):
-            z_cat = block.attn.heads(block.ln_1(x), with_pattern=False).z_cat
-            if layer in layers:
-                found[layer] = z_cat
-            if layer < max(layers):
-                x = x + block.attn.out(z_cat)
-                x = x + block.mlp(block.ln_2(x))
-        return found
+    @property
+    def blocks(self):
+        return self.h
 
     def embed(self, tokens):                                            # (B,T) -> (B,T,d_model)
         """Token plus position embedding."""
-        T = tokens.shape[1]
-        if not 1 <= T <= self.config.n_ctx:
-            raise UserError(f"a prompt of {T} tokens does not fit this model, which takes 1 to "
-                            f"{self.config.n_ctx}; shorten it.")
-        return self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))
+        self.check_length(tokens.shape[1])
+        return self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
 
     def unembed(self, x):                                               # (B,T,d_model) -> (B,T,d_vocab)
         """Final norm, then the dot product with every token's embedding."""
         return F.linear(self.ln_f(x), self.wte.weight)
 
     @torch.no_grad()
-    def value_bias(self, layer):                                        # -> (D,)
-        """c = ln_1.bias @ W_V + b_V: the part of z_cat that never changes, as pattern rows sum to 1."""
-        self._check_layers([layer])
-        return self.head_matrices(layer).b_V.flatten()
+    def head_matrices(self, layer):                                     # -> HeadMatrices
+        """(x - mean x) * gain @ W = x @ (gain * W, less the mean of each column): centring is a matrix too."""
+        self.check_layers([layer])
+        norm, attn, H = self.h[layer].ln_1, self.h[layer].attn, self.config.n_heads
+        W = norm.weight[:, None] * attn.c_attn.weight                                 # (d_model,3*D)
+        W = (W - W.mean(0)).unflatten(1, (3, H, -1)).permute(1, 2, 0, 3)              # (3,H,d_model,d_head)
+        b = (norm.bias @ attn.c_attn.weight + attn.c_attn.bias).unflatten(0, (3, H, -1))  # (3,H,d_head)
+        return HeadMatrices(*W, *b, attn.c_proj.weight.unflatten(0, (H, -1)), attn.c_proj.bias)
+
+    def rotate(self, x, layer):                                         # (B,T,H,d_head) -> the same
+        """Queries and keys enter the score as they are: positions came with the embedding."""
+        return x
+
+
+# ---- Gemma ----
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int         # heads of keys and values: 1 in Gemma 1 2B, half of n_heads in Gemma 2
+    d_model: int
+    d_head: int             # its own setting: n_heads * d_head need not be d_model
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int              # the longest prompt
+    eps: float              # RMSNorm adds it to the mean square
+    score_scale: float      # what q . k is multiplied by: query_pre_attn_scalar^-0.5
+    windows: tuple          # per layer: how many keys a query sees, itself included; None: all before it
+    thetas: tuple           # per layer: the base of the rotation's wave lengths
+    score_cap: float | None     # soft cap of the scores (Gemma 2)
+    logit_cap: float | None     # soft cap of the logits (Gemma 2)
+    post_norms: bool        # a norm after attention and after the MLP as well (Gemma 2, 3)
+    qk_norm: bool           # a norm of every query and key (Gemma 3)
+
+
+class RMSNorm(nn.Module):
+    """(1 + weight) * x / scale(x), with scale(x) = sqrt(mean x^2 + eps), in float32."""
+
+    def __init__(self, d_model, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(d_model)), eps
+
+    def forward(self, x):                                               # (...,d_model) -> (...,d_model)
+        gain = 1 + self.weight.to(wide(x))
+        return (x.to(wide(x)) / self.scale(x) * gain).to(x.dtype)
+
+    def scale(self, x):                                                 # (...,d_model) -> (...,1)
+        return (x.to(wide(x)).square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+def rotate(x, theta):                                                   # (B,T,H,d_head) -> the same
+    """Rotary position embedding (Su et al. 2021): at position t, the pair of dimensions i and i + d_head/2
+    turns by t / theta^(2i / d_head), so that q . k depends on the distance of the two positions."""
+    T, half = x.shape[1], x.shape[-1] // 2
+    number = lambda n: torch.arange(n, dtype=torch.float32, device=x.device)
+    angle = number(T)[:, None, None] * (1 / theta ** (number(half) / half))           # (T,1,half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    left, right = x[..., :half], x[..., half:]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+class GemmaAttention(nn.Module):
+    """Attention with rotary positions, in which H/G heads in a row share a key and a value. No biases."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.window, self.theta = config, config.windows[layer], config.thetas[layer]
+        D, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+        self.q_proj = Linear(config.d_model, D, bias=False)
+        self.k_proj = Linear(config.d_model, kv, bias=False)
+        self.v_proj = Linear(config.d_model, kv, bias=False)
+        self.o_proj = Linear(D, config.d_model, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.d_head, config.eps)
+            self.k_norm = RMSNorm(config.d_head, config.eps)
+
+    def qkv(self, x):                                                   # (B,T,d_model) -> (B,T,H,d_head) each
+        """Queries, keys and values before norm and rotation, one of each for every query head."""
+        shared = self.config.n_heads // self.config.n_kv_heads
+        q, k, v = (proj(x).unflatten(-1, (-1, self.config.d_head))
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
+
+    def heads(self, x, with_pattern=True):                              # (B,T,d_model), normalised -> Heads
+        """Everything before z_cat."""
+        q, k, v = self.qkv(x)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return attend(rotate(q, self.theta), rotate(k, self.theta), v, self.config.score_scale, self.window,
+                      self.config.score_cap, with_pattern)
+
+    def out(self, z_cat):                                               # (B,T,D) -> (B,T,d_model)
+        """Everything after z_cat, up to the norm that Gemma 2 and 3 put behind it."""
+        return self.o_proj(z_cat)
+
+
+class GemmaMLP(nn.Module):
+    """(gelu(x W_gate) * x W_up) W_down, GELU in its tanh form."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.d_model, config.d_mlp, bias=False)
+        self.up_proj = Linear(config.d_model, config.d_mlp, bias=False)
+        self.down_proj = Linear(config.d_mlp, config.d_model, bias=False)
+
+    def forward(self, x):                                               # (B,T,d_model) -> (B,T,d_model)
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GemmaBlock(nn.Module):
+    """x += post(attention(pre(x))); x += post(mlp(pre(x))), each with its own norms. Gemma 1 has no post-norms
+    (and calls the second pre-norm post_attention_layernorm, renamed at load)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        norm = lambda there=True: RMSNorm(config.d_model, config.eps) if there else None
+        self.self_attn, self.mlp = GemmaAttention(config, layer), GemmaMLP(config)
+        self.input_layernorm, self.pre_feedforward_layernorm = norm(), norm()
+        self.post_attention_layernorm = norm(config.post_norms)
+        self.post_feedforward_layernorm = norm(config.post_norms)
+
+    def heads(self, x, with_pattern=True):                              # resid_pre (B,T,d_model) -> Heads
+        return self.self_attn.heads(self.input_layernorm(x), with_pattern)
+
+    def rest(self, x, z_cat, with_scales=False):  # (B,T,d_model), (B,T,D) -> attn_out, mlp_out, scales or None
+        attn_raw = self.self_attn.out(z_cat)
+        attn_out = self.post_attention_layernorm(attn_raw) if self.post_attention_layernorm else attn_raw
+        resid_mid = x + attn_out
+        mlp_raw = self.mlp(self.pre_feedforward_layernorm(resid_mid))
+        mlp_out = self.post_feedforward_layernorm(mlp_raw) if self.post_feedforward_layernorm else mlp_raw
+        return attn_out, mlp_out, self.scales(x, attn_raw, resid_mid, mlp_raw) if with_scales else None
+
+    def scales(self, x, attn_raw, resid_mid, mlp_raw):
+        """What each norm divided by, for LayerCache."""
+        found = {"attn_in": self.input_layernorm.scale(x),
+                 "mlp_in": self.pre_feedforward_layernorm.scale(resid_mid)}
+        if self.post_attention_layernorm:
+            found |= {"attn_out": self.post_attention_layernorm.scale(attn_raw),
+                      "mlp_out": self.post_feedforward_layernorm.scale(mlp_raw)}
+        if self.self_attn.config.qk_norm:
+            q, k, _ = self.self_attn.qkv(self.input_layernorm(x))
+            found |= {"q": self.self_attn.q_norm.scale(q), "k": self.self_attn.k_norm.scale(k)}
+        return found
+
+
+class Gemma(Transformer):
+    """Gemma 1, 2 and the text models of Gemma 3: tokens -> logits. The unembedding is the token embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.d_vocab, config.d_model)
+        self.layers = nn.ModuleList(GemmaBlock(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.eps)
+
+    @property
+    def blocks(self):
+        return self.layers
+
+    def embed(self, tokens):                                            # (B,T) -> (B,T,d_model)
+        """Token embedding times sqrt(d_model), a factor that Gemma rounds to the weights' type."""
+        self.check_length(tokens.shape[1])
+        x = self.embed_tokens(tokens)
+        return x * torch.tensor(self.config.d_model**0.5, dtype=x.dtype, device=x.device)
+
+    def unembed(self, x):                                               # (B,T,d_model) -> (B,T,d_vocab)
+        """Final norm, the dot product with every token's embedding, and the soft cap if there is one."""
+        logits, cap = F.linear(self.norm(x), self.embed_tokens.weight), self.config.logit_cap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     @torch.no_grad()
-    def head_matrices(self, layer):
-        """W_Q, W_K, W_V per head with ln_1's gain folded in, and their biases with ln_1's bias folded in.
+    def head_matrices(self, layer):                                     # -> HeadMatrices
+        """RMSNorm has a gain of 1 + weight, no centring and no bias; a shared key or value is repeated."""
+        self.check_layers([layer])
+        config, block, attn = self.config, self.layers[layer], self.layers[layer].self_attn
+        gain = 1 + block.input_layernorm.weight
 
-        With n = (x - mean x) / scale(x):  q_h = n @ W_Q[h] + b_Q[h], and so for k and v.
-        """
-        self._check_layers([layer])
-        norm, c_attn, H = self.h[layer].ln_1, self.h[layer].attn.c_attn, self.config.n_heads
-        W = (norm.weight[:, None] * c_attn.weight).unflatten(1, (3, H, -1))           # (d_model,3,H,d_head)
-        b = (norm.bias @ c_attn.weight + c_attn.bias).unflatten(0, (3, H, -1))        # (3,H,d_head)
-        return HeadMatrices(*W.permute(1, 2, 0, 3), *b)
+        def per_head(proj, norm=None):                                  # -> (H,d_model,d_head)
+            W = (gain[:, None] * proj.weight).unflatten(1, (-1, config.d_head)).transpose(0, 1)
+            W = W.repeat_interleave(config.n_heads // len(W), 0)
+            return W * (1 + norm.weight) if norm else W
 
-    def _check_layers(self, layers):
-        for layer in layers:
-            if not 0 <= layer < self.config.n_layers:
-                raise UserError(f"layer {layer} is out of range: this model has layers 0 to "
-                                f"{self.config.n_layers - 1}.")
+        q_norm, k_norm = (attn.q_norm, attn.k_norm) if config.qk_norm else (None, None)
+        W_O, post = attn.o_proj.weight, block.post_attention_layernorm
+        W_O = W_O * (1 + post.weight) if post else W_O
+        none = gain.new_zeros(config.n_heads, config.d_head)
+        return HeadMatrices(per_head(attn.q_proj, q_norm), per_head(attn.k_proj, k_norm),
+                            per_head(attn.v_proj), none, none, none,
+                            W_O.unflatten(0, (config.n_heads, -1)), gain.new_zeros(config.d_model))
+
+    def rotate(self, x, layer):                                         # (B,T,H,d_head) -> the same
+        """The rotation by which queries and keys of this layer know their position."""
+        return rotate(x, self.config.thetas[layer])
+
+
+# ---- loading ----
 
 
 def load(name_or_dir, device="cpu", dtype=torch.float32):
-    """"tiny" (shipped), or a directory in Hugging Face layout (config.json, *.safetensors) -> GPT2.
+    """"tiny" (shipped), a published name ("gpt2", "gemma-2-2b" ...: data/weights.py), or a directory in Hugging
+    Face layout (config.json, *.safetensors) -> GPT2 or Gemma, in eval mode, without gradients.
 
     Strict: every tensor in the files is used or known to carry nothing, every parameter is found, every shape
-    is checked. Raises UserError, naming the file, if something is missing, damaged or not of a kind this
-    module implements.
+    is checked. Takes no more memory than the model and its largest tensor. Raises UserError, naming the file,
+    if something is missing, damaged, cannot be fetched or is not of a kind this module implements.
     """
-    folder = weights.find(name_or_dir)
-    config = gpt2_config(read_json(folder / "config.json"), folder)
+    kind, settings, layout = read_config(weights.find_config(name_or_dir))
     with torch.device("meta"):  # no memory yet: the weights are put in one by one
-        model = GPT2(config)
-    weights.load_into(model, folder, gpt2_name, device, dtype)
+        model = Gemma(GemmaConfig(**settings)) if kind == "gemma" else GPT2(GPT2Config(**settings))
+    weights.load_into(model, name_or_dir, layout, device, dtype)
     return model.eval().requires_grad_(False)
-
-
-def gpt2_config(raw, folder):
-    """Hugging Face's config.json -> GPT2Config. Raises UserError for an option that is not implemented."""
-    implemented = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
-                   "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-                   "tie_word_embeddings": True}
-    for key, value in implemented.items():
-        if raw.get(key, value) != value:
-            raise UserError(f"{folder}/config.json: {key} {raw[key]!r} is not supported, only {value!r}.")
-    sizes = {key: weights.positive_int(raw, key, folder)
-             for key in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")}
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise UserError(f"{folder}/config.json: n_embd {sizes['n_embd']} is not a multiple of n_head "
-                        f"{sizes['n_head']}.")
-    d_mlp = weights.positive_int(raw, "n_inner", folder) if raw.get("n_inner") else 4 * sizes["n_embd"]
-    return GPT2Config(sizes["n_layer"], sizes["n_head"], sizes["n_embd"], d_mlp, sizes["vocab_size"],
-                      sizes["n_positions"],
-                      raw.get("layer_norm_epsilon", 1e-5))
-
-
-def gpt2_name(name):
-    """A checkpoint's tensor name -> our parameter's name, or None for a tensor that carries no weight of its
-    own."""
-    name = name.removeprefix("transformer.")
-    # tied; the causal mask
-    if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-        return None
-    return name

@@ -14,7 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from data.common import UserError, atomic, read_json
-from data.weights import TINY
+from data.weights import PUBLISHED, TINY, find, find_config
 
 # GPT-2's split into words: contractions, letters, digits and other signs, each with the space before it; runs
 # of white space.
@@ -52,23 +52,63 @@ class Tokenizer:
         return ids[0]
 
 
-def tokenizer(name_or_dir):
-    """The tokenizer of a model: vocab.json of its directory ("tiny" ships with the project), else tiktoken's
-    GPT-2.
+class JsonTokenizer(Tokenizer):
+    """The same of a tokenizer.json (Gemma's), read by the package `tokenizers`."""
 
-    Raises UserError if the files are damaged, or if tiktoken's have to be downloaded and cannot be.
+    def __init__(self, path, bos):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"reading {path} takes one more package: pip install tokenizers.") from None
+        try:
+            self.encoding = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:      # the package raises nothing narrower
+            raise UserError(f"{path} is not a tokenizer ({error}); fetch it again.") from error
+        self.encoding.encode_special_tokens = True                      # "<bos>" in a text is ordinary text
+        words = self.encoding.get_vocab(with_added_tokens=False)
+        self.bos, self.n_vocab = bos, max(max(words.values(), default=0), bos) + 1
+
+    def encode(self, text):
+        return self.encoding.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts):
+        return [found.ids for found in self.encoding.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.encoding.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def tokenizer(name_or_dir):
+    """The tokenizer of a model: vocab.json of its directory ("tiny" ships with the project), else its
+    tokenizer.json, else, for GPT-2, tiktoken's.
+
+    Raises UserError if the files are damaged, or have to be downloaded and cannot be.
     """
+    if str(name_or_dir).startswith("gpt2") and name_or_dir in PUBLISHED and not Path(name_or_dir).is_dir():
+        return _gpt2()
     folder = TINY if name_or_dir == "tiny" else Path(name_or_dir)
     if (folder / "vocab.json").is_file():
         return Tokenizer(_read(folder / "vocab.json"))
     if name_or_dir == "tiny":
         raise UserError(f"{folder}/vocab.json is missing; restore it from the repository, or run python -m "
                         f"data.make_tiny.")
+    config = find_config(name_or_dir)
+    raw = read_json(config)
+    if path := find(name_or_dir, "tokenizer.json"):
+        if type(bos := raw.get("bos_token_id")) is not int or bos < 0:
+            raise UserError(f"{config}: bos_token_id should be a token's number, and is {bos!r}.")
+        return JsonTokenizer(path, bos)
+    if raw.get("model_type") != "gpt2":
+        raise UserError(f"--model {name_or_dir} has no tokenizer.json; fetch it into that folder.")
+    return _gpt2()
+
+
+def _gpt2():
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2"))
     except Exception as error:      # tiktoken passes on whatever its HTTP library raises
-        raise UserError(f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}); connect to "
-                        "the internet once, or set TIKTOKEN_CACHE_DIR to a folder that has tiktoken's cached files.") from error
+        raise UserError(f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}); connect to the "
+                        f"internet once, or set TIKTOKEN_CACHE_DIR to a folder with tiktoken's files.") from error
 
 
 def _read(path):

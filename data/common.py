@@ -106,7 +106,7 @@ def _number(text, kind):
 
 
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path, way_out="choose another --out"):
     """Yields a temporary path that takes the name `path` only when the block ends well: never half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -117,7 +117,7 @@ def atomic(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out.") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {way_out}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ documents are packed into rows with BOS between them. The corpus "python" is the
 was trained on, and every machine that can run this project has it: the Python sources, docstrings and manuals
 of the standard library, torch, numpy and matplotlib, read where they are installed; with short stories
 (data/stories.py) between them, and with passages that repeat inside a row, on which induction can be learnt
-and measured.
+and measured. Other text comes from data/corpus.py.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from data.common import UserError
+from data.corpus import documents, pages
 from data.stories import story
 
 PACKAGES = ("torch", "numpy", "matplotlib")
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
-PAGE = 3000                 # characters: files are cut into pages at line ends, and the pages shuffled
 STORY_SHARE = 0.25          # of the characters of the python corpus
 REPEAT_SHARE = 0.12         # of the rows of the python corpus
 MAX_SHARED_LINES = 0.2      # a held-out file may share this part of its lines with the training files
@@ -36,21 +36,30 @@ def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_
     """An iterator of int64 tensors (n, T) of token ids, each row starting with BOS, from row number `start`
     on.
 
-    corpus: "python", endless: each pass shuffles the pages anew and has new stories. split: "train" or
-    "held-out"; the two share no file and no story. The rows depend on the arguments alone: a stream with
-    start=k is the stream with start=0 after k rows.
+    corpus: "python", endless: each pass shuffles the pages anew and has new stories; repeat_share of its rows
+    hold a passage twice. Or what data/corpus.py reads: "c4", a file, a folder, an address; then the iterator
+    ends with the text, its last tensor may have fewer rows, and fewer than T-1 tokens are left over. split:
+    "train" or "held-out"; the two share no file, no story and no document. The rows depend on the arguments
+    alone: a stream with start=k is the stream with start=0 after k rows.
+
+    Raises UserError if the text is not there, is damaged, or is shorter than a row.
     """
-    if corpus != "python":
-        raise UserError(f"--corpus {corpus} is unknown; the one there is is python.")
-    packed = _pack(python_documents(split, seed, story_share), tokenizer, T)
-    shuffled = itertools.islice(_shuffle(packed, seed), start, None)
+    own = str(corpus) == "python"
+    texts = python_documents(split, seed, story_share) if own else documents(str(corpus), split)
+    shuffled = _shuffle(_pack(texts, tokenizer, T), seed)
+    if (first := next(shuffled, None)) is None:
+        raise UserError(f"--corpus {corpus} has less than a row of {T} tokens of {split} text (one document in "
+                        f"20 is held out); give more text.")
+    shuffled = itertools.islice(itertools.chain([first], shuffled), start, None)
     for number in itertools.count(start, n):
-        block = np.stack(list(itertools.islice(shuffled, n)))
+        block = list(itertools.islice(shuffled, n))
+        if not block:
+            return
         for i, row in enumerate(block):
             rng = np.random.default_rng([seed, number + i, split == "train"])
-            if rng.random() < repeat_share:
+            if own and rng.random() < repeat_share:
                 repeat_a_passage(row, rng, tokenizer.n_vocab - 1)
-        yield torch.from_numpy(block)
+        yield torch.from_numpy(np.stack(block))
 
 
 def _shuffle(packed, seed, window=1024):
@@ -62,11 +71,11 @@ def _shuffle(packed, seed, window=1024):
         yield from (block[i] for i in np.random.default_rng([seed, number]).permutation(len(block)))
 
 
-def _pack(documents, tokenizer, T):
+def _pack(texts, tokenizer, T):
     """Documents end to end with BOS between them, cut every T-1 tokens, and BOS put before each cut; nothing
-    is dropped."""
+    is dropped but the last few tokens of a text that ends."""
     kept = []
-    for batch in iter(lambda: list(itertools.islice(documents, 64)), []):
+    for batch in iter(lambda: list(itertools.islice(texts, 64)), []):
         for ids in tokenizer.encode_batch(batch):
             kept += ids + [tokenizer.bos]
         whole = len(kept) // (T - 1) * (T - 1)
@@ -91,13 +100,13 @@ def repeat_a_passage(row, rng, n_ids):
 
 def python_documents(split, seed, story_share=STORY_SHARE):
     """Endless: pages of the corpus in an order that the seed fixes, with stories between them."""
-    pages, story_number, debt = python_pages()[split], itertools.count(), 0.0
+    all_pages, story_number, debt = python_pages()[split], itertools.count(), 0.0
     for epoch in itertools.count():
-        order = list(range(len(pages)))
+        order = list(range(len(all_pages)))
         random.Random(f"{split} pages {seed} {epoch}").shuffle(order)
         for i in order:
-            debt += len(pages[i]) * story_share / (1 - story_share)
-            yield pages[i]
+            debt += len(all_pages[i]) * story_share / (1 - story_share)
+            yield all_pages[i]
             while debt > 0:
                 text = story(random.Random(f"{split} story {seed} {next(story_number)}"))
                 debt -= len(text)
@@ -120,7 +129,7 @@ def python_pages():
             files["held-out" if hashlib.sha256(name.encode()).digest()[0] < 20 else "train"].append(text)
     trained = {line for text in files["train"] for line in _long_lines(text)}
     files["held-out"] = [text for text in files["held-out"] if _shared(text, trained) <= MAX_SHARED_LINES]
-    return {split: [page for text in texts for page in _pages(text)] for split, texts in files.items()}
+    return {split: [page for text in texts for page in pages(text.splitlines(keepends=True))] for split, texts in files.items()}
 
 
 def _python_files():
@@ -155,16 +164,3 @@ def _long_lines(text):
 def _shared(text, trained):
     lines = _long_lines(text)
     return sum(line in trained for line in lines) / max(len(lines), 1)
-
-
-def _pages(text):
-    """Cut at line ends into pages of about PAGE characters."""
-    page, size = [], 0
-    for line in text.splitlines(keepends=True):
-        page.append(line)
-        size += len(line)
-        if size >= PAGE:
-            yield "".join(page)
-            page, size = [], 0
-    if page:
-        yield "".join(page)

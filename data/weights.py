@@ -3,67 +3,108 @@
 import struct
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from data.common import UserError
+from data import hub
+from data.common import UserError, read_json
 
 TINY = Path(__file__).parent / "tiny"
+PUBLISHED = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
+             "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
+             "gemma-2b": "google/gemma-2b", "gemma-7b": "google/gemma-7b",
+             "gemma-2-2b": "google/gemma-2-2b", "gemma-2-9b": "google/gemma-2-9b",
+             "gemma-3-270m": "google/gemma-3-270m", "gemma-3-1b-pt": "google/gemma-3-1b-pt"}
 
 
-def find(name_or_dir):
-    """The directory of a model: "tiny", or a path. Raises UserError if there is none."""
+def find(name_or_dir, *filenames):
+    """The path of the first of these files that a model has; None if it has none of them.
+
+    name_or_dir: "tiny" (shipped), a directory, or a published name, whose files are read from the Hugging Face
+    cache or fetched into it. Raises UserError for an unknown model and for a fetch that fails.
+    """
     folder = TINY if name_or_dir == "tiny" else Path(name_or_dir)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--model {name_or_dir}: there is no {folder}/config.json; give \"tiny\" or a "
-                        f"directory in Hugging Face layout.")
-    return folder
+    if (folder / "config.json").is_file() or folder.is_dir() and name_or_dir not in PUBLISHED:
+        return next((folder / name for name in filenames if (folder / name).is_file()), None)
+    if name_or_dir not in PUBLISHED:
+        raise UserError(f"--model {name_or_dir} is unknown; give a directory in Hugging Face layout, or one of: "
+                        f"tiny, {', '.join(PUBLISHED)}.")
+    repo = PUBLISHED[name_or_dir]
+    for look in (hub.cached, hub.fetch):        # all in the cache first: what is there needs no network
+        for name in filenames:
+            if path := look(repo, name):
+                return path
+    return None
 
 
-def positive_int(raw, key, folder):
-    """raw[key], which must be a positive whole number."""
-    value = raw.get(key)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{folder}/config.json: {key} should be a positive whole number, and is {value!r}.")
-    return value
+def find_config(name_or_dir):
+    """The path of a model's config.json."""
+    path = find(name_or_dir, "config.json")
+    if path is None:
+        raise UserError(f"--model {name_or_dir}: there is no {name_or_dir}/config.json; give \"tiny\", a published "
+                        f"name, or a directory in Hugging Face layout.")
+    return path
 
 
 def read_tensors(path):
     """(name, tensor) for every tensor of a safetensors file, one at a time. Raises UserError if the file is
-    damaged."""
+    damaged.
+
+    Tensors are views of the mapped file, which is opened anew for each, so that pages read for one do not stay
+    in memory with the next.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, framework="pt") as file:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError, struct.error, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); it may be cut short: fetch or make it "
                         f"again.") from error
 
 
-def load_into(model, folder, rename, device, dtype):
-    """Fill a module made on the meta device from the folder's *.safetensors, tensor by tensor.
+def load_into(model, name_or_dir, layout, device, dtype):
+    """Fill a module made on the meta device from a model's safetensors, one file or many, tensor by tensor.
 
-    rename: a checkpoint's name -> ours, or None for a tensor to leave out. Raises UserError if a tensor is
-    missing, unknown or of another shape; then the module is not to be used.
+    layout: a data.layout.Layout. Raises UserError if a file or a tensor is missing, unknown or of another
+    shape; then the module is not to be used.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no *.safetensors file; fetch the model's weights into it.")
     found = {}
-    for path in files:
+    for path in _weight_files(name_or_dir):
         for theirs, tensor in read_tensors(path):
-            ours = rename(theirs)
+            ours = layout.rename(theirs)
             if ours is None:
                 continue
             if ours not in expected:
                 raise UserError(f"{path}: tensor {theirs} is not part of this model; config.json and the "
                                 f"weights do not belong together.")
+            if ours.endswith(layout.transposed):
+                tensor = tensor.T
             if tuple(tensor.shape) != expected[ours]:
                 raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, and config.json "
                                 f"asks for {expected[ours]}.")
-            found[ours] = tensor.to(device, dtype)
+            found[ours] = torch.empty(expected[ours], dtype=dtype, device=device).copy_(tensor)
     missing = sorted(expected.keys() - found.keys())
     if missing:
-        raise UserError(f"{folder}: {len(missing)} tensors are missing from the weights, the first is "
-                        f"{missing[0]}; fetch the file again.")
+        raise UserError(f"--model {name_or_dir}: {len(missing)} tensors are missing from the weights, the first "
+                        f"is {missing[0]}; fetch the files again.")
     model.load_state_dict(found, assign=True)
+
+
+def _weight_files(name_or_dir):
+    """model.safetensors, or all the shards that model.safetensors.index.json names."""
+    path = find(name_or_dir, "model.safetensors", "model.safetensors.index.json")
+    if path is None:
+        raise UserError(f"--model {name_or_dir} has no model.safetensors; fetch the model's weights into it.")
+    if path.suffix == ".safetensors":
+        return [path]
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name == name
+                                               for name in shards.values()):
+        raise UserError(f"{path} names no weights; fetch it again.")
+    files = {name: find(name_or_dir, name) for name in sorted(set(shards.values()))}
+    if missing := [name for name, file in files.items() if file is None]:
+        raise UserError(f"--model {name_or_dir}: {missing[0]} is missing, which {path} names; fetch it.")
+    return list(files.values())

@@ -124,7 +124,7 @@ def test_head_matrices_give_q_k_v_from_the_normalised_stream(gpt2_pair):
     ours, _ = gpt2_pair
     _, cache = ours(random_tokens(ours), keep=range(ours.config.n_layers))
     for layer, one in cache.items():
-        n = (one.resid_pre - one.resid_pre.mean(-1, keepdim=True)) / one.scales["ln_1"]
+        n = (one.resid_pre - one.resid_pre.mean(-1, keepdim=True)) / one.scales["attn_in"]
         m = ours.head_matrices(layer)
         for name, W, b in (("q", m.W_Q, m.b_Q), ("k", m.W_K, m.b_K), ("v", m.W_V, m.b_V)):
             rebuilt = torch.einsum("btm,hmd->bthd", n, W) + b

@@ -25,6 +25,12 @@ def random_z(B=64, d_in=24, seed=1, dtype=torch.float32):
     return torch.randn(B, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def either_processor(request, monkeypatch):
+    """Candidates as on a processor that multiplies bfloat16, and as on one that does not."""
+    monkeypatch.setattr(S, "fast_bfloat16", lambda device: request.param)
+
+
 def autograd_step(sae, z, l1):
     """The loss as the paper states it, differentiated by torch; nothing is taken from the code under test."""
     named = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
@@ -53,7 +59,7 @@ def test_gradients_equal_autograd_in_float64(step, threshold):
             f"gradient of {name} is wrong: {hint}"
 
 
-def test_sparse_step_equals_dense_step_in_float32():
+def test_sparse_step_equals_dense_step_in_float32(either_processor):
     sae, z = random_sae(256, 2048, bias=-4.5), random_z(512, 256)
     dense, sparse = S.dense_step(sae, z, 0.3), S.sparse_step(sae, z, 0.3)
     assert 1 < dense.fired.sum() / len(z) < 200, "this test should be of a sparse batch"
@@ -67,7 +73,7 @@ def test_sparse_step_equals_dense_step_in_float32():
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_no_active_entry_is_lost_among_a_million_near_zero(scale):
+def test_no_active_entry_is_lost_among_a_million_near_zero(scale, either_processor):
     """Biases put every pre-activation within rounding distance of the threshold: candidates must still hold
     every active entry."""
     sae, z = random_sae(64, 1000), scale * random_z(1000, 64)

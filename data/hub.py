@@ -1,0 +1,139 @@
+"""Files of the Hugging Face hub by plain HTTPS: read from its cache, or fetched into it, whole or not at all.
+
+HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_CACHE are honoured as `hf` does. The token goes to the endpoint's own
+host and to no other, wherever a redirect leads. A file is checked against the size and the checksum that the
+server states, and takes its name in the cache only when it is whole.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+from data.common import Progress, UserError, atomic
+
+CHUNK = 2**20               # bytes read at a time
+TIMEOUT = 30                # seconds without a byte
+
+
+def cached(repo, filename):
+    """The path of a repository's file in the Hugging Face cache (its branch main), or None."""
+    path = _repo_folder(repo) / "snapshots" / _commit(repo) / filename
+    return path if _commit(repo) and path.is_file() else None
+
+
+def fetch(repo, filename):
+    """Download a repository's file into the cache -> its path there; None if the repository has no such file.
+
+    Further files come from the same commit as the first. Raises UserError if the host cannot be reached,
+    refuses, or sends other bytes than it states.
+    """
+    instead = f"or fetch it once with: hf download {repo} {filename}"
+    with open_url(f"{endpoint()}/{repo}/resolve/{_commit(repo) or 'main'}/{filename}", instead) as response:
+        if response is None:
+            return None
+        commit = response.facts.get("x-repo-commit", "")
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise UserError(f"{endpoint()} does not answer as the Hugging Face hub does (X-Repo-Commit is "
+                            f"missing); check HF_ENDPOINT, {instead}.")
+        path = _repo_folder(repo) / "snapshots" / commit / filename
+        with atomic(path, "set HF_HOME to a folder with room") as temporary:
+            _copy(response, temporary, filename, instead)
+    if not _commit(repo):
+        with atomic(_repo_folder(repo) / "refs" / "main", "set HF_HOME to a folder with room") as temporary:
+            temporary.write_text(commit)
+    return path
+
+
+@contextlib.contextmanager
+def open_url(url, instead="check the address"):
+    """A GET whose answer is read like a file; yields None where there is no such file (404).
+
+    Redirects are followed. `.facts` are the headers, names in lower case; of one that comes several times the
+    first counts, so that what the hub says of a file holds when another host delivers it. Whatever goes wrong
+    on the network, until the file is closed, is a UserError.
+    """
+    facts, home, token = {}, urlsplit(endpoint())[:2], os.environ.get("HF_TOKEN")
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"{url} is not an address; give one that starts with https://.")
+    try:
+        for _ in range(8):
+            request = urllib.request.Request(url, headers={"User-Agent": "attention-output-saes"})
+            if token and urlsplit(url)[:2] == home:
+                request.add_header("Authorization", f"Bearer {token}")
+            try:
+                response = _opener.open(request, timeout=TIMEOUT)
+            except urllib.error.HTTPError as error:
+                response = error
+            with response:
+                facts = {name.lower(): value for name, value in response.headers.items()} | facts
+                if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
+                    url = urljoin(url, response.headers["Location"])
+                    continue
+                if response.status in (401, 403):
+                    raise UserError(f"{url} wants permission (HTTP {response.status}); accept the licence on "
+                                    f"its page and set HF_TOKEN to your access token, {instead}.")
+                if response.status not in (200, 404):
+                    raise UserError(f"{url} answered HTTP {response.status}; try again later, {instead}.")
+                response.facts = facts
+                yield response if response.status == 200 else None
+                return
+        raise UserError(f"{url} redirects without end; check HF_ENDPOINT, {instead}.")
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{url} cannot be reached, or broke off ({reason}); connect to the internet, "
+                        f"{instead}.") from error
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args):
+        return None
+
+
+_opener = urllib.request.build_opener(_NoRedirects)
+
+
+def _copy(response, path, name, instead):
+    """Write the answer's bytes to `path` and check them against what the server said of them.
+
+    The checksum is SHA-256 for large files; for small ones it is git's, SHA-1 of a header and the bytes.
+    """
+    size = response.facts.get("x-linked-size") or response.facts.get("content-length") or ""
+    size = int(size) if size.isdecimal() else -1                        # -1: the server does not say
+    stated = (response.facts.get("x-linked-etag") or response.facts.get("etag", "")).removeprefix("W/").strip('"')
+    digests = {64: hashlib.sha256()} | ({40: hashlib.sha1(b"blob %d\0" % size)} if size >= 0 else {})
+    progress, done = Progress(size, f"bytes of {name}"), 0
+    with open(path, "wb") as file:
+        while chunk := response.read(CHUNK):
+            file.write(chunk)
+            done += len(chunk)
+            for digest in digests.values():
+                digest.update(chunk)
+            if size > 10 * CHUNK:
+                progress(done, last=done == size)
+    if size >= 0 and done != size:
+        raise UserError(f"{name} broke off after {done:,} of {size:,} bytes; try again, {instead}.")
+    if len(stated) in digests and digests[len(stated)].hexdigest() != stated:
+        raise UserError(f"{name} arrived damaged: its checksum is not the one the server states; try again, "
+                        f"{instead}.")
+
+
+def endpoint():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _repo_folder(repo):
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    return cache / f"models--{repo.replace('/', '--')}"
+
+
+def _commit(repo):
+    """The commit that branch main stands at in the cache, or "" if nothing of the repository is there."""
+    refs = _repo_folder(repo) / "refs" / "main"
+    return refs.read_text().strip() if refs.is_file() else ""
