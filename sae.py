@@ -16,7 +16,6 @@ batch.
 """
 
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.common import UserError, atomic, fast_bfloat16
-from data.weights import read_tensors
+from data.sae_files import read_sae, sae_paths
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -89,35 +88,35 @@ class SAE(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """Read what `save` wrote, as float32. The decoder's rows of a float16 file are brought back to unit
-        norm exactly.
+        """Read what `save` wrote, or an SAE that others published, in the formats of data/sae_files.py.
 
-        Raises UserError if the file is missing or damaged, or if a tensor is missing, has another shape or is
-        not finite.
+        Raises UserError if a file is missing or damaged, or if a tensor is missing, has another shape or is not
+        finite.
         """
-        if not Path(path).is_file():
-            raise UserError(f"there is no SAE at {path}; train one with python train.py, or name another "
-                            f"folder with --saes.")
-        tensors = dict(read_tensors(path))
-        names = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
-        if tensors.keys() != names or tensors["W_dec"].dim() != 2:
-            raise UserError(f"{path} is not an SAE of this project: it has {sorted(tensors)}, and "
-                            f"{sorted(names)} are needed.")
-        d_sae, d_in = tensors["W_dec"].shape
-        shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,),
-                  "threshold": (d_sae,)}
-        for name, shape in shapes.items():
-            if tensors[name].shape != shape or not tensors[name].isfinite().all():
-                raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, {shape} is needed, "
-                                f"of finite numbers.")
-        half = tensors["W_dec"].dtype == torch.float16
+        tensors = read_sae(path)
         with torch.device("meta"):
-            sae = cls(d_in, d_sae)
-        sae.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in tensors.items()},
-                            assign=True)
-        if half:
-            normalise_decoder(sae)
+            sae = cls(*tensors["W_enc"].shape)
+        sae.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
         return sae.requires_grad_(False)
+
+
+def load_all(where, model, layers=None, device="cpu"):
+    """The SAEs of several layers of a model -> {layer: SAE}.
+
+    where: a folder with L<layer>/ in it, as train.py writes (out/tiny); or a published set: "kissane" (the
+    paper's, GPT-2 Small; shifted to read plain weights) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about 100).
+    layers: all that are there if not given. Raises UserError if one is missing or does not fit the model.
+    """
+    model.check_layers(layers or ())
+    d_in, saes = model.config.n_heads * model.config.d_head, {}
+    for layer, path in sae_paths(where, layers, model.config.n_layers).items():
+        saes[layer] = SAE.load(path, device)
+        if saes[layer].d_in != d_in:
+            raise UserError(f"--saes {where}: the SAE of layer {layer} reads {saes[layer].d_in} numbers and this "
+                            f"model's z_cat has {d_in}; they do not belong together.")
+        if where == "kissane":
+            saes[layer].shift(model.value_bias(layer).to(device))
+    return saes
 
 
 # ---- the loss and its gradient ----
@@ -274,15 +273,15 @@ def resample(sae, optimizer, dead, z, generator):
 
 def splice(sae):
     """The edit that puts the reconstruction in place of z_cat, except at position 0 (BOS), which SAEs do not
-    see."""
-    return lambda z: torch.cat([z[:, :1], sae(z[:, 1:])], 1)
+    see. A model in bfloat16 gets its own type back."""
+    return lambda z: torch.cat([z[:, :1], sae(z[:, 1:].to(sae.b_dec.dtype)).to(z.dtype)], 1)
 
 
 def ablate(sae, feature, where):                                        # int, (B,T) bool
     """The edit that takes f_i * W_dec[i] out of z_cat where `where` holds, and leaves all else, the SAE's
     error included."""
     def edit(z):                                                        # (B,T,d_in) -> (B,T,d_in)
-        pre = (z - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
+        pre = (z.to(sae.b_dec.dtype) - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
         f = pre * (pre > sae.threshold[feature]) * where                # (B,T)
-        return torch.where(where[..., None], z - f[..., None] * sae.W_dec[feature], z)
+        return torch.where(where[..., None], z - (f[..., None] * sae.W_dec[feature]).to(z.dtype), z)
     return edit

@@ -3,6 +3,8 @@ the model.
 
     python train.py                          the shipped model, all layers, a few minutes on two cores
     python train.py --layers 1 --d-sae 4096 --n-tokens 10e6
+    python train.py --model gpt2 --preset paper
+    python train.py --model gpt2 --corpus c4 --saes kissane         measure SAEs that are there, train nothing
 
 Every forward pass serves all layers. A block of whole rows is turned into activations, shuffled, and drained
 batch by batch; BOS (position 0) is left out. What is random depends on the seed and the step alone, so a run
@@ -34,7 +36,8 @@ import model as models
 from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
                          fast_bfloat16, field, parse_flags, pick_device, run, write_json)
 from data.weights import read_tensors
-from sae import SAE, dense_step, normalise_decoder, project_decoder_gradient, resample, sparse_step, splice
+from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_gradient, resample, sparse_step,
+                 splice)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -45,10 +48,12 @@ CHECKPOINT_EVERY = 500      # steps: what a power cut can cost
 
 @dataclass(frozen=True)
 class TrainConfig:
-    model: str = field("tiny", "\"tiny\", or a directory in Hugging Face layout")
-    corpus: str = field("python", "text: \"python\" is what tiny was trained on")
+    model: str = field("tiny", "\"tiny\", \"gpt2\", \"gemma-2-2b\" ..., or a directory in Hugging Face layout")
+    corpus: str = field("python", "text: \"python\" is what tiny was trained on, \"c4\" is streamed from the "
+                        "hub; or a .txt, .jsonl or .json.gz file, a folder of them, an address")
     layers: tuple[int, ...] = field((), "layers, such as 0,2; all of them if not given")
-    d_sae: int = field(2048, "features per SAE (paper: 24576 = 32 x d_in for GPT-2 Small)")
+    d_sae: tuple[int, ...] = field((2048,), "features per SAE: one number for all layers, or one for each "
+                                   "(paper: 24576 = 32 x d_in, layers 5 and 7 49152)")
     l1: tuple[float, ...] = field((0.2,),
                                   "weight of the sparsity term: one for all layers, or one for each (paper: "
                                   "0.8 to 3, of raw z_cat)")
@@ -68,6 +73,9 @@ class TrainConfig:
     block_mib: int = field(512, "memory for a block of activations")
     seed: int = field(0, "fixes rows, initial weights, batches and resampling")
     device: str = field("auto", "cpu, cuda, mps or auto")
+    dtype: str = field("float32", "the model's numbers: float32, or bfloat16 for half the memory; SAEs are float32")
+    preset: str = field("", "\"paper\": the paper's settings for GPT-2 Small, by layer; other flags still win")
+    saes: str = field("", "measure the SAEs in this folder, or \"kissane\", or \"gemma-scope\"; train nothing")
     out: str = field("out", "folder for results")
     resume: bool = field(False, "go on with the run that is in --out")
     half: bool = field(False, "store the SAEs in float16, as the shipped ones are; the metrics are of what "
@@ -92,36 +100,73 @@ class Learner:
 def train(config):
     """Train, evaluate, write everything -> {layer: metrics}. Raises UserError for what the user can mend."""
     device = pick_device(config.device)
-    model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
+    model, tokenizer = models.load(config.model, device, pick_dtype(config.dtype)), data.tokenizer(config.model)
     layers = config.layers or tuple(range(model.config.n_layers))
     folder = Path(config.out) / Path(config.model).resolve().name
     check(config, model, tokenizer, layers, folder)
+    held_out = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows)).to(device)
+    if config.saes:
+        return measure(config, model, held_out, folder)
     source = Source(model, tokenizer, config, layers, device)
-    step, learners = start(config, source, folder)
-    begun, first_step = time.monotonic(), step
-    progress, log = Progress(config.n_tokens, "tokens"), Log(folder, config, step)
+    first_step, learners = start(config, source, folder)
+    begun, step, n_steps = time.monotonic(), first_step, config.n_tokens // config.batch_size
+    progress, log = Progress(config.n_tokens, "tokens"), Log(folder, config, first_step)
 
     with deferred_interrupt() as interrupted:
-        for step, batches in enumerate(source.batches(step), start=step):
+        for batches in source.batches(first_step):
             for layer, learner in learners.items():
                 learn(learner, batches[layer], step, config, layer)
-            if step + 1 in resampling_steps(config):
+            step += 1
+            if step in resampling_steps(config):
                 for layer, learner in learners.items():
                     resample(learner.sae, learner.optimizer, learner.fired == 0,
                              source.sample(layer) / learner.scale,
-                             generator(config.seed, "resample", layer, step))
+                             generator(config.seed, "resample", layer, step - 1))
                     learner.fired.zero_()
-            progress((step + 1) * config.batch_size,
+            progress(step * config.batch_size,
                      "L0 by layer: " + "  ".join(f"{one.l0:.1f}" for one in learners.values()))
             log(step, learners)
-            if interrupted() or (step + 1) % CHECKPOINT_EVERY == 0:
-                save_checkpoint(folder, config, step + 1, learners)
+            if interrupted() or step % CHECKPOINT_EVERY == 0:
+                save_checkpoint(folder, config, step, learners)
             if interrupted():
-                raise KeyboardInterrupt(f"stopped after step {step + 1}; --resume goes on from there.")
-    step = config.n_tokens // config.batch_size
+                raise KeyboardInterrupt(f"stopped after step {step}; --resume goes on from there.")
+    if step < n_steps:
+        raise UserError(f"the text of --corpus {config.corpus} ended after {step * config.batch_size:,} of "
+                        f"{config.n_tokens:,} activations; give more text, or --n-tokens "
+                        f"{step * config.batch_size} and another --out.")
     speed = (step - first_step) * config.batch_size / (time.monotonic() - begun)
     progress(step * config.batch_size, last=True)
-    return finish(config, model, tokenizer, learners, folder, speed)
+    return finish(config, model, held_out, learners, folder, speed)
+
+
+def pick_dtype(name):
+    """float32, bfloat16 or float16. Raises UserError for another name."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise UserError(f"--dtype {name} is unknown; use one of: {', '.join(kinds)}.")
+    return kinds[name]
+
+
+def per_layer(value, layers):
+    """A setting that is one number for all layers or a tuple with one for each -> {layer: number}."""
+    values = value if isinstance(value, tuple) else (value,)
+    return dict(zip(layers, values * len(layers) if len(values) == 1 else values))
+
+
+def preset(config):
+    """The settings that --preset names; the paper gives its number of tokens as about 2e9."""
+    if config.preset == "":
+        return {}
+    if config.preset != "paper":
+        raise UserError(f"--preset {config.preset} is unknown; the one there is is paper.")
+    layers = config.layers or tuple(range(12))
+    l1 = (1.8, 0.8, 1.0, 0.9, 1.1, 1.0, 1.1, 1.1, 1.3, 1.2, 1.3, 3.0)
+    if bad := [layer for layer in layers if not 0 <= layer < len(l1)]:
+        raise UserError(f"--preset paper has settings for layers 0 to 11 of GPT-2 Small, not for layer {bad[0]}.")
+    return {"layers": layers, "l1": tuple(l1[layer] for layer in layers),
+            "d_sae": tuple(49152 if layer in (5, 7) else 24576 for layer in layers), "normalise": False,
+            "lr": 1.2e-3, "n_tokens": 2_000_000_000, "batch_size": 4096, "warmup": 1000, "decay": 0.0,
+            "resample_every": 25_000, "resample_times": 4, "n_ctx": 128, "corpus": "c4"}
 
 
 def check(config, model, tokenizer, layers, folder):
@@ -134,21 +179,25 @@ def check(config, model, tokenizer, layers, folder):
                         f"{tokenizer.n_vocab}; put the model's own vocab.json beside its weights.")
     if len(set(layers)) != len(layers):
         raise UserError("--layers names a layer twice; name each once.")
-    if len(config.l1) not in (1, len(layers)):
-        raise UserError(f"--l1 has {len(config.l1)} values for {len(layers)} layers; give one for all, or "
-                        f"one for each.")
+    for name in ("l1", "d_sae"):
+        if isinstance(values := getattr(config, name), tuple) and len(values) not in (1, len(layers)):
+            raise UserError(f"--{name.replace('_', '-')} has {len(values)} values for {len(layers)} layers; give "
+                            f"one for all, or one for each.")
     if not 3 <= config.n_ctx <= model.config.n_ctx:
         raise UserError(f"--n-ctx {config.n_ctx} does not fit this model, which takes 3 to "
                         f"{model.config.n_ctx} tokens.")
-    for name in ("d_sae", "batch_size", "n_eval_rows", "block_mib", "resample_every", "warmup"):
+    l1, d_sae = per_layer(config.l1, layers), per_layer(config.d_sae, layers)
+    if min(d_sae.values()) < 1:
+        raise UserError(f"--d-sae is {min(d_sae.values())}; it must be at least 1.")
+    for name in ("batch_size", "n_eval_rows", "block_mib", "resample_every", "warmup"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1.")
-    if config.seed < 0 or config.lr <= 0 or min(config.l1) < 0 or not 0 <= config.decay <= 1:
+    if config.seed < 0 or config.lr <= 0 or min(l1.values()) < 0 or not 0 <= config.decay <= 1:
         raise UserError("--lr must be above 0, --seed and --l1 at least 0, and --decay between 0 and 1.")
     if config.n_tokens < config.batch_size:
         raise UserError(f"--n-tokens {config.n_tokens} is less than one batch of {config.batch_size}; raise "
                         f"it or lower --batch-size.")
-    if not config.resume and (folder / "checkpoint.safetensors").is_file():
+    if not config.resume and not config.saes and (folder / "checkpoint.safetensors").is_file():
         raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove "
                         f"{folder}/checkpoint.safetensors.")
     check_writable(folder)
@@ -160,9 +209,7 @@ def check(config, model, tokenizer, layers, folder):
 def learn(learner, z, step, config, layer):                             # z (B,D)
     """One layer's part of a step, in place: loss, gradients, projection, Adam, unit norm, counts."""
     sae, optimizer, z = learner.sae, learner.optimizer, z / learner.scale
-    sparse = z.device.type == "cpu" and learner.l0 < sae.d_sae / 16
-    l1 = learner.l1 * min(1.0, (step + 1) / config.warmup)
-    result = sparse_step(sae, z, l1) if sparse else dense_step(sae, z, l1)
+    result = step_of(learner, z)(sae, z, learner.l1 * min(1.0, (step + 1) / config.warmup))
     if not math.isfinite(result.mse + result.sparsity):
         raise UserError(f"the loss of layer {layer} is not finite at step {step}; the last checkpoint is "
                         f"kept, try a lower --lr.")
@@ -171,11 +218,17 @@ def learn(learner, z, step, config, layer):                             # z (B,D
         getattr(sae, name).grad = gradient
     optimizer.param_groups[0]["lr"] = learning_rate(step, config)
     optimizer.step()
+    optimizer.zero_grad()       # gradients of one layer at a time are in memory
     normalise_decoder(sae)
     learner.fired += result.fired
     learner.last_fired[result.fired > 0] = (step + 1) * config.batch_size
     learner.l0 = float(result.fired.sum()) / len(z)
     learner.mse, learner.sparsity = float(result.mse), float(result.sparsity)
+
+
+def step_of(learner, z):
+    """The function that takes the gradient: the sparse one where few features were active in the last step."""
+    return sparse_step if z.device.type == "cpu" and learner.l0 < learner.sae.d_sae / 16 else dense_step
 
 
 def learning_rate(step, config):
@@ -210,36 +263,40 @@ class Source:
         self.steps_per_block = self.n_rows * per_row // config.batch_size
 
     def batches(self, first_step):
-        """Yields {layer: (B,D)} for every step from `first_step` on: copies, which no refill touches."""
+        """Yields {layer: (B,D)} for every step from `first_step` on, until the steps or the text end: copies,
+        which no refill touches."""
         n_steps, size = self.config.n_tokens // self.config.batch_size, self.config.batch_size
         number, place = divmod(first_step, self.steps_per_block)
         step = first_step
         for tokens in self._blocks(number):
             self.fill(tokens)
-            order = torch.randperm(len(self.z[self.layers[0]]),
-                                   generator=generator(self.config.seed, "block", number))
-            for i in range(place, self.steps_per_block):
+            order = torch.randperm(self.n_filled, generator=generator(self.config.seed, "block", number))
+            for i in range(place, self.n_filled // size):
                 if step == n_steps:
                     return
                 index = order[i * size:(i + 1) * size].to(self.device)
                 yield {layer: self.z[layer][index] for layer in self.layers}
                 step += 1
+            if step == n_steps:
+                return
             number, place = number + 1, 0
 
-    def fill(self, tokens):
-        """Run the model on a block of rows and keep z_cat, but not BOS's: self.z is {layer: (N,D)}."""
+    def fill(self, tokens):                                             # (R,T), the last of a text with fewer rows
+        """Run the model on a block of rows and keep z_cat, but not BOS's: self.z is {layer: (N,D)}, of which
+        the first n_filled rows count."""
         if self.z is None:
             shape = (self.n_rows, self.config.n_ctx - 1, self.model.config.n_heads * self.model.config.d_head)
             self.rows = {layer: torch.empty(shape, device=self.device) for layer in self.layers}
             self.z = {layer: rows.flatten(0, 1) for layer, rows in self.rows.items()}
-        for i in range(0, self.n_rows, 64):
+        for i in range(0, len(tokens), 64):
             found = z_cat(self.model, tokens[i:i + 64].to(self.device), self.layers)
             for layer in self.layers:
-                self.rows[layer][i:i + 64] = found[layer][:, 1:]
+                self.rows[layer][i:i + len(tokens[i:i + 64])] = found[layer][:, 1:]
+        self.n_filled = len(tokens) * (self.config.n_ctx - 1)
 
     def sample(self, layer):
         """Up to 8192 activations of the block at hand: what dead features are drawn from."""
-        return self.z[layer][:: max(1, len(self.z[layer]) // 8192)]
+        return self.z[layer][:self.n_filled][:: max(1, self.n_filled // 8192)]
 
     def _blocks(self, number):
         return data.rows(self.config.corpus, self.tokenizer, "train", self.config.n_ctx, self.n_rows,
@@ -258,19 +315,42 @@ def z_cat(model, tokens, layers):                                       # (R,T) 
 
 def start(config, source, folder):
     """New learners, or those of the checkpoint -> (step to begin with, {layer: Learner})."""
-    learners, l1 = {}, config.l1 * len(source.layers) if len(config.l1) == 1 else config.l1
-    for layer, l1_of_layer in zip(source.layers, l1):
-        sae = SAE(source.model.config.n_heads * source.model.config.d_head, config.d_sae).to(source.device)
+    d_in, d_sae, l1 = (source.model.config.n_heads * source.model.config.d_head,
+                       per_layer(config.d_sae, source.layers), per_layer(config.l1, source.layers))
+    learners = {}
+    for layer in source.layers:
+        sae = SAE(d_in, d_sae[layer]).to(source.device)
         optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.0, 0.9999), fused=True)
-        zeros = torch.zeros(config.d_sae, dtype=torch.int64, device=source.device)
-        learners[layer] = Learner(sae, optimizer, l1_of_layer, zeros, zeros.clone(), float(config.d_sae),
+        zeros = torch.zeros(sae.d_sae, dtype=torch.int64, device=source.device)
+        learners[layer] = Learner(sae, optimizer, l1[layer], zeros, zeros.clone(), float(sae.d_sae),
                                   torch.zeros_like(sae.b_dec.data), torch.ones((), device=source.device))
     if config.resume and (folder / "checkpoint.safetensors").is_file():
         return load_checkpoint(folder, config, learners), learners
+    begun = time.monotonic()
     source.fill(next(source._blocks(0)))
+    seconds_per_token = (time.monotonic() - begun) / source.n_filled
     for layer, learner in learners.items():
-        initialise(learner, source.z[layer], config, generator(config.seed, "start", layer))
+        initialise(learner, source.z[layer][:source.n_filled], config, generator(config.seed, "start", layer))
+    expect(config, source, learners, seconds_per_token)
     return 0, learners
+
+
+def expect(config, source, learners, seconds_per_token):
+    """Say what the run will take: memory by count, time by the first block and one step of each SAE."""
+    bytes_of = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
+    saes = [bytes_of(one.sae) for one in learners.values()]
+    # weights and Adam's two moments of all SAEs, gradients and one step's work of one
+    memory = bytes_of(source.model) + 3 * sum(saes) + 3 * max(saes) + sum(z.nbytes for z in source.z.values())
+    seconds = seconds_per_token * config.n_tokens
+    for layer, one in learners.items():
+        z = source.z[layer][:config.batch_size] / one.scale
+        begun = time.monotonic()
+        step_of(one, z)(one.sae, z, one.l1)
+        seconds += (time.monotonic() - begun) * (config.n_tokens // config.batch_size)
+    sizes = sorted({one.sae.d_sae for one in learners.values()})
+    duration = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
+    print(f"{len(saes)} x SAE {one.sae.d_in} -> {' or '.join(map(str, sizes))}, {config.n_tokens:,} activations: "
+          f"expect {memory / 1e9:.1f} GB of memory and {duration}", flush=True)
 
 
 @torch.no_grad()
@@ -294,6 +374,7 @@ def initialise(learner, z, config, random):                             # z (N,D
     sae.W_enc.copy_(0.5 * sae.W_dec.T)
     pre = centred[::8] / learner.scale @ sae.W_enc
     sae.b_enc.copy_(-pre.kthvalue(math.ceil(0.99 * len(pre)), dim=0).values)
+    learner.l0 = 0.01 * sae.d_sae
 
 
 def generator(*key):
@@ -359,10 +440,10 @@ class Log:
         self.path.write_text("".join(line + "\n" for line in kept))
 
     def __call__(self, step, learners):
-        if (step + 1) % self.every:
+        if step % self.every:
             return
-        line = {"step": step + 1, "tokens": (step + 1) * self.config.batch_size,
-                "lr": learning_rate(step, self.config)}
+        line = {"step": step, "tokens": step * self.config.batch_size,
+                "lr": learning_rate(step - 1, self.config)}
         for layer, one in learners.items():
             line[f"L{layer}"] = {"mse": one.mse, "sparsity": one.sparsity, "l0": one.l0,
                                  "dead": dead_fraction(one, line["tokens"])[0]}
@@ -393,7 +474,7 @@ def evaluate(model, saes, rows, means=None, batch_rows=64):
     None; so for mean.
     """
     if means is None:
-        means = {layer: z[:, 1:].mean((0, 1)) for layer, z in model.z_cat_at(rows, list(saes)).items()}
+        means = {layer: z[:, 1:].float().mean((0, 1)) for layer, z in model.z_cat_at(rows, list(saes)).items()}
     per_row = {layer: [] for layer in saes}
     for tokens in rows.split(batch_rows):
         ce_clean, z_cats = row_ce(model, tokens), model.z_cat_at(tokens, list(saes))
@@ -409,17 +490,18 @@ def evaluate(model, saes, rows, means=None, batch_rows=64):
 
 def row_ce(model, tokens, edit_z=None):                                 # (R,T) -> (R,)
     """Mean cross-entropy of each row's predictions from positions 1 to T-2, in nats."""
-    logits = model(tokens, edit_z)[0][:, 1:-1]
+    logits = model(tokens, edit_z)[0][:, 1:-1].float()
     return F.cross_entropy(logits.transpose(1, 2), tokens[:, 2:], reduction="none").mean(-1)
 
 
 def constant(value):
     """The edit that puts one vector in place of z_cat at every position but 0."""
-    return lambda z: torch.cat([z[:, :1], value.expand_as(z[:, 1:])], 1)
+    return lambda z: torch.cat([z[:, :1], value.to(z.dtype).expand_as(z[:, 1:])], 1)
 
 
 def reconstruction(sae, z):                                             # (R,T,D) -> dict of (R,), and (R,D)
     """Per row: active features per token, squared error, and for the variance the sums of z^2 and of z."""
+    z = z.to(sae.b_dec.dtype)
     f = sae.encode(z)
     return {"l0": (f != 0).float().sum(-1).mean(-1), "error": (sae.decode(f) - z).square().sum((-1, -2)),
             "power": z.square().sum((-1, -2)), "z_sum": z.sum(1)}
@@ -454,7 +536,7 @@ def summarise(row, positions):                                          # {name:
 # ---- the end of a run ----
 
 
-def finish(config, model, tokenizer, learners, folder, speed):
+def finish(config, model, held_out, learners, folder, speed):
     """Write the SAEs, measure what was written, write metrics, figure and table -> {layer: metrics}."""
     dtype, saes = torch.float16 if config.half else torch.float32, {}
     for layer, learner in learners.items():
@@ -463,10 +545,8 @@ def finish(config, model, tokenizer, learners, folder, speed):
         saes[layer] = SAE.load(path, learner.mean.device)
         write_json(folder / f"L{layer}" / "config.json",
                    {"layer": layer, "d_in": saes[layer].d_in, "l1_of_layer": learner.l1, **settings(config)})
-    print(f"measuring on {config.n_eval_rows} held-out rows ...", flush=True)
-    rows = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows))
-    means = {layer: learner.mean for layer, learner in learners.items()}
-    metrics = evaluate(model, saes, rows.to(learner.mean.device), means)
+    print(f"measuring on {len(held_out)} held-out rows ...", flush=True)
+    metrics = evaluate(model, saes, held_out, {layer: learner.mean for layer, learner in learners.items()})
     n_tokens = config.n_tokens // config.batch_size * config.batch_size
     since_resampling = n_tokens - config.batch_size * max(resampling_steps(config), default=0)
     densities = {}
@@ -480,6 +560,17 @@ def finish(config, model, tokenizer, learners, folder, speed):
     plot_training(log, densities, folder / "training.png")
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     print(table(metrics), f"\n\nwritten to {folder}/", sep="")
+    return metrics
+
+
+def measure(config, model, held_out, folder):
+    """Measure the SAEs of --saes on held-out text -> {layer: metrics}, also written to measured.json."""
+    saes = load_all(config.saes, model, config.layers, held_out.device)
+    print(f"measuring {config.saes} on {len(held_out)} held-out rows ...", flush=True)
+    metrics = evaluate(model, saes, held_out)
+    write_json(folder / "measured.json", {"saes": config.saes, "corpus": config.corpus,
+                                          "layers": {f"L{layer}": m for layer, m in metrics.items()}})
+    print(table(metrics), f"\n\nwritten to {folder}/measured.json", sep="")
     return metrics
 
 
@@ -497,7 +588,8 @@ def table(metrics):
     for layer, m in metrics.items():
         lines.append(f"{layer:5d} {m['l0']:5.1f} {m['ce_clean']:7.3f} {m['ce_sae']:7.3f} {m['ce_zero']:7.3f} "
                      f"{m['ce_mean']:7.3f}  {recovered(m, 'zero')}"
-                     f"  {recovered(m, 'mean')}  {m['explained_variance']:9.1%} {m['dead_fraction']:6.1%}")
+                     f"  {recovered(m, 'mean')}  {m['explained_variance']:9.1%} "
+                     + (f"{m['dead_fraction']:6.1%}" if "dead_fraction" in m else "   n/a"))
     return "\n".join(lines)
 
 
@@ -525,7 +617,7 @@ def plot_training(log, densities, path):
 
 
 def main():
-    train(parse_flags(TrainConfig, __doc__))
+    train(parse_flags(TrainConfig, __doc__, preset=preset))
 
 
 if __name__ == "__main__":

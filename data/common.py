@@ -50,12 +50,14 @@ def _say(message, code):
     return code
 
 
-def parse_flags(config_class, description, argv=None):
+def parse_flags(config_class, description, argv=None, preset=None):
     """A config dataclass from the command line: field d_sae becomes --d-sae, with its default and its help
     text.
 
     Whole numbers may be written 1e6; a bool x gets --x and --no-x; a tuple of whole numbers is written 0,2,3.
-    The help of a field is `metadata["help"]`. Raises UserError for a value that is not of the field's type.
+    The help of a field is `metadata["help"]`. preset: a function from the config to {field: value}, which take
+    the place of the defaults; a flag given by hand still wins. Raises UserError for a value that is not of the
+    field's type.
     """
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,6 +73,8 @@ def parse_flags(config_class, description, argv=None):
                                 help=f"{help_text} [{shown}]",
                                 type=lambda text, kind=kind, element=element,
                                 flag=flag: _convert(text, kind, element, flag))
+    if preset:
+        parser.set_defaults(**preset(config_class(**vars(parser.parse_args(argv)))))
     return config_class(**vars(parser.parse_args(argv)))
 
 

@@ -20,12 +20,20 @@ def read_config(path):
     Raises UserError for an option that is not implemented and for a number that cannot be one.
     """
     raw = read_json(path)
-    _check(raw, {"model_type": ["gpt2", "gemma", "gemma2", "gemma3_text"]}, path)
+    check_options(raw, {"model_type": ["gpt2", "gemma", "gemma2", "gemma3_text"]}, path)
     return _gpt2(raw, path) if raw.get("model_type", "gpt2") == "gpt2" else _gemma(raw, path)
 
 
+def check_options(raw, implemented, path):
+    """Raise UserError for an option whose value is not among the implemented ones; the first is the default."""
+    for key, values in implemented.items():
+        if raw.get(key, values[0]) not in values:
+            raise UserError(f"{path}: {key} {raw[key]!r} is not supported, only "
+                            f"{' or '.join(repr(value) for value in values)}.")
+
+
 def _gpt2(raw, path):
-    _check(raw, {"activation_function": ["gelu_new"], "scale_attn_weights": [True],
+    check_options(raw, {"activation_function": ["gelu_new"], "scale_attn_weights": [True],
                  "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
                  "tie_word_embeddings": [True]}, path)
     number = _numbers(raw, path)
@@ -50,7 +58,7 @@ def _gpt2_name(name):
 def _gemma(raw, path):
     version = {"gemma": 1, "gemma2": 2, "gemma3_text": 3}[raw["model_type"]]
     gelu = ["gelu_pytorch_tanh", None] + ["gelu"] * (version == 1)      # early files say gelu and mean tanh
-    _check(raw, {"hidden_act": gelu, "hidden_activation": gelu, "attention_bias": [False],
+    check_options(raw, {"hidden_act": gelu, "hidden_activation": gelu, "attention_bias": [False],
                  "tie_word_embeddings": [True], "rope_scaling": [None],
                  "use_bidirectional_attention": [None, False]}, path)
     number = _numbers(raw, path)
@@ -67,7 +75,7 @@ def _gemma(raw, path):
                  "score_cap": number("attn_logit_softcapping", float, 50.0) if version == 2 else None,
                  "logit_cap": number("final_logit_softcapping", float, 30.0) if version == 2 else None}
     if version == 3:
-        _check(raw, {"attn_logit_softcapping": [None], "final_logit_softcapping": [None]}, path)
+        check_options(raw, {"attn_logit_softcapping": [None], "final_logit_softcapping": [None]}, path)
     local = _local_layers(raw, path, version, settings["n_layers"])
     window = number("sliding_window", int, 4096) if any(local) else None
     theta, local_theta = _thetas(raw, path, version)
@@ -108,19 +116,11 @@ def _thetas(raw, path, version):
         raise UserError(f"{path}: rope_parameters is not what this Gemma has.")
     full, local = (rope.get(f"{kind}_attention", {}) if version == 3 else rope for kind in ("full", "sliding"))
     for one in (full, local):
-        _check(one, {"rope_type": ["default"]}, path)
+        check_options(one, {"rope_type": ["default"]}, path)
     before = {"rope_theta": raw.get("rope_theta", 1e6 if version == 3 else 1e4)}
     before_local = {"rope_theta": raw.get("rope_local_base_freq", 1e4)} if version == 3 else before
     return (_numbers(before | full, path)("rope_theta", float),
             _numbers(before_local | local, path)("rope_theta", float))
-
-
-def _check(raw, implemented, path):
-    """Raise UserError for an option whose value is not among the implemented ones; the first is the default."""
-    for key, values in implemented.items():
-        if raw.get(key, values[0]) not in values:
-            raise UserError(f"{path}: {key} {raw[key]!r} is not supported, only "
-                            f"{' or '.join(repr(value) for value in values)}.")
 
 
 def _numbers(raw, path):

@@ -16,6 +16,37 @@ GPT2_SHAPES = {
 }
 
 
+GEMMA = dict(hidden_size=48, intermediate_size=80, vocab_size=120, max_position_embeddings=40, pad_token_id=0,
+             bos_token_id=2)
+GEMMA_SHAPES = {
+    "1, one key for all": dict(model_type="gemma", num_hidden_layers=3, num_attention_heads=4,
+                               num_key_value_heads=1, head_dim=16, **GEMMA),
+    "1, a key each": dict(model_type="gemma", num_hidden_layers=2, num_attention_heads=3,
+                          num_key_value_heads=3, head_dim=10, rms_norm_eps=1e-3, **GEMMA),
+    "2": dict(model_type="gemma2", num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+              head_dim=16, query_pre_attn_scalar=20, sliding_window=7, attn_logit_softcapping=2.0,
+              final_logit_softcapping=3.0, **GEMMA),
+    "2, no caps": dict(model_type="gemma2", num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                       head_dim=8, sliding_window=3, attn_logit_softcapping=None,
+                       final_logit_softcapping=None, **GEMMA),
+    "3": dict(model_type="gemma3_text", num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2,
+              head_dim=16, query_pre_attn_scalar=24, sliding_window=6, **GEMMA),
+}
+
+
+def random_gemma(folder, seed=0, **shape):
+    """A transformers Gemma 1, 2 or 3 with random weights, norms among them, saved to `folder` -> the model."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(**shape, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
 def random_gpt2(folder, seed=0, **shape):
     """A transformers GPT-2 with random weights, large enough to matter, saved to `folder` -> the model, in
     eval mode."""
@@ -31,12 +62,16 @@ def random_gpt2(folder, seed=0, **shape):
     return theirs
 
 
-@pytest.fixture(scope="session", params=GPT2_SHAPES, ids=lambda name: name.replace(" ", "_"))
-def gpt2_pair(request, tmp_path_factory):
+SHAPES = ({f"GPT-2 {name}": (random_gpt2, shape) for name, shape in GPT2_SHAPES.items()}
+          | {f"Gemma {name}": (random_gemma, shape) for name, shape in GEMMA_SHAPES.items()})
+
+
+@pytest.fixture(scope="session", params=SHAPES)
+def pair(request, tmp_path_factory):
     """(ours, theirs) for each shape."""
     import model
-    folder = tmp_path_factory.mktemp("gpt2")
-    theirs = random_gpt2(folder, **GPT2_SHAPES[request.param])
+    folder, (write, shape) = tmp_path_factory.mktemp("model"), SHAPES[request.param]
+    theirs = write(folder, **shape)
     return model.load(folder), theirs
 
 

@@ -20,11 +20,12 @@ def random_tokens(model, B=3, seed=0):
 
 @torch.no_grad()
 def assert_parity_with_transformers(ours, theirs, tokens):
-    z = {}
-    hooks = [block.attn.c_proj.register_forward_pre_hook(lambda m, args,
-                                                         layer=layer: z.update({layer: args[0]}))
-             for layer, block in enumerate(theirs.transformer.h)]
-    reference = theirs(tokens, output_attentions=True)
+    z, gemma = {}, isinstance(ours, models.Gemma)
+    outs = ([block.self_attn.o_proj for block in theirs.model.layers] if gemma
+            else [block.attn.c_proj for block in theirs.transformer.h])
+    hooks = [out.register_forward_pre_hook(lambda m, args, layer=layer: z.update({layer: args[0]}))
+             for layer, out in enumerate(outs)]
+    reference = theirs(tokens, output_attentions=True, output_hidden_states=True)
     for hook in hooks:
         hook.remove()
     logits, cache = ours(tokens, keep=range(ours.config.n_layers))
@@ -33,15 +34,16 @@ def assert_parity_with_transformers(ours, theirs, tokens):
     assert torch.allclose(ours(tokens)[0], logits,
                           atol=1e-4), "fused attention and explicit pattern give different logits"
     for layer, kept in cache.items():
+        assert torch.allclose(kept.resid_pre, reference.hidden_states[layer], atol=1e-4), \
+            f"the residual stream before layer {layer}: embedding, norms, MLP?"
         assert (kept.pattern - reference.attentions[layer]).abs().max() < 1e-5, \
-            f"pattern of layer {layer}: causal mask, 1/sqrt(d_head)?"
+            f"pattern of layer {layer}: mask, window, scale, soft cap?"
         assert (kept.z_cat - z[layer]).abs().max() < 1e-5 * max(1, z[layer].abs().max()), \
             f"z_cat of layer {layer}: are heads side by side?"
 
 
-def test_parity_with_transformers_on_random_configurations(gpt2_pair):
-    ours, theirs = gpt2_pair
-    assert_parity_with_transformers(ours, theirs, random_tokens(ours))
+def test_parity_with_transformers_on_random_configurations(pair):
+    assert_parity_with_transformers(*pair, random_tokens(pair[0]))
 
 
 def test_parity_with_transformers_on_tiny(tiny):
@@ -51,8 +53,8 @@ def test_parity_with_transformers_on_tiny(tiny):
     assert_parity_with_transformers(tiny, theirs, random_tokens(tiny))
 
 
-def test_z_cat_at_is_the_cached_z_cat(gpt2_pair):
-    ours, _ = gpt2_pair
+def test_z_cat_at_is_the_cached_z_cat(pair):
+    ours, _ = pair
     tokens = random_tokens(ours)
     _, cache = ours(tokens, keep=range(ours.config.n_layers))
     for layers in ([0], [ours.config.n_layers - 1], list(cache)):
@@ -63,27 +65,26 @@ def test_z_cat_at_is_the_cached_z_cat(gpt2_pair):
                                   atol=1e-5), f"z_cat_at differs from the full run at layer {layer}"
 
 
-def test_cached_parts_add_up_to_the_next_layer(gpt2_pair):
-    ours, _ = gpt2_pair
+def test_cached_parts_add_up_to_the_next_layer(pair):
+    ours, _ = pair
     _, cache = ours(random_tokens(ours), keep=range(ours.config.n_layers))
     for layer in range(ours.config.n_layers - 1):
         one = cache[layer]
         assert torch.allclose(one.resid_pre + one.attn_out + one.mlp_out, cache[layer + 1].resid_pre,
                               atol=1e-5)
-        assert torch.allclose(one.attn_out, ours.h[layer].attn.out(one.z_cat), atol=1e-6)
         z = torch.einsum("bhqk,bkhd->bqhd", one.pattern, one.v).flatten(-2)
         assert torch.allclose(z, one.z_cat, atol=1e-5), "z_cat is not pattern @ v"
 
 
-def test_identity_edit_changes_nothing_bit_for_bit(gpt2_pair):
-    ours, _ = gpt2_pair
+def test_identity_edit_changes_nothing_bit_for_bit(pair):
+    ours, _ = pair
     tokens = random_tokens(ours)
     edits = {layer: lambda z: z for layer in range(ours.config.n_layers)}
     assert torch.equal(ours(tokens)[0], ours(tokens, edit_z=edits)[0])
 
 
-def test_edit_leaves_earlier_layers_bit_equal_and_later_edits_see_it(gpt2_pair):
-    ours, _ = gpt2_pair
+def test_edit_leaves_earlier_layers_bit_equal_and_later_edits_see_it(pair):
+    ours, _ = pair
     tokens, last = random_tokens(ours), ours.config.n_layers - 1
     everything = range(ours.config.n_layers)
     _, before = ours(tokens, keep=everything)
@@ -99,8 +100,8 @@ def test_edit_leaves_earlier_layers_bit_equal_and_later_edits_see_it(gpt2_pair):
         "the later edit did not see what the earlier one led to"
 
 
-def test_zeroing_a_slice_of_z_cat_removes_that_head(gpt2_pair):
-    ours, theirs = gpt2_pair
+def test_zeroing_a_slice_of_z_cat_removes_that_head(pair):
+    ours, theirs = pair
     tokens, d_head = random_tokens(ours), ours.config.d_head
     layer, head = ours.config.n_layers - 1, ours.config.n_heads - 1
     mine = slice(head * d_head, (head + 1) * d_head)
@@ -110,7 +111,8 @@ def test_zeroing_a_slice_of_z_cat_removes_that_head(gpt2_pair):
         z[..., mine] = 0
         return z
 
-    projection = theirs.transformer.h[layer].attn.c_proj.weight
+    projection = (theirs.model.layers[layer].self_attn.o_proj.weight.T if isinstance(ours, models.Gemma)
+                  else theirs.transformer.h[layer].attn.c_proj.weight)
     kept = projection.detach().clone()
     with torch.no_grad():
         projection[mine] = 0                                            # rows of W_O that read the head
@@ -120,23 +122,43 @@ def test_zeroing_a_slice_of_z_cat_removes_that_head(gpt2_pair):
             - reference).abs().max() < 1e-4, "the heads' slices of z_cat are in another order"
 
 
-def test_head_matrices_give_q_k_v_from_the_normalised_stream(gpt2_pair):
-    ours, _ = gpt2_pair
+def test_head_matrices_give_q_k_v_and_attn_out(pair):
+    """Per head, from resid_pre to attn_out with nothing but the matrices, the scales and the pattern."""
+    ours, _ = pair
     _, cache = ours(random_tokens(ours), keep=range(ours.config.n_layers))
     for layer, one in cache.items():
-        n = (one.resid_pre - one.resid_pre.mean(-1, keepdim=True)) / one.scales["attn_in"]
-        m = ours.head_matrices(layer)
+        n, m = one.resid_pre / one.scales["attn_in"], ours.head_matrices(layer)
         for name, W, b in (("q", m.W_Q, m.b_Q), ("k", m.W_K, m.b_K), ("v", m.W_V, m.b_V)):
-            rebuilt = torch.einsum("btm,hmd->bthd", n, W) + b
-            assert torch.allclose(rebuilt, getattr(one, name),
-                                  atol=1e-4), f"{name} of layer {layer}: is the norm's gain or bias missing?"
+            rebuilt = (torch.einsum("btm,hmd->bthd", n, W) + b) / one.scales.get(name, 1)
+            if name != "v":
+                rebuilt = ours.rotate(rebuilt, layer)
+            assert torch.allclose(rebuilt, getattr(one, name), atol=1e-4), \
+                f"{name} of layer {layer}: is the norm's gain, bias or centring missing?"
+        z = one.z_cat.unflatten(-1, (ours.config.n_heads, -1))
+        attn_out = (torch.einsum("bthd,hdm->btm", z, m.W_O) + m.b_O) / one.scales.get("attn_out", 1)
+        assert torch.allclose(attn_out, one.attn_out, atol=1e-4), "W_O: is the post-norm's gain missing?"
 
 
-def test_value_bias_is_z_of_a_stream_without_direction(gpt2_pair):
-    ours, _ = gpt2_pair
-    block = ours.h[0]
-    # centred to 0 by the norm
-    nothing = block.attn.heads(block.ln_1(torch.full((1, 5, ours.config.d_model), 7.0))).z_cat
+def test_the_cached_q_and_k_give_the_pattern(pair):
+    ours, _ = pair
+    _, cache = ours(random_tokens(ours), keep=range(ours.config.n_layers))
+    cap, windows = getattr(ours.config, "score_cap", None), getattr(ours.config, "windows", None)
+    for layer, one in cache.items():
+        T = one.q.shape[1]
+        for q in (0, 5, T - 1):
+            first = max(0, q - windows[layer] + 1) if windows and windows[layer] else 0
+            scores = ours.config.score_scale * torch.einsum("bhd,bkhd->bhk", one.q[:, q], one.k[:, first:q + 1])
+            scores = cap * torch.tanh(scores / cap) if cap else scores
+            assert torch.allclose(one.pattern[:, :, q, first:q + 1], scores.softmax(-1), atol=1e-5)
+            assert one.pattern[:, :, q, q + 1:].sum() == 0 == one.pattern[:, :, q, :first].sum(), \
+                "a query may not see later keys, nor those before its window"
+
+
+def test_value_bias_is_z_of_a_stream_without_direction(pair):
+    ours, _ = pair
+    # a constant vector is 0 after LayerNorm's centring; RMSNorm has none, so there the stream itself is 0
+    constant = 0.0 if isinstance(ours, models.Gemma) else 7.0
+    nothing = ours.blocks[0].heads(torch.full((1, 5, ours.config.d_model), constant)).z_cat
     assert torch.allclose(nothing, ours.value_bias(0).expand_as(nothing), atol=1e-5)
 
 
