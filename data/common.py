@@ -123,7 +123,8 @@ def atomic(path, way_out="choose another --out"):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; {way_out}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder):

@@ -54,8 +54,8 @@ def fetch(repo, filename):
 def open_url(url, instead="check the address"):
     """A GET whose answer is read like a file; yields None where there is no such file (404).
 
-    Redirects are followed. `.facts` are the headers, names in lower case; of one that comes several times the
-    first counts, so that what the hub says of a file holds when another host delivers it. Whatever goes wrong
+    Redirects are followed. `.facts` are the headers, names in lower case; those that start with x- are kept
+    from the first host, so that what the hub says of a file holds when another delivers it. Whatever goes wrong
     on the network, until the file is closed, is a UserError.
     """
     facts, home, token = {}, urlsplit(endpoint())[:2], os.environ.get("HF_TOKEN")
@@ -71,7 +71,8 @@ def open_url(url, instead="check the address"):
             except urllib.error.HTTPError as error:
                 response = error
             with response:
-                facts = {name.lower(): value for name, value in response.headers.items()} | facts
+                said = {name: value for name, value in facts.items() if name.startswith("x-")}
+                facts = {name.lower(): value for name, value in response.headers.items()} | said
                 if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
                     url = urljoin(url, response.headers["Location"])
                     continue

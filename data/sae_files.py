@@ -121,7 +121,10 @@ def _gemma_scope(path):
     except (OSError, ValueError, EOFError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile,
             zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again.") from error
-    return _without_input_bias(_checked(tensors, NAMES, path))
+    tensors = _checked(tensors, NAMES, path)
+    tensors["threshold"].clamp_(min=0)      # f = relu(pre) * (pre > threshold), pre = z @ W_enc + b_enc
+    tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
+    return tensors
 
 
 def _saelens(folder):
@@ -134,8 +137,9 @@ def _saelens(folder):
         "reshape_activations": ["none", "hook_z"], "hook_head_index": [None]}, config)
     names = NAMES if raw.get("architecture") == "jumprelu" else NAMES - {"threshold"}
     tensors = _checked(dict(read_tensors(folder / "sae_weights.safetensors")), names, folder)
+    tensors["threshold"].clamp_(min=0)      # their f = relu(pre) * (pre > threshold)
     if not raw.get("apply_b_dec_to_input", True):
-        tensors = _without_input_bias(tensors)
+        tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
     if raw.get("normalize_activations") == "expected_average_only_in":
         factor = read_json(folder / "activation_scaler.json").get("scaling_factor")
         if type(factor) not in (int, float) or not 0 < factor < float("inf"):
@@ -143,13 +147,6 @@ def _saelens(folder):
                             f"activation_scaler.json.")
         for name in ("b_enc", "b_dec", "threshold"):    # it read factor * z: then f is factor times ours
             tensors[name] = tensors[name] / factor
-    return tensors
-
-
-def _without_input_bias(tensors):
-    """From pre = z @ W_enc + b_enc and f = relu(pre) * (pre > threshold) to our form."""
-    tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
-    tensors["threshold"] = tensors["threshold"].clamp_min(0)
     return tensors
 
 
@@ -167,7 +164,7 @@ def _checked(tensors, names, path):
         if tensor.shape != shapes[name] or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, {shapes[name]} is needed, of "
                             f"finite numbers.")
-    return {"threshold": torch.zeros(d_sae)} | {name: tensor.float() for name, tensor in tensors.items()}
+    return {"threshold": torch.zeros(d_sae)} | {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
 def write_saelens(tensors, folder, model_name, layer, n_ctx):

@@ -1,0 +1,314 @@
+"""data/sae_files.py: published formats against brute-force formulas and against sae-lens itself."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import model as models
+import sae as S
+from conftest import GEMMA_SHAPES, GPT2_SHAPES, random_gemma, random_gpt2
+from data.common import UserError
+from data.sae_files import read_sae, sae_paths, write_saelens
+
+D_IN, D_SAE = 32, 70
+
+
+def random_tensors(seed=0, d_in=D_IN, d_sae=D_SAE):
+    """Weights as a trainer would leave them: decoder rows not of unit norm, thresholds of both signs."""
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=g)
+    return {"W_enc": normal(d_in, d_sae) / 4, "b_enc": normal(d_sae) / 4, "W_dec": normal(d_sae, d_in),
+            "b_dec": normal(d_in) / 2, "threshold": normal(d_sae) / 2}
+
+
+def random_z(n=50, d_in=D_IN):
+    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(9))
+
+
+def by_hand(t, z, subtract, scale=1.0):
+    """Features and reconstructions one number at a time, in float64, from the format's own definition."""
+    t = {name: tensor.double().numpy() for name, tensor in t.items()}
+    threshold = t.get("threshold", np.zeros(D_SAE))
+    f = np.zeros((len(z), D_SAE))
+    for n, row in enumerate(z.double().numpy() * scale):
+        for i in range(D_SAE):
+            pre = sum((row[d] - subtract * t["b_dec"][d]) * t["W_enc"][d, i] for d in range(D_IN)) + t["b_enc"][i]
+            f[n, i] = max(pre, 0.0) if pre > threshold[i] else 0.0
+    z_hat = f @ t["W_dec"] + t["b_dec"]
+    return torch.from_numpy(f), torch.from_numpy(z_hat / scale)
+
+
+def assert_equal(sae, f, z_hat, z, message, scale=1.0):
+    assert (sae.encode(z) * scale - f).abs().max() < 1e-5, message
+    assert (sae(z) - z_hat).abs().max() < 1e-4 * max(1, z_hat.abs().max()), message
+    assert (f > 0).float().mean() > 0.1, "this test should have active features"
+
+
+def write_kissane(folder, tensors, **config):
+    path = folder / "gpt2-small_L1_Hcat_z_v9.pt"
+    torch.save({name: one for name, one in tensors.items() if name != "threshold"}, path)
+    d_sae, d_in = tensors["W_dec"].shape
+    cfg = {"act_size": d_in, "dict_size": d_sae, "act_name": "blocks.1.attn.hook_z", "l1_coeff": 0.8, "layer": 1,
+           "seq_len": 128, "enc_dtype": "fp32"}
+    (folder / "gpt2-small_L1_Hcat_z_v9_cfg.json").write_text(json.dumps(cfg | config))
+    return path
+
+
+def test_the_papers_format(tmp_path):
+    t, z = random_tensors(), random_z()
+    sae = S.SAE.load(write_kissane(tmp_path, t))
+    assert_equal(sae, *by_hand({n: x for n, x in t.items() if n != "threshold"}, z, subtract=1), z,
+                 "relu((z - b_dec) @ W_enc + b_enc)")
+
+
+def test_gemma_scope_npz_is_a_jumprelu_without_input_bias(tmp_path):
+    t, z = random_tensors(), random_z()
+    np.savez(tmp_path / "params.npz", **{name: one.numpy() for name, one in t.items()})
+    assert_equal(S.SAE.load(tmp_path / "params.npz"), *by_hand(t, z, subtract=0), z,
+                 "f = relu(pre) * (pre > threshold), pre = z @ W_enc + b_enc")
+
+
+def saelens_folder(folder, tensors, factor=None, **config):
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "sae_weights.safetensors")
+    d_sae, d_in = tensors["W_dec"].shape
+    cfg = {"architecture": "jumprelu" if "threshold" in tensors else "standard", "d_in": d_in, "d_sae": d_sae,
+           "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none"}
+    (folder / "cfg.json").write_text(json.dumps(cfg | config))
+    if factor:
+        (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": factor}))
+    return folder
+
+
+@pytest.mark.parametrize("jump", [False, True], ids=["standard", "jumprelu"])
+@pytest.mark.parametrize("subtract", [False, True], ids=["no_input_bias", "input_bias"])
+def test_saelens_folders(tmp_path, jump, subtract):
+    t, z = random_tensors(), random_z()
+    if not jump:
+        del t["threshold"]
+    folder = saelens_folder(tmp_path / "sae", t, apply_b_dec_to_input=subtract)
+    assert_equal(S.SAE.load(folder), *by_hand(t, z, subtract), z, "apply_b_dec_to_input")
+
+
+def test_a_training_scale_goes_into_the_biases(tmp_path):
+    t, z = random_tensors(), random_z()
+    folder = saelens_folder(tmp_path / "sae", t, factor=2.5, normalize_activations="expected_average_only_in")
+    f, z_hat = by_hand(t, z, subtract=1, scale=2.5)
+    assert_equal(S.SAE.load(folder), f, z_hat, z, "it read 2.5 z, and its features are 2.5 times ours", scale=2.5)
+
+
+def test_our_own_files_and_folders_load(tmp_path):
+    sae = S.SAE(D_IN, D_SAE)
+    sae.save(tmp_path / "L0" / "sae.safetensors")
+    for path in (tmp_path / "L0", tmp_path / "L0" / "sae.safetensors"):
+        assert torch.equal(S.SAE.load(path).W_enc, sae.W_enc)
+
+
+# ---- the bias convention ----
+
+
+def test_an_sae_of_folded_z_reads_plain_weights_after_the_shift(tmp_path):
+    """TransformerLens folds ln_1's bias and b_V into b_O; its z is ours less the constant c. Here the folding is
+    done by hand on the weights of a random GPT-2, whose output must not change."""
+    theirs = random_gpt2(tmp_path / "plain", **GPT2_SHAPES["small"])
+    plain, layer = models.load(tmp_path / "plain"), 1
+    with torch.no_grad():
+        for block in theirs.transformer.h:
+            attn, D = block.attn, block.attn.c_proj.weight.shape[0]
+            W_V, b_V = attn.c_attn.weight[:, 2 * D:], attn.c_attn.bias[2 * D:]
+            c = block.ln_1.bias @ W_V + b_V
+            attn.c_proj.bias += c @ attn.c_proj.weight
+            attn.c_attn.bias[2 * D:] = -block.ln_1.bias @ W_V           # cancels ln_1's bias in the values
+    theirs.save_pretrained(tmp_path / "folded")
+    folded, tokens = models.load(tmp_path / "folded"), torch.arange(30)[None]
+    logits, kept = plain(tokens, keep=(layer,))
+    logits_folded, kept_folded = folded(tokens, keep=(layer,))
+    assert torch.allclose(logits, logits_folded, atol=1e-4)
+    path = write_kissane(tmp_path, random_tensors())
+    wanted = S.SAE.load(path).encode(kept_folded[layer].z_cat)
+    assert not torch.allclose(S.SAE.load(path).encode(kept[layer].z_cat), wanted, atol=0.1), \
+        "this test should tell the two conventions apart"
+    shifted = S.SAE.load(path).shift(plain.value_bias(layer))
+    assert torch.allclose(shifted.encode(kept[layer].z_cat), wanted, atol=1e-5), "sae.shift(model.value_bias(layer))"
+
+
+def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
+    """The published names lead to files of these names; what they hold is written here."""
+    random_gpt2(tmp_path / "gpt2", n_layer=3, n_head=4, n_embd=32, vocab_size=101, n_positions=40)
+    model = models.load(tmp_path / "gpt2")
+    asked = []
+
+    def cached(repo, filename):
+        asked.append((repo, filename))
+        folder = tmp_path / str(len(asked))
+        folder.mkdir()
+        if filename.endswith(".pt"):
+            return write_kissane(folder, random_tensors(len(asked)))
+        np.savez(folder / "params.npz", **{n: x.numpy() for n, x in random_tensors().items()})
+        return folder / "params.npz"
+
+    monkeypatch.setattr("data.hub.cached", cached)
+    saes = S.load_all("kissane", model)
+    assert list(saes) == [0, 1, 2]
+    assert asked[1] == ("ckkissane/attn-saes-gpt2-small-all-layers",
+                        "gpt2-small_L1_Hcat_z_lr1.20e-03_l18.00e-01_ds24576_bs4096_dc1.00e-06_rsanthropic_rie25000"
+                        "_nr4_v5.pt")
+    expected = random_tensors(2)["b_dec"] + model.value_bias(1)
+    assert torch.allclose(saes[1].b_dec, expected), "the paper's SAEs read z of folded weights"
+    random_gemma(tmp_path / "gemma", **GEMMA_SHAPES["2, no caps"])
+    gemma = models.load(tmp_path / "gemma")
+    assert list(S.load_all("gemma-scope", gemma, (2,))) == [2]
+    assert asked[-1] == ("google/gemma-scope-2b-pt-att", "layer_2/width_16k/average_l0_93/params.npz")
+
+
+def test_saes_that_do_not_fit_or_are_not_there(tmp_path, tiny):
+    S.SAE(D_IN, D_SAE).save(tmp_path / "L2" / "sae.safetensors")
+    with pytest.raises(UserError, match="layer 2 reads 32 numbers and this model's z_cat has 256"):
+        S.load_all(tmp_path, tiny)
+    with pytest.raises(UserError, match="no SAE of layer 1; it has: 2"):
+        S.load_all(tmp_path, tiny, (2, 1))
+    with pytest.raises(UserError, match="no SAEs of this model"):
+        S.load_all(tmp_path / "nowhere", tiny)
+    with pytest.raises(UserError, match="out of range"):
+        S.load_all(tmp_path, tiny, (7,))
+
+
+# ---- sae-lens itself ----
+
+
+def run_saelens(script, tmp_path):
+    """sae-lens in a process of its own: it brings its own versions and takes seconds to import."""
+    pytest.importorskip("sae_lens", reason="tests/requirements-peers.txt is not installed")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("jump", [False, True], ids=["standard", "jumprelu"])
+def test_saelens_reads_what_we_write(tmp_path, jump):
+    sae, z = S.SAE.load(saelens_folder(tmp_path / "x", random_tensors())), random_z()
+    if not jump:
+        sae.threshold.zero_()
+    write_saelens(sae.state_dict(), tmp_path / "ours", "gpt2", 5, 128)
+    save_file({"z": z.unflatten(-1, (4, 8)).contiguous()}, tmp_path / "z.safetensors")
+    run_saelens("""
+import sae_lens, torch
+from safetensors.torch import load_file, save_file
+sae = sae_lens.SAE.load_from_disk("ours")
+z = load_file("z.safetensors")["z"]
+f = sae.encode(z)
+save_file({"f": f.detach(), "z_hat": sae.decode(f).detach().contiguous()}, "theirs.safetensors")
+""", tmp_path)
+    theirs = read_safetensors(tmp_path / "theirs.safetensors")
+    assert (theirs["f"] - sae.encode(z)).abs().max() < 1e-5
+    assert (theirs["z_hat"].flatten(-2) - sae(z)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("jump", [False, True], ids=["standard", "jumprelu"])
+def test_we_read_what_saelens_writes(tmp_path, jump):
+    t, z = random_tensors(), random_z()
+    save_file(t | {"z": z}, tmp_path / "in.safetensors")
+    run_saelens(f"""
+import sae_lens, torch
+from safetensors.torch import load_file, save_file
+t = load_file("in.safetensors")
+kind, config = ((sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig) if {jump} else
+                (sae_lens.StandardSAE, sae_lens.StandardSAEConfig))
+sae = kind(config(d_in={D_IN}, d_sae={D_SAE}, apply_b_dec_to_input={not jump}))
+with torch.no_grad():
+    for name, parameter in sae.named_parameters():
+        parameter.copy_(t[name])
+sae.save_model("theirs")
+save_file({{"f": sae.encode(t["z"]).detach(), "z_hat": sae(t["z"]).detach()}}, "out.safetensors")
+""", tmp_path)
+    theirs, ours = read_safetensors(tmp_path / "out.safetensors"), S.SAE.load(tmp_path / "theirs")
+    assert (ours.encode(z) - theirs["f"]).abs().max() < 1e-5
+    assert (ours(z) - theirs["z_hat"]).abs().max() < 1e-4
+
+
+def read_safetensors(path):
+    from safetensors.torch import load_file
+    return load_file(path)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("option", [{"architecture": "gated"}, {"activation_fn_str": "topk"},
+                                    {"normalize_activations": "layer_norm"},
+                                    {"finetuning_scaling_factor": True}, {"hook_head_index": 3}], ids=str)
+def test_options_of_saelens_that_we_lack_are_named(tmp_path, option):
+    folder = saelens_folder(tmp_path / "sae", random_tensors(), **option)
+    with pytest.raises(UserError, match=f"{next(iter(option))} .* is not supported"):
+        read_sae(folder)
+
+
+def test_a_scale_that_is_missing_is_named(tmp_path):
+    folder = saelens_folder(tmp_path / "sae", random_tensors(), normalize_activations="expected_average_only_in")
+    with pytest.raises(UserError, match="activation_scaler.json"):
+        read_sae(folder)
+
+
+def test_a_pt_file_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save({"W_enc": Evil()}, tmp_path / "sae.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "ran").unlink(missing_ok=True)
+    for name in ("sae.pt", "plain.pt"):
+        with pytest.raises(UserError, match=name):
+            read_sae(tmp_path / name)
+    np.savez(tmp_path / "sae.npz", W_enc=np.array([Evil()], dtype=object))
+    (tmp_path / "ran").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="sae.npz"):
+        read_sae(tmp_path / "sae.npz")
+    assert not (tmp_path / "ran").exists(), "a file was unpickled with code execution"
+
+
+def test_wrong_shapes_missing_tensors_and_other_sizes_are_named(tmp_path):
+    t = random_tensors()
+    path = write_kissane(tmp_path, t, dict_size=71)
+    with pytest.raises(UserError, match="dict_size 71"):
+        read_sae(path)
+    for change in ({"b_dec": torch.zeros(3)}, {"W_enc": t["W_enc"].T}, {"b_enc": torch.full((D_SAE,), torch.nan)},
+                   {"W_dec": torch.zeros(D_SAE)}, {"more": torch.zeros(1)}, {"b_dec": torch.arange(D_IN)}):
+        with pytest.raises(UserError, match="gpt2-small_L1"):
+            read_sae(write_kissane(tmp_path, t | change) if "W_dec" not in change
+                     else _saved(tmp_path, t | change))
+    for name in ("sae.bin", "nothing.pt"):
+        (tmp_path / "sae.bin").write_bytes(b"x")
+        with pytest.raises(UserError, match=name):
+            read_sae(tmp_path / name)
+
+
+def _saved(folder, tensors):
+    path = folder / "gpt2-small_L1.pt"
+    torch.save(tensors, path)
+    return path
+
+
+def test_truncated_files_are_named(tmp_path):
+    t = random_tensors()
+    np.savez(tmp_path / "params.npz", **{name: one.numpy() for name, one in t.items()})
+    pt = write_kissane(tmp_path, t)
+    for path in (pt, tmp_path / "params.npz"):
+        whole = path.read_bytes()
+        for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:size])
+            with pytest.raises(UserError, match=path.name):
+                read_sae(path)
+
+
+def test_a_folder_of_fetched_files_serves_as_well(tmp_path, tiny):
+    t = random_tensors(d_in=256)
+    (tmp_path / "L3").mkdir()
+    np.savez(tmp_path / "L3" / "params.npz", **{name: one.numpy() for name, one in t.items()})
+    assert sae_paths(tmp_path, (), 4) == {3: tmp_path / "L3"}
+    assert S.load_all(tmp_path, tiny)[3].d_sae == D_SAE
