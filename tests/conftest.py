@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 GPT2_SHAPES = {
     "small": dict(n_layer=3, n_head=4, n_embd=32, vocab_size=101, n_positions=40),

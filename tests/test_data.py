@@ -1,9 +1,13 @@
 """data/: vocabulary, rows, stories and the small shared helpers."""
 
 import dataclasses
+import gzip
 import itertools
+import json
+import os
 import random
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,8 +15,10 @@ import pytest
 import torch
 
 import data
+from conftest import ROOT, random_gpt2
 from data import bpe, common, stories, text
 from data.common import UserError
+from data.corpus import documents
 from data.weights import TINY
 
 SAMPLE = ("the cat sat on the mat, the cat ate the rat;  that's  what   cats do\n\n"
@@ -141,9 +147,153 @@ def test_a_repeated_passage_repeats():
         assert len(set(row.tolist())) <= 128 - 8 + 1, "no passage of at least 8 tokens occurs twice"
 
 
+# ---- text from outside ----
+
+
+DOCUMENTS = [f"Document {i} tells of {'cats and dogs ' * (3 + i % 7)}." for i in range(500)]
+
+
+def write_corpus(folder, kind):
+    """The same documents as .jsonl, .json.gz or .jsonl.gz in one file, or spread over a folder."""
+    lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(DOCUMENTS))
+    if kind == "folder":
+        (folder / "sub").mkdir()
+        (folder / "a.jsonl").write_text(lines[:lines.index('{"text": "Document 200 ')])
+        (folder / "sub" / "b.jsonl").write_text(lines[lines.index('{"text": "Document 200 '):])
+        (folder / "notes.md").write_text("not text for training")
+        return folder
+    path = folder / f"posts.{kind}"
+    path.write_bytes(gzip.compress(lines.encode()) if kind.endswith("gz") else lines.encode())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json.gz", "jsonl.gz", "folder"])
+def test_every_document_of_a_corpus_is_in_exactly_one_split(tmp_path, kind):
+    path = write_corpus(tmp_path, kind)
+    train, held_out = list(documents(str(path), "train")), list(documents(str(path), "held-out"))
+    assert sorted(train + held_out) == sorted(DOCUMENTS), "documents were dropped or read twice"
+    assert 5 < len(held_out) < 60, "one document in 20 is held out"
+
+
+def test_rows_of_a_corpus_end_with_its_text_and_drop_less_than_a_row(tmp_path):
+    tokenizer = data.tokenizer("tiny")
+    path = write_corpus(tmp_path, "jsonl")
+    blocks = list(data.rows(path, tokenizer, "train", T=32, n=7))
+    assert {len(block) for block in blocks[:-1]} == {7} and 1 <= len(blocks[-1]) <= 7
+    ids = [i for text in documents(str(path), "train") for i in tokenizer.encode(text) + [tokenizer.bos]]
+    rows = torch.cat(blocks)
+    assert 0 <= len(ids) - rows[:, 1:].numel() < 31
+    assert sorted(rows[:, 1:].flatten().tolist()) == sorted(ids[:rows[:, 1:].numel()]), "tokens were lost"
+    assert (rows[:, 0] == tokenizer.bos).all()
+    again = torch.cat(list(data.rows(path, tokenizer, "train", T=32, n=5, start=11)))
+    assert torch.equal(again, rows[11:]), "a stream that starts later is another stream"
+
+
+def test_a_text_file_is_read_in_pages(tmp_path):
+    lines = [f"Line {i} of a long book.\n" for i in range(20_000)]
+    (tmp_path / "book.txt").write_text("".join(lines))
+    pages = {split: list(documents(str(tmp_path / "book.txt"), split)) for split in ("train", "held-out")}
+    whole = sorted(pages["train"] + pages["held-out"], key=lambda page: int(page.split()[1]))
+    assert "".join(whole) == "".join(lines), "text was lost between pages"
+    assert all(3000 <= len(page) < 3100 for page in whole[:-1]) and pages["held-out"]
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl", b'{"text": "fine"}\n{"text": 7}\n', ["a.jsonl, line 2", "text"]),
+    ("a.jsonl", b'{"text": "fine"}\n\n{"text": \n', ["a.jsonl, line 3"]),
+    ("a.jsonl", b"[1]\n", ["line 1"]),
+    ("a.txt", b"caf\xe9 " * 1000, ["UTF-8"]),
+    ("a.txt", b"", ["less than a row"]),
+    ("a.txt", b"too short", ["less than a row of 128 tokens"]),
+    ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 100)[:-20], ["a.json.gz", "damaged or cut short"]),
+    ("a.json.gz", b"not gzip", ["damaged"]),
+    ("a.csv", b"x", [".jsonl"]),
+    ("folder/a.csv", b"x", [".jsonl"]),
+], ids=str)
+def test_a_corpus_that_cannot_be_read_is_one_sentence(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(data.rows(path.parent if "/" in name else path, data.tokenizer("tiny"), "train"))
+    assert all(word in str(error.value) for word in words) and "--corpus" in str(error.value), str(error.value)
+
+
 def test_unknown_corpus_is_named():
-    with pytest.raises(UserError, match="--corpus nowhere"):
-        next(data.rows("nowhere", data.tokenizer("tiny")))
+    with pytest.raises(UserError, match="--corpus wikipedia is not there"):
+        next(data.rows("wikipedia", data.tokenizer("tiny")))
+    with pytest.raises(UserError, match="does not end in"):
+        next(data.rows("http://127.0.0.1:9/page.html", data.tokenizer("tiny")))
+
+
+# ---- tokenizers of other models ----
+
+
+TIKTOKEN = ROOT.parent / "shared" / "tiktoken"
+
+
+def test_gpt2_text_goes_through_tiktoken(tmp_path, monkeypatch):
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        if not TIKTOKEN.is_dir():
+            pytest.skip("tiktoken's files of GPT-2 are not here, and it would download them")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})              # what an earlier call has cached
+    random_gpt2(tmp_path, n_layer=1, n_head=1, n_embd=4, vocab_size=50257, n_positions=8)
+    for name in ("gpt2", tmp_path):
+        tokenizer = data.tokenizer(name)
+        assert tokenizer.encode("When Mary and John went") == [2215, 5335, 290, 1757, 1816]
+        assert (tokenizer.bos, tokenizer.n_vocab) == (50256, 50257)
+
+
+def test_gpt2_text_without_tiktokens_files_or_network_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="GPT-2 tokenizer could not be downloaded.*TIKTOKEN_CACHE_DIR"):
+        data.tokenizer("gpt2")
+
+
+@pytest.fixture
+def gemma_folder(tmp_path):
+    """config.json and a small tokenizer.json made by the package itself, with Gemma's special tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"])
+    made.train_from_iterator(DOCUMENTS, trainer)
+    made.add_special_tokens(["<image>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "bos_token_id": 2}))
+    return tmp_path
+
+
+def test_gemma_text_goes_through_tokenizer_json(gemma_folder):
+    tokenizer = data.tokenizer(gemma_folder)
+    ids = tokenizer.encode("cats and dogs")
+    assert tokenizer.bos == 2 and 2 not in ids, "BOS is put by rows, once"
+    assert tokenizer.decode(ids) == "cats and dogs"
+    assert tokenizer.encode_batch(["cats", "and dogs"]) == [tokenizer.encode("cats"), tokenizer.encode("and dogs")]
+    assert 2 not in tokenizer.encode("a <bos> in the text"), "<bos> inside a text is ordinary text"
+    rows = next(data.rows(write_corpus(gemma_folder, "jsonl"), tokenizer, T=16, n=4))
+    assert (rows[:, 0] == 2).all() and rows.max() < tokenizer.n_vocab
+
+
+def test_a_model_without_a_tokenizer_is_named(gemma_folder):
+    (gemma_folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer.json is not a tokenizer"):
+        data.tokenizer(gemma_folder)
+    (gemma_folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer.json"):
+        data.tokenizer(gemma_folder)
+
+
+def test_tokenizer_json_without_the_package_says_what_to_install(gemma_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="pip install tokenizers"):
+        data.tokenizer(gemma_folder)
 
 
 # ---- stories ----

@@ -1,14 +1,17 @@
 """model.py against transformers, and the seam at z_cat against what it promises."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import model as models
-from conftest import GPT2_SHAPES, random_gpt2
+from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, random_gemma, random_gpt2
 from data.common import UserError
 from data.weights import TINY
 
@@ -235,6 +238,106 @@ def test_options_that_are_not_implemented_are_refused_by_name(saved, values):
     change_config(saved, **values)
     with pytest.raises(UserError, match=next(iter(values))):
         models.load(saved)
+
+
+def test_config_files_of_earlier_years_load_the_same(tmp_path):
+    """What transformers writes today under rope_parameters and layer_types stood elsewhere, or was understood."""
+    tokens = torch.arange(30)[None]
+    for name, changes in {
+            "1, one key for all": {"rope_theta": 10000.0, "hidden_act": "gelu", "hidden_activation": None},
+            "2": {"rope_theta": 10000.0},
+            "3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}}.items():
+        folder = tmp_path / name
+        random_gemma(folder, **GEMMA_SHAPES[name])
+        before = models.load(folder)(tokens)[0]
+        config = json.loads((folder / "config.json").read_text())
+        for key in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+            config.pop(key, None)
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        assert torch.equal(models.load(folder)(tokens)[0], before), f"Gemma {name}"
+
+
+@pytest.mark.parametrize("values", [
+    {"attention_bias": True}, {"hidden_act": "relu"}, {"head_dim": 15}, {"num_key_value_heads": 3},
+    {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}},
+    {"rope_parameters": [1]}, {"layer_types": ["full_attention"]}, {"query_pre_attn_scalar": 0},
+    {"sliding_window": "7"}, {"rms_norm_eps": None, "use_bidirectional_attention": True}], ids=str)
+def test_options_of_gemma_that_are_not_implemented_are_refused_by_name(tmp_path, values):
+    random_gemma(tmp_path, **GEMMA_SHAPES["2"])
+    change_config(tmp_path, **values)
+    with pytest.raises(UserError, match="config.json: .*" + re.escape(
+            {"rope_parameters": "rope_"}.get(next(iter(values)), list(values)[-1]))):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["2", "3"])
+def test_sharded_weights_load_the_same_and_a_missing_shard_is_named(tmp_path, name):
+    theirs = random_gemma(tmp_path / "whole", **GEMMA_SHAPES[name])
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 2
+    tokens = torch.arange(30)[None]
+    assert torch.equal(models.load(tmp_path / "shards")(tokens)[0], models.load(tmp_path / "whole")(tokens)[0])
+    shards[1].unlink()
+    with pytest.raises(UserError, match=shards[1].name):
+        models.load(tmp_path / "shards")
+    for damaged in ("{}", '{"weight_map": {"a": "../../x.safetensors"}}', '{"weight_map": 3}'):
+        (tmp_path / "shards" / "model.safetensors.index.json").write_text(damaged)
+        with pytest.raises(UserError, match="index.json"):
+            models.load(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_are_loaded_in_the_type_asked_for(pair, tmp_path, dtype):
+    ours, theirs = pair
+    theirs.save_pretrained(tmp_path)
+    other, tokens = models.load(tmp_path, dtype=dtype), random_tokens(ours)
+    assert {p.dtype for p in other.parameters()} == {dtype}
+    logits, cache = other(tokens, keep=range(ours.config.n_layers))
+    assert logits.dtype == dtype == cache[0].pattern.dtype == cache[0].z_cat.dtype
+    tolerance = {torch.bfloat16: 0.15, torch.float64: 1e-5}[dtype]
+    reference = ours(tokens)[0]
+    assert (logits.float() - reference).norm() < tolerance * reference.norm()
+
+
+def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_path):
+    """Measured in a process of its own, on 200 MB of Gemma in bfloat16 shards that become float32."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        "gemma2", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, vocab_size=30_000, max_position_embeddings=128)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path, max_shard_size="40MB")
+    size = sum(p.numel() * 4 for p in theirs.parameters())
+    largest = max(p.numel() * 4 for p in theirs.parameters())
+    script = """
+import sys, torch, model
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+model.load("tiny")
+open("/proc/self/clear_refs", "w").write("5")       # forget the peak of the imports
+before = peak()
+loaded = model.load(sys.argv[1])
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    if "clear_refs" in done.stderr or "/proc" in done.stderr:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < size + largest, \
+        f"{int(done.stdout) / 2**20:.0f} MiB for a model of {size / 2**20:.0f} with a tensor of {largest / 2**20:.0f}"
+
+
+def test_a_damaged_file_leaves_a_loaded_model_as_it_is(tmp_path):
+    """Weights are copied, not mapped: what happens to the file later is no matter."""
+    random_gpt2(tmp_path, **GPT2_SHAPES["small"])
+    ours, tokens = models.load(tmp_path), torch.arange(20)[None]
+    before = ours(tokens)[0]
+    path = tmp_path / "model.safetensors"
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(size // 2)
+        file.write(b"\xff" * (size // 2))
+    assert torch.equal(ours(tokens)[0], before)
 
 
 def test_prompt_and_layer_out_of_range(tiny):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +17,11 @@ import torch
 import data
 import sae as S
 import train as T
-from conftest import GPT2_SHAPES, random_gpt2
+from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, random_gemma, random_gpt2
+from data import common
 from data.common import UserError
 from data.weights import TINY
 
-ROOT = Path(__file__).parent.parent
 SHORT = T.TrainConfig(layers=(0, 2), d_sae=128, n_tokens=12_000, batch_size=256, warmup=10, resample_every=10,
                       n_eval_rows=8, block_mib=8)
 
@@ -268,6 +267,75 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 
 # ---- bad input ----
+
+
+def test_a_text_that_ends_stops_the_run_with_a_checkpoint(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(f"This is line {i} of a book about {i % 17} owls.\n"
+                                               for i in range(4000)))
+    with pytest.raises(UserError, match="the text of --corpus .*book.txt ended after [0-9,]+ of 1,000,000 activ") as e:
+        run_short(tmp_path, corpus=str(tmp_path / "book.txt"), n_tokens=1_000_000)
+    enough = int(str(e.value).split("--n-tokens ")[1].split()[0])
+    assert 20_000 < enough < 100_000
+    metrics = run_short(tmp_path / "again", corpus=str(tmp_path / "book.txt"), n_tokens=enough)
+    assert metrics[0]["n_train_tokens"] == enough, "the number that the message advises does not work"
+
+
+def test_saes_of_a_folder_are_measured_without_training(finished, tmp_path):
+    folder, metrics = finished
+    measured = run_short(tmp_path, saes=str(folder))
+    assert measured.keys() == {0, 2}
+    for layer in measured:
+        for key in ("l0", "ce_sae", "ce_zero", "explained_variance"):
+            assert measured[layer][key] == pytest.approx(metrics[layer][key], rel=1e-6)
+    assert [p.name for p in (tmp_path / "tiny").iterdir()] == ["measured.json"]
+
+
+def test_a_model_in_bfloat16_gives_nearly_the_same_metrics(finished, tmp_path):
+    folder, metrics = finished
+    measured = run_short(tmp_path, saes=str(folder), dtype="bfloat16")
+    for layer in measured:
+        assert measured[layer]["ce_clean"] == pytest.approx(metrics[layer]["ce_clean"], rel=0.02)
+        assert measured[layer]["l0"] == pytest.approx(metrics[layer]["l0"], rel=0.02)
+
+
+def test_each_layer_may_have_its_own_size_and_l1(tmp_path):
+    run_short(tmp_path, d_sae=(64, 96), l1=(0.1, 0.4), n_tokens=1000)
+    saes = {layer: S.SAE.load(tmp_path / "tiny" / f"L{layer}") for layer in (0, 2)}
+    assert (saes[0].d_sae, saes[2].d_sae) == (64, 96)
+    assert json.loads((tmp_path / "tiny" / "L2" / "config.json").read_text())["l1_of_layer"] == 0.4
+
+
+def test_the_papers_preset_goes_by_layer_and_flags_still_win():
+    flags = lambda *argv: common.parse_flags(T.TrainConfig, "", ["--preset", "paper", *argv], T.preset)
+    everything = flags("--model", "gpt2")
+    assert everything.l1 == (1.8, 0.8, 1.0, 0.9, 1.1, 1.0, 1.1, 1.1, 1.3, 1.2, 1.3, 3.0)
+    assert [everything.d_sae[layer] for layer in (0, 5, 6, 7)] == [24576, 49152, 24576, 49152]
+    assert (everything.lr, everything.batch_size, everything.normalise) == (1.2e-3, 4096, False)
+    one = flags("--layers", "5", "--n-tokens", "1e6", "--d-sae", "24576")
+    assert (one.layers, one.l1, one.d_sae, one.n_tokens) == ((5,), (1.0,), (24576,), 1_000_000)
+    assert dataclasses.asdict(common.parse_flags(T.TrainConfig, "", [], T.preset)) \
+        == dataclasses.asdict(T.TrainConfig())
+    with pytest.raises(UserError, match="layers 0 to 11"):
+        flags("--layers", "12")
+    with pytest.raises(UserError, match="--preset mine is unknown"):
+        common.parse_flags(T.TrainConfig, "", ["--preset", "mine"], T.preset)
+
+
+def test_gemma_trains_from_a_directory(tmp_path):
+    """The whole job on a random Gemma 2: loading, tokenizer.json, activations, SAEs, evaluation."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"w{i}" for i in range(116))]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    random_gemma(tmp_path / "gemma", **GEMMA_SHAPES["2"])
+    made.save(str(tmp_path / "gemma" / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 200))}) + "\n"
+                                                 for _ in range(300)))
+    metrics = run_short(tmp_path, model=str(tmp_path / "gemma"), corpus=str(tmp_path / "text.jsonl"), n_ctx=32,
+                        layers=(1, 3), d_sae=64)
+    assert metrics.keys() == {1, 3} and metrics[3]["n_train_tokens"] == 12_000 // 256 * 256
+    assert S.SAE.load(tmp_path / "gemma" / "L1").d_in == 64, "H*d_head, which is not d_model here"
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_named(tmp_path):
