@@ -113,8 +113,8 @@ def wide(x):
 
 
 class Transformer(nn.Module):
-    """What GPT-2 and Gemma share: the way through the layers, with the seam. A subclass has `config`, `blocks`,
-    `embed`, `unembed`, `head_matrices` and `rotate`; a block has `heads` and `rest`."""
+    """What GPT-2 and Gemma share: the way through the layers, with the seam. A subclass has `config`,
+    `blocks`, `embed`, `unembed`, `head_matrices` and `rotate`; a block has `heads` and `rest`."""
 
     def forward(self, tokens, edit_z=None, keep=()):  # (B,T) -> (B,T,d_vocab), {layer: LayerCache}
         """Logits and, for the layers in `keep`, what the layer computed.
@@ -150,8 +150,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def value_bias(self, layer):                                        # -> (D,)
-        """c = ln_1.bias @ W_V + b_V: the part of z_cat that never changes, as pattern rows sum to 1. Gemma has
-        none."""
+        """c = ln_1.bias @ W_V + b_V: the part of z_cat that never changes, as pattern rows sum to 1. Gemma
+        has none."""
         return self.head_matrices(layer).b_V.flatten()
 
     def check_layers(self, layers):
@@ -248,12 +248,12 @@ class Block(nn.Module):
     def heads(self, x, with_pattern=True):                              # resid_pre (B,T,d_model) -> Heads
         return self.attn.heads(self.ln_1(x), with_pattern)
 
-    def rest(self, x, z_cat, with_scales=False):  # (B,T,d_model), (B,T,D) -> attn_out, mlp_out, scales or None
+    def rest(self, x, z_cat, with_scales=False):  # (B,T,d_model), (B,T,D) -> attn_out, mlp_out, scales | None
         attn_out = self.attn.out(z_cat)
         resid_mid = x + attn_out
         mlp_out = self.mlp(self.ln_2(resid_mid))
-        scales = {"attn_in": self.ln_1.scale(x), "mlp_in": self.ln_2.scale(resid_mid)} if with_scales else None
-        return attn_out, mlp_out, scales
+        scales = {"attn_in": self.ln_1.scale(x), "mlp_in": self.ln_2.scale(resid_mid)}
+        return attn_out, mlp_out, scales if with_scales else None
 
 
 class GPT2(Transformer):
@@ -282,7 +282,8 @@ class GPT2(Transformer):
 
     @torch.no_grad()
     def head_matrices(self, layer):                                     # -> HeadMatrices
-        """(x - mean x) * gain @ W = x @ (gain * W, less the mean of each column): centring is a matrix too."""
+        """(x - mean x) * gain @ W = x @ (gain * W, less the mean of each column): centring is a matrix
+        too."""
         self.check_layers([layer])
         norm, attn, H = self.h[layer].ln_1, self.h[layer].attn, self.config.n_heads
         W = norm.weight[:, None] * attn.c_attn.weight                                 # (d_model,3*D)
@@ -393,8 +394,8 @@ class GemmaMLP(nn.Module):
 
 
 class GemmaBlock(nn.Module):
-    """x += post(attention(pre(x))); x += post(mlp(pre(x))), each with its own norms. Gemma 1 has no post-norms
-    (and calls the second pre-norm post_attention_layernorm, renamed at load)."""
+    """x += post(attention(pre(x))); x += post(mlp(pre(x))), each with its own norms. Gemma 1 has no
+    post-norms (and calls the second pre-norm post_attention_layernorm, renamed at load)."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -407,7 +408,7 @@ class GemmaBlock(nn.Module):
     def heads(self, x, with_pattern=True):                              # resid_pre (B,T,d_model) -> Heads
         return self.self_attn.heads(self.input_layernorm(x), with_pattern)
 
-    def rest(self, x, z_cat, with_scales=False):  # (B,T,d_model), (B,T,D) -> attn_out, mlp_out, scales or None
+    def rest(self, x, z_cat, with_scales=False):  # (B,T,d_model), (B,T,D) -> attn_out, mlp_out, scales | None
         attn_raw = self.self_attn.out(z_cat)
         attn_out = self.post_attention_layernorm(attn_raw) if self.post_attention_layernorm else attn_raw
         resid_mid = x + attn_out
@@ -482,8 +483,8 @@ class Gemma(Transformer):
 
 
 def load(name_or_dir, device="cpu", dtype=torch.float32):
-    """"tiny" (shipped), a published name ("gpt2", "gemma-2-2b" ...: data/weights.py), or a directory in Hugging
-    Face layout (config.json, *.safetensors) -> GPT2 or Gemma, in eval mode, without gradients.
+    """"tiny" (shipped), a published name ("gpt2", "gemma-2-2b" ...: data/weights.py), or a directory in
+    Hugging Face layout (config.json, *.safetensors) -> GPT2 or Gemma, in eval mode, without gradients.
 
     Strict: every tensor in the files is used or known to carry nothing, every parameter is found, every shape
     is checked. Takes no more memory than the model and its largest tensor. Raises UserError, naming the file,

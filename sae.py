@@ -37,7 +37,7 @@ class SAE(nn.Module):
     def __init__(self, d_in, d_sae, generator=None):
         super().__init__()
         W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
-        W_enc = W_dec.T.contiguous()            # a transposed view would mislead fused Adam, which reads memory
+        W_enc = W_dec.T.contiguous()            # fused Adam walks through memory: no transposed view
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(torch.zeros(d_sae))
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(d_sae))
@@ -90,8 +90,8 @@ class SAE(nn.Module):
     def load(cls, path, device="cpu"):
         """Read what `save` wrote, or an SAE that others published, in the formats of data/sae_files.py.
 
-        Raises UserError if a file is missing or damaged, or if a tensor is missing, has another shape or is not
-        finite.
+        Raises UserError if a file is missing or damaged, or if a tensor is missing, has another shape or is
+        not finite.
         """
         tensors = read_sae(path)
         with torch.device("meta"):
@@ -104,16 +104,17 @@ def load_all(where, model, layers=None, device="cpu"):
     """The SAEs of several layers of a model -> {layer: SAE}.
 
     where: a folder with L<layer>/ in it, as train.py writes (out/tiny); or a published set: "kissane" (the
-    paper's, GPT-2 Small; shifted to read plain weights) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about 100).
-    layers: all that are there if not given. Raises UserError if one is missing or does not fit the model.
+    paper's, GPT-2 Small; shifted to read plain weights) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about
+    100). layers: all that are there if not given. Raises UserError if one is missing or does not fit the
+    model.
     """
     model.check_layers(layers or ())
     d_in, saes = model.config.n_heads * model.config.d_head, {}
     for layer, path in sae_paths(where, layers, model.config.n_layers).items():
         saes[layer] = SAE.load(path, device)
         if saes[layer].d_in != d_in:
-            raise UserError(f"--saes {where}: the SAE of layer {layer} reads {saes[layer].d_in} numbers and this "
-                            f"model's z_cat has {d_in}; they do not belong together.")
+            raise UserError(f"--saes {where}: the SAE of layer {layer} reads {saes[layer].d_in} numbers and "
+                            f"this model's z_cat has {d_in}; they do not belong together.")
         if where == "kissane":
             saes[layer].shift(model.value_bias(layer).to(device))
     return saes
@@ -209,12 +210,12 @@ def product_at(crow, cols, left, right):                                # (B,d) 
     return torch.sparse.sampled_addmm(where, left, right, beta=0).values()
 
 
-def weighted_rows(start, index, weight, table):                         # (n+1,), (nnz,), (nnz,), (m,d) -> (n,d)
+def weighted_rows(start, index, weight, table):                 # (n+1,), (nnz,), (nnz,), (m,d) -> (n,d)
     """Row i is the sum of weight[j] * table[index[j]] over j from start[i] to start[i+1]."""
     return F.embedding_bag(index, table, start[:-1], per_sample_weights=weight, mode="sum")
 
 
-def by_feature(cols, d_sae):                                            # (nnz,) -> order (nnz,), ccol (d_sae+1,)
+def by_feature(cols, d_sae):                                    # (nnz,) -> order (nnz,), ccol (d_sae+1,)
     """A stable order of the entries by feature, and where each feature's entries begin."""
     # numpy sorts 16-bit numbers by radix
     short = cols.numpy().astype(np.uint16 if d_sae <= 2**16 else np.int64)

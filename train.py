@@ -36,8 +36,8 @@ import model as models
 from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
                          fast_bfloat16, field, parse_flags, pick_device, run, write_json)
 from data.weights import read_tensors
-from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_gradient, resample, sparse_step,
-                 splice)
+from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_gradient, resample,
+                 sparse_step, splice)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -48,7 +48,7 @@ CHECKPOINT_EVERY = 500      # steps: what a power cut can cost
 
 @dataclass(frozen=True)
 class TrainConfig:
-    model: str = field("tiny", "\"tiny\", \"gpt2\", \"gemma-2-2b\" ..., or a directory in Hugging Face layout")
+    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
     corpus: str = field("python", "text: \"python\" is what tiny was trained on, \"c4\" is streamed from the "
                         "hub; or a .txt, .jsonl or .json.gz file, a folder of them, an address")
     layers: tuple[int, ...] = field((), "layers, such as 0,2; all of them if not given")
@@ -73,9 +73,9 @@ class TrainConfig:
     block_mib: int = field(512, "memory for a block of activations")
     seed: int = field(0, "fixes rows, initial weights, batches and resampling")
     device: str = field("auto", "cpu, cuda, mps or auto")
-    dtype: str = field("float32", "the model's numbers: float32, or bfloat16 for half the memory; SAEs are float32")
-    preset: str = field("", "\"paper\": the paper's settings for GPT-2 Small, by layer; other flags still win")
-    saes: str = field("", "measure the SAEs in this folder, or \"kissane\", or \"gemma-scope\"; train nothing")
+    dtype: str = field("float32", "the model's numbers: float32, or bfloat16 for half the memory")
+    preset: str = field("", "paper: the paper's settings for GPT-2 Small, by layer; other flags still win")
+    saes: str = field("", "measure the SAEs in this folder, or kissane, or gemma-scope; train nothing")
     out: str = field("out", "folder for results")
     resume: bool = field(False, "go on with the run that is in --out")
     half: bool = field(False, "store the SAEs in float16, as the shipped ones are; the metrics are of what "
@@ -100,16 +100,18 @@ class Learner:
 def train(config):
     """Train, evaluate, write everything -> {layer: metrics}. Raises UserError for what the user can mend."""
     device = pick_device(config.device)
-    model, tokenizer = models.load(config.model, device, pick_dtype(config.dtype)), data.tokenizer(config.model)
+    model = models.load(config.model, device, pick_dtype(config.dtype))
+    tokenizer = data.tokenizer(config.model)
     layers = config.layers or tuple(range(model.config.n_layers))
     folder = Path(config.out) / Path(config.model).resolve().name
     check(config, model, tokenizer, layers, folder)
-    held_out = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows)).to(device)
+    held_out = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows))
+    held_out = held_out.to(device)
     if config.saes:
         return measure(config, model, held_out, folder)
-    source = Source(model, tokenizer, config, layers, device)
+    source, begun = Source(model, tokenizer, config, layers, device), time.monotonic()
     first_step, learners = start(config, source, folder)
-    begun, step, n_steps = time.monotonic(), first_step, config.n_tokens // config.batch_size
+    step, n_steps = first_step, config.n_tokens // config.batch_size
     progress, log = Progress(config.n_tokens, "tokens"), Log(folder, config, first_step)
 
     with deferred_interrupt() as interrupted:
@@ -162,7 +164,8 @@ def preset(config):
     layers = config.layers or tuple(range(12))
     l1 = (1.8, 0.8, 1.0, 0.9, 1.1, 1.0, 1.1, 1.1, 1.3, 1.2, 1.3, 3.0)
     if bad := [layer for layer in layers if not 0 <= layer < len(l1)]:
-        raise UserError(f"--preset paper has settings for layers 0 to 11 of GPT-2 Small, not for layer {bad[0]}.")
+        raise UserError(f"--preset paper has settings for layers 0 to 11 of GPT-2 Small, not for layer "
+                        f"{bad[0]}.")
     return {"layers": layers, "l1": tuple(l1[layer] for layer in layers),
             "d_sae": tuple(49152 if layer in (5, 7) else 24576 for layer in layers), "normalise": False,
             "lr": 1.2e-3, "n_tokens": 2_000_000_000, "batch_size": 4096, "warmup": 1000, "decay": 0.0,
@@ -181,8 +184,8 @@ def check(config, model, tokenizer, layers, folder):
         raise UserError("--layers names a layer twice; name each once.")
     for name in ("l1", "d_sae"):
         if isinstance(values := getattr(config, name), tuple) and len(values) not in (1, len(layers)):
-            raise UserError(f"--{name.replace('_', '-')} has {len(values)} values for {len(layers)} layers; give "
-                            f"one for all, or one for each.")
+            raise UserError(f"--{name.replace('_', '-')} has {len(values)} values for {len(layers)} layers; "
+                            f"give one for all, or one for each.")
     if not 3 <= config.n_ctx <= model.config.n_ctx:
         raise UserError(f"--n-ctx {config.n_ctx} does not fit this model, which takes 3 to "
                         f"{model.config.n_ctx} tokens.")
@@ -227,7 +230,8 @@ def learn(learner, z, step, config, layer):                             # z (B,D
 
 
 def step_of(learner, z):
-    """The function that takes the gradient: the sparse one where few features were active in the last step."""
+    """The function that takes the gradient: the sparse one where few features were active in the last
+    step."""
     return sparse_step if z.device.type == "cpu" and learner.l0 < learner.sae.d_sae / 16 else dense_step
 
 
@@ -255,7 +259,7 @@ class Source:
 
     def __init__(self, model, tokenizer, config, layers, device):
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.layers, self.device, self.z = layers, device, None
+        self.layers, self.device, self.z, self.number = layers, device, None, None
         per_row, D = config.n_ctx - 1, model.config.n_heads * model.config.d_head
         in_memory = config.block_mib * 2**20 // (per_row * D * 4 * len(layers))
         self.n_rows = max(math.ceil(config.batch_size / per_row),
@@ -269,7 +273,8 @@ class Source:
         number, place = divmod(first_step, self.steps_per_block)
         step = first_step
         for tokens in self._blocks(number):
-            self.fill(tokens)
+            if number != self.number:
+                self.fill(tokens, number)
             order = torch.randperm(self.n_filled, generator=generator(self.config.seed, "block", number))
             for i in range(place, self.n_filled // size):
                 if step == n_steps:
@@ -281,8 +286,8 @@ class Source:
                 return
             number, place = number + 1, 0
 
-    def fill(self, tokens):                                             # (R,T), the last of a text with fewer rows
-        """Run the model on a block of rows and keep z_cat, but not BOS's: self.z is {layer: (N,D)}, of which
+    def fill(self, tokens, number):                     # (R,T), with fewer rows where the text ends
+        """Run the model on block `number` and keep z_cat, but not BOS's: self.z is {layer: (N,D)}, of which
         the first n_filled rows count."""
         if self.z is None:
             shape = (self.n_rows, self.config.n_ctx - 1, self.model.config.n_heads * self.model.config.d_head)
@@ -292,7 +297,7 @@ class Source:
             found = z_cat(self.model, tokens[i:i + 64].to(self.device), self.layers)
             for layer in self.layers:
                 self.rows[layer][i:i + len(tokens[i:i + 64])] = found[layer][:, 1:]
-        self.n_filled = len(tokens) * (self.config.n_ctx - 1)
+        self.n_filled, self.number = len(tokens) * (self.config.n_ctx - 1), number
 
     def sample(self, layer):
         """Up to 8192 activations of the block at hand: what dead features are drawn from."""
@@ -327,7 +332,7 @@ def start(config, source, folder):
     if config.resume and (folder / "checkpoint.safetensors").is_file():
         return load_checkpoint(folder, config, learners), learners
     begun = time.monotonic()
-    source.fill(next(source._blocks(0)))
+    source.fill(next(source._blocks(0)), 0)
     seconds_per_token = (time.monotonic() - begun) / source.n_filled
     for layer, learner in learners.items():
         initialise(learner, source.z[layer][:source.n_filled], config, generator(config.seed, "start", layer))
@@ -339,8 +344,10 @@ def expect(config, source, learners, seconds_per_token):
     """Say what the run will take: memory by count, time by the first block and one step of each SAE."""
     bytes_of = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
     saes = [bytes_of(one.sae) for one in learners.values()]
-    # weights and Adam's two moments of all SAEs, gradients and one step's work of one
-    memory = bytes_of(source.model) + 3 * sum(saes) + 3 * max(saes) + sum(z.nbytes for z in source.z.values())
+    # weights and Adam's two moments of all SAEs; gradients and the encoder's product of one; torch itself
+    block = sum(z.nbytes for z in source.z.values())
+    memory = (bytes_of(source.model) + block + 3 * sum(saes) + 3 * max(saes)
+              + 8 * config.batch_size * max(one.sae.d_sae for one in learners.values()) + 3e8)
     seconds = seconds_per_token * config.n_tokens
     for layer, one in learners.items():
         z = source.z[layer][:config.batch_size] / one.scale
@@ -349,8 +356,8 @@ def expect(config, source, learners, seconds_per_token):
         seconds += (time.monotonic() - begun) * (config.n_tokens // config.batch_size)
     sizes = sorted({one.sae.d_sae for one in learners.values()})
     duration = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
-    print(f"{len(saes)} x SAE {one.sae.d_in} -> {' or '.join(map(str, sizes))}, {config.n_tokens:,} activations: "
-          f"expect {memory / 1e9:.1f} GB of memory and {duration}", flush=True)
+    print(f"{len(saes)} x SAE {one.sae.d_in} -> {' or '.join(map(str, sizes))}, {config.n_tokens:,} "
+          f"activations: expect {memory / 1e9:.1f} GB of memory and {duration}", flush=True)
 
 
 @torch.no_grad()
@@ -462,7 +469,7 @@ def dead_fraction(learner, n_tokens):
 
 
 @torch.no_grad()
-def evaluate(model, saes, rows, means=None, batch_rows=64):
+def evaluate(model, saes, rows, means=None):
     """What each layer's SAE keeps of its z_cat, and what the model loses when z_cat is replaced -> {layer:
     metrics}.
 
@@ -474,9 +481,11 @@ def evaluate(model, saes, rows, means=None, batch_rows=64):
     None; so for mean.
     """
     if means is None:
-        means = {layer: z[:, 1:].float().mean((0, 1)) for layer, z in model.z_cat_at(rows, list(saes)).items()}
+        means = {layer: z[:, 1:].float().mean((0, 1))
+                 for layer, z in model.z_cat_at(rows, list(saes)).items()}
     per_row = {layer: [] for layer in saes}
-    for tokens in rows.split(batch_rows):
+    widest = max(model.config.d_vocab, *(sae.d_sae for sae in saes.values()))
+    for tokens in rows.split(max(1, min(64, 2**26 // (rows.shape[1] * widest)))):       # 256 MiB of logits
         ce_clean, z_cats = row_ce(model, tokens), model.z_cat_at(tokens, list(saes))
         for layer, sae in saes.items():
             edits = {"ce_sae": splice(sae), "ce_zero": constant(torch.zeros_like(means[layer])),

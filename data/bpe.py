@@ -107,8 +107,9 @@ def _gpt2():
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2"))
     except Exception as error:      # tiktoken passes on whatever its HTTP library raises
-        raise UserError(f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}); connect to the "
-                        f"internet once, or set TIKTOKEN_CACHE_DIR to a folder with tiktoken's files.") from error
+        raise UserError(f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}); connect to "
+                        f"the internet once, or set TIKTOKEN_CACHE_DIR to a folder with tiktoken's "
+                        "files.") from error
 
 
 def _read(path):

@@ -55,9 +55,9 @@ def parse_flags(config_class, description, argv=None, preset=None):
     text.
 
     Whole numbers may be written 1e6; a bool x gets --x and --no-x; a tuple of whole numbers is written 0,2,3.
-    The help of a field is `metadata["help"]`. preset: a function from the config to {field: value}, which take
-    the place of the defaults; a flag given by hand still wins. Raises UserError for a value that is not of the
-    field's type.
+    The help of a field is `metadata["help"]`. preset: a function from the config to {field: value}, which
+    take the place of the defaults; a flag given by hand still wins. Raises UserError for a value that is not
+    of the field's type.
     """
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -86,8 +86,8 @@ def _read(source):
     except UnicodeDecodeError as error:
         raise UserError(f"--corpus {source} is not UTF-8 text ({error}); convert it.") from error
     except ValueError as error:
-        raise UserError(f"--corpus {source}, line {number}: {error}; each line should be a JSON object with a "
-                        f"string \"text\".") from error
+        raise UserError(f"--corpus {source}, line {number}: {error}; each line should be a JSON object with "
+                        f"a string \"text\".") from error
     except OSError as error:
         raise UserError(f"--corpus {source} cannot be read ({error.strerror or error}).") from error
 

@@ -1,8 +1,8 @@
 """Files of the Hugging Face hub by plain HTTPS: read from its cache, or fetched into it, whole or not at all.
 
-HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_CACHE are honoured as `hf` does. The token goes to the endpoint's own
-host and to no other, wherever a redirect leads. A file is checked against the size and the checksum that the
-server states, and takes its name in the cache only when it is whole.
+HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_CACHE are honoured as `hf` does. The token goes to the endpoint's
+own host and to no other, wherever a redirect leads. A file is checked against the size and the checksum that
+the server states, and takes its name in the cache only when it is whole.
 """
 
 import contextlib
@@ -55,8 +55,8 @@ def open_url(url, instead="check the address"):
     """A GET whose answer is read like a file; yields None where there is no such file (404).
 
     Redirects are followed. `.facts` are the headers, names in lower case; those that start with x- are kept
-    from the first host, so that what the hub says of a file holds when another delivers it. Whatever goes wrong
-    on the network, until the file is closed, is a UserError.
+    from the first host, so that what the hub says of a file holds when another delivers it. Whatever goes
+    wrong on the network, until the file is closed, is a UserError.
     """
     facts, home, token = {}, urlsplit(endpoint())[:2], os.environ.get("HF_TOKEN")
     if not url.startswith(("http://", "https://")):
@@ -106,7 +106,8 @@ def _copy(response, path, name, instead):
     """
     size = response.facts.get("x-linked-size") or response.facts.get("content-length") or ""
     size = int(size) if size.isdecimal() else -1                        # -1: the server does not say
-    stated = (response.facts.get("x-linked-etag") or response.facts.get("etag", "")).removeprefix("W/").strip('"')
+    stated = response.facts.get("x-linked-etag") or response.facts.get("etag", "")
+    stated = stated.removeprefix("W/").strip('"')
     digests = {64: hashlib.sha256()} | ({40: hashlib.sha1(b"blob %d\0" % size)} if size >= 0 else {})
     progress, done = Progress(size, f"bytes of {name}"), 0
     with open(path, "wb") as file:

@@ -25,7 +25,8 @@ def read_config(path):
 
 
 def check_options(raw, implemented, path):
-    """Raise UserError for an option whose value is not among the implemented ones; the first is the default."""
+    """Raise UserError for an option whose value is not among the implemented ones; the first is the
+    default."""
     for key, values in implemented.items():
         if raw.get(key, values[0]) not in values:
             raise UserError(f"{path}: {key} {raw[key]!r} is not supported, only "
@@ -66,10 +67,12 @@ def _gemma(raw, path):
                 "n_kv_heads": number("num_key_value_heads"), "d_model": number("hidden_size"),
                 "d_head": number("head_dim", int, 256), "d_mlp": number("intermediate_size"),
                 "d_vocab": number("vocab_size"), "n_ctx": number("max_position_embeddings", int, 8192),
-                "eps": number("rms_norm_eps", float, 1e-6), "post_norms": version > 1, "qk_norm": version == 3}
+                "eps": number("rms_norm_eps", float, 1e-6), "post_norms": version > 1,
+                "qk_norm": version == 3}
     if settings["n_heads"] % settings["n_kv_heads"] or settings["d_head"] % 2:
         raise UserError(f"{path}: num_attention_heads {settings['n_heads']} must be a multiple of "
-                        f"num_key_value_heads {settings['n_kv_heads']}, and head_dim {settings['d_head']} even.")
+                        f"num_key_value_heads {settings['n_kv_heads']}, and head_dim {settings['d_head']} "
+                        "even.")
     scalar = settings["d_head"] if version == 1 else number("query_pre_attn_scalar", float, 256)
     settings |= {"score_scale": scalar**-0.5,
                  "score_cap": number("attn_logit_softcapping", float, 50.0) if version == 2 else None,
@@ -103,8 +106,8 @@ def _local_layers(raw, path, version, n_layers):
         return [(layer + 1) % every != 0 for layer in range(n_layers)]
     if not isinstance(kinds, list) or len(kinds) != n_layers \
             or not {*map(str, kinds)} <= {"sliding_attention", "full_attention"}:
-        raise UserError(f"{path}: layer_types should be a list of sliding_attention or full_attention for each "
-                        f"of {n_layers} layers.")
+        raise UserError(f"{path}: layer_types should be a list of sliding_attention or full_attention for "
+                        f"each of {n_layers} layers.")
     return [kind == "sliding_attention" for kind in kinds]
 
 
@@ -114,7 +117,8 @@ def _thetas(raw, path, version):
     rope = raw.get("rope_parameters") or {}
     if not isinstance(rope, dict) or not all(isinstance(one, dict) for one in rope.values()) and version == 3:
         raise UserError(f"{path}: rope_parameters is not what this Gemma has.")
-    full, local = (rope.get(f"{kind}_attention", {}) if version == 3 else rope for kind in ("full", "sliding"))
+    full, local = (rope.get(f"{kind}_attention", {}) if version == 3 else rope
+                   for kind in ("full", "sliding"))
     for one in (full, local):
         check_options(one, {"rope_type": ["default"]}, path)
     before = {"rope_theta": raw.get("rope_theta", 1e6 if version == 3 else 1e4)}
@@ -124,8 +128,8 @@ def _thetas(raw, path, version):
 
 
 def _numbers(raw, path):
-    """-> number(key, kind=int, default=...): raw[key], checked to be positive and, for int, whole. With a default,
-    null or nothing gives the default, except that an explicit null of a float stays None."""
+    """-> number(key, kind=int, default=...): raw[key], checked to be positive and, for int, whole. With a
+    default, null or nothing gives the default, except that an explicit null of a float stays None."""
     def number(key, kind=int, default=...):
         value = raw.get(key, default)
         if value is None and default is not ...:

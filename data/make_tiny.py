@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 import model as models
 from data import bpe, text
-from data.common import (Progress, UserError, atomic, bootstrap, fast_bfloat16, field, parse_flags, pick_device,
-                         read_json, run, write_json)
+from data.common import (Progress, UserError, atomic, bootstrap, fast_bfloat16, field, parse_flags,
+                         pick_device, read_json, run, write_json)
 from data.stories import held_out_prompts
 from data.weights import read_tensors
 

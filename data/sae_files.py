@@ -2,11 +2,11 @@
 
     pre = (z - b_dec) @ W_enc + b_enc,   f = pre * (pre > threshold),   z_hat = f @ W_dec + b_dec
 
-    file                                   from                             what is converted
-    *.safetensors                          this project                     nothing
-    *.pt, with *_cfg.json beside it        the paper's GPT-2 SAEs           threshold 0
-    *.npz                                  Gemma Scope (JumpReLU)           no b_dec in the input: b_enc += b_dec @ W_enc
-    folder: cfg.json, sae_weights...       SAELens                          the same if its config says so; a scale of z
+    file                                from                        what is converted
+    *.safetensors                       this project                nothing
+    *.pt, with *_cfg.json beside it     the paper's GPT-2 SAEs      threshold 0
+    *.npz                               Gemma Scope (JumpReLU)      z without b_dec: b_enc += b_dec @ W_enc
+    cfg.json, sae_weights.safetensors   SAELens                     the same if so configured; a scale of z
 
 A published SAE may have been trained on another z than model.py's: where LayerNorm and value biases were
 folded into the weights, z lacks model.value_bias(layer), and `sae.shift(model.value_bias(layer))` makes the
@@ -35,14 +35,15 @@ _KISSANE = ["1.80e+00_ds24576_bs4096_dc1.00e-06 v9", "8.00e-01_ds24576_bs4096_dc
             "1.10e+00_ds24576_bs4096_dc1.00e-06 v9", "1.10e+00_ds49152_bs4096_dc1.00e-06 v9",
             "1.30e+00_ds24576_bs4096_dc1.00e-05 v6", "1.20e+00_ds24576_bs4096_dc1.00e-06 v9",
             "1.30e+00_ds24576_bs4096_dc1.00e-05 v9", "3.00e+00_ds24576_bs4096_dc3.16e-06 v9"]
-_GEMMA_SCOPE_L0 = [104, 79, 93, 117, 116, 135, 61, 99, 129, 127, 70, 80, 85, 92, 71, 98, 71, 79, 72, 122, 62, 65,
-                   106, 73, 96, 77]
+_GEMMA_SCOPE_L0 = [104, 79, 93, 117, 116, 135, 61, 99, 129, 127, 70, 80, 85, 92, 71, 98, 71, 79, 72, 122, 62,
+                   65, 106, 73, 96, 77]
 PUBLISHED = {
     "kissane": ("ckkissane/attn-saes-gpt2-small-all-layers", {
-        layer: "gpt2-small_L{}_Hcat_z_lr1.20e-03_l1{}_rsanthropic_rie25000_nr4_{}.pt".format(layer, *name.split())
+        layer: f"gpt2-small_L{layer}_Hcat_z_lr1.20e-03_l1{name.replace(' ', '_rsanthropic_rie25000_nr4_')}.pt"
         for layer, name in enumerate(_KISSANE)}),
     "gemma-scope": ("google/gemma-scope-2b-pt-att", {
-        layer: f"layer_{layer}/width_16k/average_l0_{l0}/params.npz" for layer, l0 in enumerate(_GEMMA_SCOPE_L0)}),
+        layer: f"layer_{layer}/width_16k/average_l0_{l0}/params.npz"
+        for layer, l0 in enumerate(_GEMMA_SCOPE_L0)}),
 }
 
 
@@ -60,14 +61,14 @@ def sae_paths(where, layers, n_layers):
         raise UserError(f"--saes {where} has no SAE of layer {missing[0]}; it has: "
                         f"{', '.join(map(str, files)) or 'none'}.")
     if not wanted:
-        raise UserError(f"--saes {where} has no SAEs of this model; give a folder with L0/, L1/ ..., as train.py "
-                        f"writes it, or one of: {', '.join(PUBLISHED)}.")
+        raise UserError(f"--saes {where} has no SAEs of this model; give a folder with L0/, L1/ ..., as "
+                        f"train.py writes it, or one of: {', '.join(PUBLISHED)}.")
     if repo is None:
         return {layer: files[layer] for layer in wanted}
     paths = {layer: hub.cached(repo, files[layer]) or hub.fetch(repo, files[layer]) for layer in wanted}
     if None in paths.values():
-        raise UserError(f"{repo} on the hub has no longer all of its files; fetch what it has into a folder with "
-                        f"L0/, L1/ ..., and name that.")
+        raise UserError(f"{repo} on the hub has no longer all of its files; fetch what it has into a folder "
+                        f"with L0/, L1/ ..., and name that.")
     return paths
 
 
@@ -82,8 +83,8 @@ def read_sae(path):
     if path.is_dir() and not (path / "cfg.json").is_file():
         path = next((file for file in inside if file.is_file()), path / "sae.safetensors")
     if not path.exists():
-        raise UserError(f"there is no SAE at {path}; train one with python train.py, or name another place with "
-                        f"--saes.")
+        raise UserError(f"there is no SAE at {path}; train one with python train.py, or name another place "
+                        f"with --saes.")
     if path.is_dir():
         return _saelens(path)
     read = {".safetensors": _own, ".npz": _gemma_scope, ".pt": _kissane}.get(path.suffix)
@@ -104,8 +105,8 @@ def _kissane(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # a damaged archive makes torch raise errors of many kinds
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else error!r}); fetch "
-                        f"it again.") from error
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else error!r}); "
+                        f"fetch it again.") from error
     config = path.with_name(path.stem + "_cfg.json")
     tensors = _checked(tensors, NAMES - {"threshold"}, path)
     if config.is_file():
@@ -143,18 +144,19 @@ def _saelens(folder):
     if raw.get("normalize_activations") == "expected_average_only_in":
         factor = read_json(folder / "activation_scaler.json").get("scaling_factor")
         if type(factor) not in (int, float) or not 0 < factor < float("inf"):
-            raise UserError(f"{folder}: normalize_activations expected_average_only_in needs a scaling_factor in "
-                            f"activation_scaler.json.")
+            raise UserError(f"{folder}: normalize_activations expected_average_only_in needs a "
+                            f"scaling_factor in activation_scaler.json.")
         for name in ("b_enc", "b_dec", "threshold"):    # it read factor * z: then f is factor times ours
             tensors[name] = tensors[name] / factor
     return tensors
 
 
 def _checked(tensors, names, path):
-    """The tensors as float32, with a threshold of 0 if there is none. Raises UserError if they are not `names`,
-    do not fit each other, or are not finite."""
-    if not isinstance(tensors, dict) or tensors.keys() != names \
-            or not all(isinstance(one, torch.Tensor) for one in tensors.values()) or tensors["W_dec"].dim() != 2:
+    """The tensors as float32, with a threshold of 0 if there is none. Raises UserError if they are not
+    `names`, do not fit each other, or are not finite."""
+    right = isinstance(tensors, dict) and tensors.keys() == names
+    if not right or not all(isinstance(one, torch.Tensor) for one in tensors.values()) \
+            or tensors["W_dec"].dim() != 2:
         found = sorted(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
         raise UserError(f"{path} is not an SAE of this kind: it has {found}, and {sorted(names)} are needed.")
     d_sae, d_in = tensors["W_dec"].shape
@@ -164,14 +166,15 @@ def _checked(tensors, names, path):
         if tensor.shape != shapes[name] or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, {shapes[name]} is needed, of "
                             f"finite numbers.")
-    return {"threshold": torch.zeros(d_sae)} | {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    return {"threshold": torch.zeros(d_sae)} | copies
 
 
 def write_saelens(tensors, folder, model_name, layer, n_ctx):
     """Write an SAE's five tensors (its state_dict) as a SAELens folder.
 
-    It reads z of the model's plain weights, which its cfg.json says as SAELens does (no folding at load): for a
-    TransformerLens model with folded LayerNorm and value biases, shift(-model.value_bias(layer)) first.
+    It reads z of the model's plain weights, which its cfg.json says as SAELens does (no folding at load): for
+    a TransformerLens model with folded LayerNorm and value biases, shift(-model.value_bias(layer)) first.
     """
     jump = bool((tensors["threshold"] != 0).any())
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()
@@ -185,6 +188,6 @@ def write_saelens(tensors, folder, model_name, layer, n_ctx):
         "architecture": "jumprelu" if jump else "standard", "d_in": d_in, "d_sae": d_sae, "dtype": "float32",
         "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
         "reshape_activations": "hook_z",
-        "metadata": {"model_name": model_name, "hook_name": f"blocks.{layer}.attn.hook_z", "hook_head_index": None,
-                     "prepend_bos": True, "context_size": n_ctx, "model_from_pretrained_kwargs": plain,
-                     "sae_lens_version": "6.0.0"}})
+        "metadata": {"model_name": model_name, "hook_name": f"blocks.{layer}.attn.hook_z",
+                     "hook_head_index": None, "prepend_bos": True, "context_size": n_ctx,
+                     "model_from_pretrained_kwargs": plain, "sae_lens_version": "6.0.0"}})

@@ -48,8 +48,8 @@ def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_
     texts = python_documents(split, seed, story_share) if own else documents(str(corpus), split)
     shuffled = _shuffle(_pack(texts, tokenizer, T), seed)
     if (first := next(shuffled, None)) is None:
-        raise UserError(f"--corpus {corpus} has less than a row of {T} tokens of {split} text (one document in "
-                        f"20 is held out); give more text.")
+        raise UserError(f"--corpus {corpus} has less than a row of {T} tokens of {split} text (one document "
+                        f"in 20 is held out); give more text.")
     shuffled = itertools.islice(itertools.chain([first], shuffled), start, None)
     for number in itertools.count(start, n):
         block = list(itertools.islice(shuffled, n))
@@ -129,7 +129,8 @@ def python_pages():
             files["held-out" if hashlib.sha256(name.encode()).digest()[0] < 20 else "train"].append(text)
     trained = {line for text in files["train"] for line in _long_lines(text)}
     files["held-out"] = [text for text in files["held-out"] if _shared(text, trained) <= MAX_SHARED_LINES]
-    return {split: [page for text in texts for page in pages(text.splitlines(keepends=True))] for split, texts in files.items()}
+    return {split: [page for text in texts for page in pages(text.splitlines(keepends=True))]
+            for split, texts in files.items()}
 
 
 def _python_files():

@@ -20,15 +20,15 @@ PUBLISHED = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/g
 def find(name_or_dir, *filenames):
     """The path of the first of these files that a model has; None if it has none of them.
 
-    name_or_dir: "tiny" (shipped), a directory, or a published name, whose files are read from the Hugging Face
-    cache or fetched into it. Raises UserError for an unknown model and for a fetch that fails.
+    name_or_dir: "tiny" (shipped), a directory, or a published name, whose files are read from the Hugging
+    Face cache or fetched into it. Raises UserError for an unknown model and for a fetch that fails.
     """
     folder = TINY if name_or_dir == "tiny" else Path(name_or_dir)
     if (folder / "config.json").is_file() or folder.is_dir() and name_or_dir not in PUBLISHED:
         return next((folder / name for name in filenames if (folder / name).is_file()), None)
     if name_or_dir not in PUBLISHED:
-        raise UserError(f"--model {name_or_dir} is unknown; give a directory in Hugging Face layout, or one of: "
-                        f"tiny, {', '.join(PUBLISHED)}.")
+        raise UserError(f"--model {name_or_dir} is unknown; give a directory in Hugging Face layout, or one "
+                        f"of: tiny, {', '.join(PUBLISHED)}.")
     repo = PUBLISHED[name_or_dir]
     for look in (hub.cached, hub.fetch):        # all in the cache first: what is there needs no network
         for name in filenames:
@@ -41,8 +41,8 @@ def find_config(name_or_dir):
     """The path of a model's config.json."""
     path = find(name_or_dir, "config.json")
     if path is None:
-        raise UserError(f"--model {name_or_dir}: there is no {name_or_dir}/config.json; give \"tiny\", a published "
-                        f"name, or a directory in Hugging Face layout.")
+        raise UserError(f"--model {name_or_dir}: there is no {name_or_dir}/config.json; give \"tiny\", a "
+                        f"published name, or a directory in Hugging Face layout.")
     return path
 
 
@@ -50,8 +50,8 @@ def read_tensors(path):
     """(name, tensor) for every tensor of a safetensors file, one at a time. Raises UserError if the file is
     damaged.
 
-    Tensors are views of the mapped file, which is opened anew for each, so that pages read for one do not stay
-    in memory with the next.
+    Tensors are views of the mapped file, which is opened anew for each, so that pages read for one do not
+    stay in memory with the next.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -88,8 +88,8 @@ def load_into(model, name_or_dir, layout, device, dtype):
             found[ours] = torch.empty(expected[ours], dtype=dtype, device=device).copy_(tensor)
     missing = sorted(expected.keys() - found.keys())
     if missing:
-        raise UserError(f"--model {name_or_dir}: {len(missing)} tensors are missing from the weights, the first "
-                        f"is {missing[0]}; fetch the files again.")
+        raise UserError(f"--model {name_or_dir}: {len(missing)} tensors are missing from the weights, the "
+                        f"first is {missing[0]}; fetch the files again.")
     model.load_state_dict(found, assign=True)
 
 

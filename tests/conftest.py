@@ -36,7 +36,8 @@ GEMMA_SHAPES = {
 
 
 def random_gemma(folder, seed=0, **shape):
-    """A transformers Gemma 1, 2 or 3 with random weights, norms among them, saved to `folder` -> the model."""
+    """A transformers Gemma 1, 2 or 3 with random weights, norms among them, saved to `folder` -> the
+    model."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(**shape, attn_implementation="eager")

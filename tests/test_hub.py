@@ -1,5 +1,5 @@
-"""data/hub.py against a local server that answers as the Hugging Face hub does: small files itself, with git's
-checksum; large ones by redirect to another host, with SHA-256."""
+"""data/hub.py against a local server that answers as the Hugging Face hub does: small files itself, with
+git's checksum; large ones by redirect to another host, with SHA-256."""
 
 import hashlib
 import http.server
@@ -137,8 +137,8 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(gpt2, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     models.load("gpt2")
     assert {token for _, token in server.seen} == {"Bearer hf_secret"}
-    assert any(path.startswith("moved/") for path, _ in server.seen), "a redirect inside the hub keeps the token"
-    assert cdn.seen and {token for _, token in cdn.seen} == {None}, "the token followed a redirect to another host"
+    assert any(path.startswith("moved/") for path, _ in server.seen), "no redirect inside the hub was seen"
+    assert cdn.seen and {token for _, token in cdn.seen} == {None}, "the token followed to another host"
 
 
 @pytest.mark.parametrize("where, fault, words", [

@@ -150,7 +150,8 @@ def test_the_cached_q_and_k_give_the_pattern(pair):
         T = one.q.shape[1]
         for q in (0, 5, T - 1):
             first = max(0, q - windows[layer] + 1) if windows and windows[layer] else 0
-            scores = ours.config.score_scale * torch.einsum("bhd,bkhd->bhk", one.q[:, q], one.k[:, first:q + 1])
+            scores = torch.einsum("bhd,bkhd->bhk", one.q[:, q], one.k[:, first:q + 1])
+            scores = ours.config.score_scale * scores
             scores = cap * torch.tanh(scores / cap) if cap else scores
             assert torch.allclose(one.pattern[:, :, q, first:q + 1], scores.softmax(-1), atol=1e-5)
             assert one.pattern[:, :, q, q + 1:].sum() == 0 == one.pattern[:, :, q, :first].sum(), \
@@ -241,7 +242,8 @@ def test_options_that_are_not_implemented_are_refused_by_name(saved, values):
 
 
 def test_config_files_of_earlier_years_load_the_same(tmp_path):
-    """What transformers writes today under rope_parameters and layer_types stood elsewhere, or was understood."""
+    """What transformers writes today under rope_parameters and layer_types stood elsewhere, or was
+    understood."""
     tokens = torch.arange(30)[None]
     for name, changes in {
             "1, one key for all": {"rope_theta": 10000.0, "hidden_act": "gelu", "hidden_activation": None},
@@ -277,7 +279,8 @@ def test_sharded_weights_load_the_same_and_a_missing_shard_is_named(tmp_path, na
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(shards) > 2
     tokens = torch.arange(30)[None]
-    assert torch.equal(models.load(tmp_path / "shards")(tokens)[0], models.load(tmp_path / "whole")(tokens)[0])
+    in_shards, whole = (models.load(tmp_path / kind)(tokens)[0] for kind in ("shards", "whole"))
+    assert torch.equal(in_shards, whole)
     shards[1].unlink()
     with pytest.raises(UserError, match=shards[1].name):
         models.load(tmp_path / "shards")
@@ -312,8 +315,8 @@ def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_
     largest = max(p.numel() * 4 for p in theirs.parameters())
     script = """
 import sys, torch, model
-peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-model.load("tiny")
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) *
+1024 model.load("tiny")
 open("/proc/self/clear_refs", "w").write("5")       # forget the peak of the imports
 before = peak()
 loaded = model.load(sys.argv[1])
@@ -324,7 +327,7 @@ print(peak() - before)
         pytest.skip("this system does not tell a process's peak memory")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < size + largest, \
-        f"{int(done.stdout) / 2**20:.0f} MiB for a model of {size / 2**20:.0f} with a tensor of {largest / 2**20:.0f}"
+        f"{int(done.stdout) >> 20} MiB for a model of {size >> 20} with a tensor of {largest >> 20}"
 
 
 def test_a_damaged_file_leaves_a_loaded_model_as_it_is(tmp_path):

@@ -38,7 +38,8 @@ def by_hand(t, z, subtract, scale=1.0):
     f = np.zeros((len(z), D_SAE))
     for n, row in enumerate(z.double().numpy() * scale):
         for i in range(D_SAE):
-            pre = sum((row[d] - subtract * t["b_dec"][d]) * t["W_enc"][d, i] for d in range(D_IN)) + t["b_enc"][i]
+            pre = t["b_enc"][i]
+            pre += sum((row[d] - subtract * t["b_dec"][d]) * t["W_enc"][d, i] for d in range(D_IN))
             f[n, i] = max(pre, 0.0) if pre > threshold[i] else 0.0
     z_hat = f @ t["W_dec"] + t["b_dec"]
     return torch.from_numpy(f), torch.from_numpy(z_hat / scale)
@@ -54,8 +55,8 @@ def write_kissane(folder, tensors, **config):
     path = folder / "gpt2-small_L1_Hcat_z_v9.pt"
     torch.save({name: one for name, one in tensors.items() if name != "threshold"}, path)
     d_sae, d_in = tensors["W_dec"].shape
-    cfg = {"act_size": d_in, "dict_size": d_sae, "act_name": "blocks.1.attn.hook_z", "l1_coeff": 0.8, "layer": 1,
-           "seq_len": 128, "enc_dtype": "fp32"}
+    cfg = {"act_size": d_in, "dict_size": d_sae, "act_name": "blocks.1.attn.hook_z", "l1_coeff": 0.8,
+           "layer": 1, "seq_len": 128, "enc_dtype": "fp32"}
     (folder / "gpt2-small_L1_Hcat_z_v9_cfg.json").write_text(json.dumps(cfg | config))
     return path
 
@@ -100,7 +101,7 @@ def test_a_training_scale_goes_into_the_biases(tmp_path):
     t, z = random_tensors(), random_z()
     folder = saelens_folder(tmp_path / "sae", t, factor=2.5, normalize_activations="expected_average_only_in")
     f, z_hat = by_hand(t, z, subtract=1, scale=2.5)
-    assert_equal(S.SAE.load(folder), f, z_hat, z, "it read 2.5 z, and its features are 2.5 times ours", scale=2.5)
+    assert_equal(S.SAE.load(folder), f, z_hat, z, "it read 2.5 z, features are 2.5 times ours", scale=2.5)
 
 
 def test_our_own_files_and_folders_load(tmp_path):
@@ -114,8 +115,8 @@ def test_our_own_files_and_folders_load(tmp_path):
 
 
 def test_an_sae_of_folded_z_reads_plain_weights_after_the_shift(tmp_path):
-    """TransformerLens folds ln_1's bias and b_V into b_O; its z is ours less the constant c. Here the folding is
-    done by hand on the weights of a random GPT-2, whose output must not change."""
+    """TransformerLens folds ln_1's bias and b_V into b_O; its z is ours less the constant c. Here the folding
+    is done by hand on the weights of a random GPT-2, whose output must not change."""
     theirs = random_gpt2(tmp_path / "plain", **GPT2_SHAPES["small"])
     plain, layer = models.load(tmp_path / "plain"), 1
     with torch.no_grad():
@@ -135,7 +136,8 @@ def test_an_sae_of_folded_z_reads_plain_weights_after_the_shift(tmp_path):
     assert not torch.allclose(S.SAE.load(path).encode(kept[layer].z_cat), wanted, atol=0.1), \
         "this test should tell the two conventions apart"
     shifted = S.SAE.load(path).shift(plain.value_bias(layer))
-    assert torch.allclose(shifted.encode(kept[layer].z_cat), wanted, atol=1e-5), "sae.shift(model.value_bias(layer))"
+    assert torch.allclose(shifted.encode(kept[layer].z_cat), wanted, atol=1e-5), \
+        "sae.shift(model.value_bias(layer))"
 
 
 def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
@@ -157,8 +159,8 @@ def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
     saes = S.load_all("kissane", model)
     assert list(saes) == [0, 1, 2]
     assert asked[1] == ("ckkissane/attn-saes-gpt2-small-all-layers",
-                        "gpt2-small_L1_Hcat_z_lr1.20e-03_l18.00e-01_ds24576_bs4096_dc1.00e-06_rsanthropic_rie25000"
-                        "_nr4_v5.pt")
+                        "gpt2-small_L1_Hcat_z_lr1.20e-03_l18.00e-01_ds24576_bs4096_dc1.00e-06_rsanthropic_"
+                        "rie25000_nr4_v5.pt")
     expected = random_tensors(2)["b_dec"] + model.value_bias(1)
     assert torch.allclose(saes[1].b_dec, expected), "the paper's SAEs read z of folded weights"
     random_gemma(tmp_path / "gemma", **GEMMA_SHAPES["2, no caps"])
@@ -249,7 +251,8 @@ def test_options_of_saelens_that_we_lack_are_named(tmp_path, option):
 
 
 def test_a_scale_that_is_missing_is_named(tmp_path):
-    folder = saelens_folder(tmp_path / "sae", random_tensors(), normalize_activations="expected_average_only_in")
+    folder = saelens_folder(tmp_path / "sae", random_tensors(),
+                            normalize_activations="expected_average_only_in")
     with pytest.raises(UserError, match="activation_scaler.json"):
         read_sae(folder)
 
@@ -277,8 +280,9 @@ def test_wrong_shapes_missing_tensors_and_other_sizes_are_named(tmp_path):
     path = write_kissane(tmp_path, t, dict_size=71)
     with pytest.raises(UserError, match="dict_size 71"):
         read_sae(path)
-    for change in ({"b_dec": torch.zeros(3)}, {"W_enc": t["W_enc"].T}, {"b_enc": torch.full((D_SAE,), torch.nan)},
-                   {"W_dec": torch.zeros(D_SAE)}, {"more": torch.zeros(1)}, {"b_dec": torch.arange(D_IN)}):
+    for change in ({"b_dec": torch.zeros(3)}, {"W_enc": t["W_enc"].T},
+                   {"b_enc": torch.full((D_SAE,), torch.nan)}, {"W_dec": torch.zeros(D_SAE)},
+                   {"more": torch.zeros(1)}, {"b_dec": torch.arange(D_IN)}):
         with pytest.raises(UserError, match="gpt2-small_L1"):
             read_sae(write_kissane(tmp_path, t | change) if "W_dec" not in change
                      else _saved(tmp_path, t | change))

@@ -272,7 +272,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 def test_a_text_that_ends_stops_the_run_with_a_checkpoint(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"This is line {i} of a book about {i % 17} owls.\n"
                                                for i in range(4000)))
-    with pytest.raises(UserError, match="the text of --corpus .*book.txt ended after [0-9,]+ of 1,000,000 activ") as e:
+    with pytest.raises(UserError, match="book.txt ended after [0-9,]+ of 1,000,000 activations") as e:
         run_short(tmp_path, corpus=str(tmp_path / "book.txt"), n_tokens=1_000_000)
     enough = int(str(e.value).split("--n-tokens ")[1].split()[0])
     assert 20_000 < enough < 100_000
@@ -325,15 +325,16 @@ def test_gemma_trains_from_a_directory(tmp_path):
     """The whole job on a random Gemma 2: loading, tokenizer.json, activations, SAEs, evaluation."""
     tokenizers = pytest.importorskip("tokenizers")
     words = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"w{i}" for i in range(116))]
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    numbered = {word: i for i, word in enumerate(words)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbered, "<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     random_gemma(tmp_path / "gemma", **GEMMA_SHAPES["2"])
     made.save(str(tmp_path / "gemma" / "tokenizer.json"))
     rng = np.random.default_rng(0)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 200))}) + "\n"
                                                  for _ in range(300)))
-    metrics = run_short(tmp_path, model=str(tmp_path / "gemma"), corpus=str(tmp_path / "text.jsonl"), n_ctx=32,
-                        layers=(1, 3), d_sae=64)
+    metrics = run_short(tmp_path, model=str(tmp_path / "gemma"), corpus=str(tmp_path / "text.jsonl"),
+                        n_ctx=32, layers=(1, 3), d_sae=64)
     assert metrics.keys() == {1, 3} and metrics[3]["n_train_tokens"] == 12_000 // 256 * 256
     assert S.SAE.load(tmp_path / "gemma" / "L1").d_in == 64, "H*d_head, which is not d_model here"
 
