@@ -114,7 +114,7 @@ def wide(x):
 
 class Transformer(nn.Module):
     """What GPT-2 and Gemma share: the way through the layers, with the seam. A subclass has `config`,
-    `blocks`, `embed`, `unembed`, `head_matrices` and `rotate`; a block has `heads` and `rest`."""
+    `blocks`, `embed_parts`, `unembed`, `head_matrices` and `rotate`; a block has `heads` and `rest`."""
 
     def forward(self, tokens, edit_z=None, keep=()):  # (B,T) -> (B,T,d_vocab), {layer: LayerCache}
         """Logits and, for the layers in `keep`, what the layer computed.
@@ -147,6 +147,10 @@ class Transformer(nn.Module):
                 attn_out, mlp_out, _ = block.rest(x, z_cat)
                 x = x + attn_out + mlp_out
         return found
+
+    def embed(self, tokens):                                            # (B,T) -> (B,T,d_model)
+        """The residual stream before layer 0."""
+        return sum(self.embed_parts(tokens).values())
 
     @torch.no_grad()
     def value_bias(self, layer):                                        # -> (D,)
@@ -271,10 +275,11 @@ class GPT2(Transformer):
     def blocks(self):
         return self.h
 
-    def embed(self, tokens):                                            # (B,T) -> (B,T,d_model)
-        """Token plus position embedding."""
+    def embed_parts(self, tokens):                                      # (B,T) -> {name: (B,T,d_model)}
+        """What the residual stream begins with: token and position embedding."""
         self.check_length(tokens.shape[1])
-        return self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        positions = self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        return {"embedding": self.wte(tokens), "position": positions.expand(len(tokens), -1, -1)}
 
     def unembed(self, x):                                               # (B,T,d_model) -> (B,T,d_vocab)
         """Final norm, then the dot product with every token's embedding."""
@@ -291,7 +296,7 @@ class GPT2(Transformer):
         b = (norm.bias @ attn.c_attn.weight + attn.c_attn.bias).unflatten(0, (3, H, -1))  # (3,H,d_head)
         return HeadMatrices(*W, *b, attn.c_proj.weight.unflatten(0, (H, -1)), attn.c_proj.bias)
 
-    def rotate(self, x, layer):                                         # (B,T,H,d_head) -> the same
+    def rotate(self, x, layer, positions=None):                         # (B,T,H,d_head) -> the same
         """Queries and keys enter the score as they are: positions came with the embedding."""
         return x
 
@@ -334,12 +339,16 @@ class RMSNorm(nn.Module):
         return (x.to(wide(x)).square().mean(-1, keepdim=True) + self.eps).sqrt()
 
 
-def rotate(x, theta):                                                   # (B,T,H,d_head) -> the same
+def rotate(x, theta, positions=None):                                   # (B,T,H,d_head) -> the same
     """Rotary position embedding (Su et al. 2021): at position t, the pair of dimensions i and i + d_head/2
-    turns by t / theta^(2i / d_head), so that q . k depends on the distance of the two positions."""
-    T, half = x.shape[1], x.shape[-1] // 2
+    turns by t / theta^(2i / d_head), so that q . k depends on the distance of the two positions.
+
+    positions (T,): those of x along its second dimension, 0 to T-1 if not given.
+    """
+    half = x.shape[-1] // 2
     number = lambda n: torch.arange(n, dtype=torch.float32, device=x.device)
-    angle = number(T)[:, None, None] * (1 / theta ** (number(half) / half))           # (T,1,half)
+    positions = number(x.shape[1]) if positions is None else positions.float()
+    angle = positions[:, None, None] * (1 / theta ** (number(half) / half))           # (T,1,half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     left, right = x[..., :half], x[..., half:]
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
@@ -443,11 +452,11 @@ class Gemma(Transformer):
     def blocks(self):
         return self.layers
 
-    def embed(self, tokens):                                            # (B,T) -> (B,T,d_model)
+    def embed_parts(self, tokens):                                      # (B,T) -> {name: (B,T,d_model)}
         """Token embedding times sqrt(d_model), a factor that Gemma rounds to the weights' type."""
         self.check_length(tokens.shape[1])
         x = self.embed_tokens(tokens)
-        return x * torch.tensor(self.config.d_model**0.5, dtype=x.dtype, device=x.device)
+        return {"embedding": x * torch.tensor(self.config.d_model**0.5, dtype=x.dtype, device=x.device)}
 
     def unembed(self, x):                                               # (B,T,d_model) -> (B,T,d_vocab)
         """Final norm, the dot product with every token's embedding, and the soft cap if there is one."""
@@ -474,9 +483,9 @@ class Gemma(Transformer):
                             per_head(attn.v_proj), none, none, none,
                             W_O.unflatten(0, (config.n_heads, -1)), gain.new_zeros(config.d_model))
 
-    def rotate(self, x, layer):                                         # (B,T,H,d_head) -> the same
-        """The rotation by which queries and keys of this layer know their position."""
-        return rotate(x, self.config.thetas[layer])
+    def rotate(self, x, layer, positions=None):                         # (B,T,H,d_head) -> the same
+        """The rotation by which queries and keys of this layer know their position; see `rotate`."""
+        return rotate(x, self.config.thetas[layer], positions)
 
 
 # ---- loading ----

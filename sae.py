@@ -278,11 +278,14 @@ def splice(sae):
     return lambda z: torch.cat([z[:, :1], sae(z[:, 1:].to(sae.b_dec.dtype)).to(z.dtype)], 1)
 
 
-def ablate(sae, feature, where):                                        # int, (B,T) bool
+def ablate(sae, feature, where):                                        # int or (B,), (B,T) bool
     """The edit that takes f_i * W_dec[i] out of z_cat where `where` holds, and leaves all else, the SAE's
-    error included."""
+    error included. With a feature for each row of the batch, each row loses its own."""
     def edit(z):                                                        # (B,T,d_in) -> (B,T,d_in)
-        pre = (z.to(sae.b_dec.dtype) - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
-        f = pre * (pre > sae.threshold[feature]) * where                # (B,T)
-        return torch.where(where[..., None], z - (f[..., None] * sae.W_dec[feature]).to(z.dtype), z)
+        i = torch.as_tensor(feature, device=z.device).expand(len(z))
+        x = z.to(sae.b_dec.dtype) - sae.b_dec
+        pre = torch.einsum("btd,bd->bt", x, sae.W_enc.T[i]) + sae.b_enc[i, None]
+        f = pre * (pre > sae.threshold[i, None])                        # (B,T)
+        removed = (f[..., None] * sae.W_dec[i, None]).to(z.dtype)
+        return torch.where(where[..., None], z - removed, z)
     return edit

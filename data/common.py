@@ -59,10 +59,13 @@ def parse_flags(config_class, description, argv=None, preset=None):
     take the place of the defaults; a flag given by hand still wins. Raises UserError for a value that is not
     of the field's type.
     """
-    parser = argparse.ArgumentParser(description=description,
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
         flag, help_text = "--" + field.name.replace("_", "-"), field.metadata.get("help", "")
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, nargs="?", default=field.default, help=f"{help_text} [{field.default}]")
+            continue
         kind, element = _base_type(field.type)
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         if kind is bool:
@@ -78,9 +81,10 @@ def parse_flags(config_class, description, argv=None, preset=None):
     return config_class(**vars(parser.parse_args(argv)))
 
 
-def field(default, help):
-    """A config field with its help text: what it is, its unit, the paper's value."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def field(default, help, positional=False):
+    """A config field with its help text: what it is, its unit, the paper's value. A positional one is given
+    without its name."""
+    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
 
 
 def _base_type(annotation):

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from data import hub
 from data.common import UserError, atomic, read_json, write_json
 from data.layout import check_options
-from data.weights import read_tensors
+from data.weights import TINY, read_tensors
 
 NAMES = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
 
@@ -45,6 +45,19 @@ PUBLISHED = {
         layer: f"layer_{layer}/width_16k/average_l0_{l0}/params.npz"
         for layer, l0 in enumerate(_GEMMA_SCOPE_L0)}),
 }
+
+
+def find_saes(saes, out, model):
+    """Where a study's SAEs are: what --saes says, else the run in --out, else, for tiny, those that ship."""
+    run = Path(out) / Path(model).resolve().name
+    if saes:
+        return saes
+    if any(run.glob("L*/sae.safetensors")):
+        return run
+    if model == "tiny":
+        return TINY
+    raise UserError(f"there are no SAEs of {model} in {run}; train some with python train.py --model {model}, "
+                    f"or name others with --saes.")
 
 
 def sae_paths(where, layers, n_layers):

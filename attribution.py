@@ -1,0 +1,581 @@
+"""Which head, which source token, which earlier feature: attribution of an SAE feature (the paper, section 2).
+
+    head weights   h[i,h]     = |W_dec[i] at head h| / sum over heads of the same
+    DFA            pre_i(q)   = sum_{h,k} pattern[h,q,k] * (v[h,k] . W_enc[head h, i])  +  b_enc[i] - b_dec . W_enc[:,i]
+    recursive DFA  v[h,k] is linear in the residual stream once norm scales are frozen, and the stream is a sum of
+                   what was written to it: embeddings, earlier SAE features, their errors, biases, MLP outputs.
+                   So pre_i(q) is a sum over (head, source, what was written there), and a feature that was
+                   written has a pre-activation of its own, to which the same formula applies.
+    QK             the score of query q and key k before soft cap, mask and softmax is a sum over pairs of (what was
+                   written at q, what was written at k), with norm scales frozen.
+
+    python attribution.py "When Mary and John went to the store, John gave a drink to"
+    python attribution.py --measure              over held-out text: do the attributions agree with each other,
+                                                 and with what happens when a feature is removed?
+
+The first prints the strongest features of the last token and writes a page to look at all of them,
+<out>/<model>/attribution/explorer.html.
+
+Every sum is exact. That does not show that the SAE is right, since its error is one of the terms: the tests, and
+--measure, remove features from the model and look.
+
+Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae; N parts, that is
+whatever was written to the residual stream, one row for each position and writer.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import data
+import model as models
+from data import common
+from data.common import (UserError, atomic, bootstrap, check_writable, field, parse_flags, pick_device,
+                         write_json)
+from data.sae_files import find_saes
+from sae import ablate, load_all
+
+# ---- one layer: heads and sources ----
+
+
+def head_weights(W_dec, n_heads):                                       # (d_sae,D) -> (d_sae,H)
+    """Weight-based head attribution: how much of a feature's decoder row lies in each head. Rows sum to 1."""
+    norms = W_dec.unflatten(-1, (n_heads, -1)).norm(dim=-1)
+    return norms / norms.sum(-1, keepdim=True)
+
+
+def dfa(pattern, v, w_enc):                         # (B,H,q,k), (B,k,H,d_head), (D,) -> (B,H,q,k)
+    """Direct feature attribution: the part of z_cat[q] . w_enc that head h moved from position k."""
+    w = w_enc.unflatten(0, (v.shape[2], -1))                            # (H,d_head)
+    return pattern * torch.einsum("bkhd,hd->bhk", v, w)[:, :, None]     # d_head first: no (B,q,k,D) tensor
+
+
+def dfa_at(pattern, v, w_enc):                      # (n,H,k), (n,k,H,d_head), (n,D) -> (n,H,k)
+    """The same for n (query, feature) pairs, of which only these are computed: pattern and v are those of the
+    pair's row, pattern at its query."""
+    w = w_enc.unflatten(-1, (v.shape[2], -1))                           # (n,H,d_head)
+    return pattern * torch.einsum("nkhd,nhd->nhk", v, w)
+
+
+def feature_bias(sae):                                                  # -> (d_sae,)
+    """b_enc[i] - b_dec . W_enc[:,i]: with DFA summed over heads and sources, the pre-activation."""
+    return sae.b_enc - sae.b_dec @ sae.W_enc
+
+
+def spearman(a, b):                                                     # (...,n), (...,n) -> (...)
+    """Rank correlation along the last dimension; equal values share the mean of their ranks."""
+    def ranks(x):
+        below = (x[..., None, :] < x[..., :, None]).sum(-1)
+        equal = (x[..., None, :] == x[..., :, None]).sum(-1)
+        centred = below + (equal - 1) / 2 - (x.shape[-1] - 1) / 2
+        return centred.double()
+    a, b = ranks(a), ranks(b)
+    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+
+
+# ---- many layers: everything that was written ----
+
+KINDS = ("embedding", "position", "feature", "bias", "error", "attention", "MLP", "constant")
+EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP, CONSTANT = range(len(KINDS))
+
+
+class Parts(NamedTuple):
+    """The residual stream of one prompt, cut up: the parts at a position add up to the stream there.
+
+    *feature* is f_j W_dec[j] @ W_O; *bias* is b_dec @ W_O + b_O; *error* is (z_cat - z_hat) @ W_O; *attention* is
+    an attention output that no SAE takes apart (BOS, which SAEs do not see, and layers without an SAE).
+    """
+    kind: Tensor            # (N,) a number of KINDS
+    layer: Tensor           # (N,) where it was written; -1 for embeddings
+    position: Tensor        # (N,)
+    feature: Tensor         # (N,) or -1
+    vector: Tensor          # (N,d_model)
+
+
+class Run(NamedTuple):
+    """A model's run on one prompt, with its SAEs' reading of it."""
+    model: nn.Module
+    saes: dict              # {layer: SAE}
+    tokens: Tensor          # (T,)
+    cache: dict             # {layer: LayerCache}, B = 1
+    f: dict                 # {layer: (T,d_sae)}, 0 at BOS
+    parts: Parts            # in the order in which they are written
+    before: list            # before[layer]: so many of the parts are in the stream that the layer reads
+    known: dict             # children that were computed already
+
+
+@torch.no_grad()
+def trace_run(model, saes, tokens):                                     # (T,) or (1,T) -> Run
+    """Run the model on one prompt and cut everything that is written to the residual stream into parts."""
+    tokens = tokens.reshape(1, -1)
+    T, columns, f, before = tokens.shape[1], [], {}, []
+    every = torch.arange(T, device=tokens.device)
+    _, cache = model(tokens, keep=range(model.config.n_layers))
+
+    def add(kind, layer, positions, vectors, features=None):
+        full = lambda number: torch.full_like(positions, number)
+        columns.append((full(kind), full(layer), positions, full(-1) if features is None else features, vectors))
+
+    for name, vectors in model.embed_parts(tokens).items():
+        add(KINDS.index(name), -1, every, vectors[0])
+    for layer, kept in cache.items():
+        before.append(sum(len(column[0]) for column in columns))
+        attn_out = kept.attn_out[0]
+        if layer not in saes:
+            add(ATTENTION, layer, every, attn_out)
+        else:
+            sae, matrices = saes[layer], model.head_matrices(layer)
+            W_O = matrices.W_O.flatten(0, 1)                            # (D,d_model)
+            scale = kept.scales["attn_out"][0] if "attn_out" in kept.scales else torch.ones_like(attn_out[:, :1])
+            f[layer] = sae.encode(kept.z_cat[0])
+            f[layer][0] = 0
+            at, which = f[layer].nonzero(as_tuple=True)
+            vectors = f[layer][at, which, None] * (sae.W_dec[which] @ W_O) / scale[at]
+            error = kept.z_cat[0] - sae.decode(f[layer])
+            add(ATTENTION, layer, every[:1], attn_out[:1])
+            add(FEATURE, layer, at, vectors, which)
+            add(BIAS, layer, every[1:], (sae.b_dec @ W_O + matrices.b_O) / scale[1:])
+            add(ERROR, layer, every[1:], error[1:] @ W_O / scale[1:])
+        add(MLP, layer, every, kept.mlp_out[0])
+    return Run(model, saes, tokens[0], cache, f, Parts(*map(torch.cat, zip(*columns))), before, {})
+
+
+class Children(NamedTuple):
+    """What a feature's pre-activation is the sum of: one entry for each (head, part), and the constants."""
+    head: Tensor            # (n,) the head that reads the part; -1 for the feature's own bias
+    part: Tensor            # (n,) row of Parts, or -1 for a constant
+    value: Tensor           # (n,) contribution; they sum to pre
+    pre: float              # the pre-activation
+
+
+@torch.no_grad()
+def children(run, layer, position, feature):
+    """The recursive step: feature i of a layer at query q, as a sum over heads and what was written before.
+
+    pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (part_n @ W_V[h] . w_i^h)  +  sum_h b_V[h] . w_i^h  +  bias_i,
+    with k_n the position of part n, W_V with the norm's gain and centring in it, and w_i^h = W_enc[head h, i].
+    """
+    if (layer, position, feature) in run.known:
+        return run.known[layer, position, feature]
+    kept, sae, m = run.cache[layer], run.saes[layer], run.model.head_matrices(layer)
+    w = sae.W_enc[:, feature].unflatten(0, (run.model.config.n_heads, -1))                          # (H,d_head)
+    reads = torch.einsum("hmd,hd->hm", m.W_V, w)                                                    # (H,d_model)
+    seen = (run.parts.position[:run.before[layer]] <= position).nonzero()[:, 0]                     # (N,)
+    k = run.parts.position[seen]
+    moved = kept.pattern[0, :, position, k] / kept.scales["attn_in"][0, k, 0]                       # (H,N)
+    value = moved * (reads @ run.parts.vector[seen].T)                                              # (H,N)
+    heads = torch.arange(len(w), device=k.device)
+    constants = torch.cat([torch.einsum("hd,hd->h", m.b_V, w), feature_bias(sae)[feature, None]])   # (H+1,)
+    found = Children(torch.cat([heads[:, None].expand_as(value).flatten(), heads, heads.new_tensor([-1])]),
+                     torch.cat([seen.expand_as(value).flatten(), torch.full_like(constants, -1).long()]),
+                     torch.cat([value.flatten(), constants]), 0.0)
+    found = found._replace(pre=float(found.value.sum()))
+    run.known[layer, position, feature] = found
+    return found
+
+
+class Node(NamedTuple):
+    """One node of the recursive DFA tree. Numbers are contributions to the root's pre-activation."""
+    kind: str               # one of KINDS
+    layer: int              # where it was written; -1 for embeddings and constants
+    position: int           # where it was written; -1 for constants
+    feature: int            # -1 if it is none
+    head: int               # the head (of the parent's layer) that reads it; -1 for the root and for a bias
+    value: float            # what it contributes to the root; the root's is its pre-activation
+    children: tuple = ()    # strongest first; none for a leaf and where the depth ends
+    pruned: float = 0.0     # sum of the children left out, added up one by one
+    n_pruned: int = 0
+    error: float = 0.0      # share of SAE errors in this node, left out or not
+    mlp: float = 0.0        # share of MLP outputs in this node, left out or not
+
+
+def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, breadth=8):
+    """The recursive DFA tree of a feature at a position of one prompt (B = 1) -> Node.
+
+    A child is kept if it contributes at least `share` of the root and is among the `breadth` strongest of its
+    parent; features are taken apart down to `depth` levels. share=0 and breadth=None prune nothing: then the
+    values of a node's children sum to its own. Raises UserError for a layer without SAE and for numbers out of
+    range.
+    """
+    return tree(trace_run(model, saes, tokens), layer, position, feature, share, depth, breadth)
+
+
+def tree(run, layer, position, feature, share=0.02, depth=3, breadth=8):
+    """`trace` on a run that is there already."""
+    check_node(run, layer, position, feature)
+    root = Node("feature", layer, position, feature, -1, children(run, layer, position, feature).pre)
+    return _expand(run, root, share * abs(root.value), depth, breadth)
+
+
+def _expand(run, node, least, depth, breadth):
+    found, parts = children(run, node.layer, node.position, node.feature), run.parts
+    values = found.value * (node.value / found.pre)                     # the root itself: times 1
+    kind = torch.where(found.part < 0, CONSTANT, parts.kind[found.part])
+    order = values.abs().argsort(descending=True, stable=True)
+    kept = (values.abs()[order] >= least).nonzero()[:, 0]
+    kept = order[kept[:breadth]]
+    left_out = torch.ones_like(kind, dtype=torch.bool)
+    left_out[kept] = False
+    nodes = []
+    for i in kept.tolist():
+        part = int(found.part[i])
+        where = (int(parts.layer[part]), int(parts.position[part]), int(parts.feature[part])) if part >= 0 else (-1,) * 3
+        child = Node(KINDS[int(kind[i])], *where, int(found.head[i]), float(values[i]))
+        nodes.append(_expand(run, child, least, depth - 1, breadth) if child.feature >= 0 and depth > 1 else child)
+    share = lambda wanted: float(values[kind == wanted].sum() / node.value)
+    return node._replace(children=tuple(nodes), pruned=float(values[left_out].sum()),
+                         n_pruned=int(left_out.sum()), error=share(ERROR), mlp=share(MLP))
+
+
+def check_node(run, layer, position, feature):
+    """Raise UserError where there is no such layer, SAE, position or feature."""
+    run.model.check_layers([layer])
+    if layer not in run.saes:
+        raise UserError(f"layer {layer} has no SAE; it has one on layers {', '.join(map(str, run.saes))}.")
+    if not 1 <= position < len(run.tokens):
+        raise UserError(f"position {position} is out of range: this prompt has positions 1 to "
+                        f"{len(run.tokens) - 1} after BOS.")
+    if not 0 <= feature < run.saes[layer].d_sae:
+        raise UserError(f"feature {feature} is out of range: this SAE has features 0 to "
+                        f"{run.saes[layer].d_sae - 1}.")
+
+
+# ---- why there: the score, taken apart ----
+
+
+class QK(NamedTuple):
+    """A score, or a difference of scores, as a sum over pairs."""
+    query: list             # (a,) names of what was written at the query: (kind, layer, feature)
+    key: list               # (b,) names of what was written at the keys
+    pairs: Tensor           # (a,b) contributions; they sum to score
+    score: float            # before soft cap, mask and softmax
+
+
+@torch.no_grad()
+def qk(run, layer, head, query, key, against=None):
+    """Why head `head` at `query` looks at `key`: the score as a sum over (query part, key part) -> QK.
+
+    against: None for the score itself; "others" for the score less the mean over the other keys that the query
+    sees; a position for the score less that key's. Parts that are equal at all keys cancel in a contrast. The
+    scales of the attention layer's norm, and of queries and keys where Gemma 3 has them, are frozen.
+    """
+    kept, config, m = run.cache[layer], run.model.config, run.model.head_matrices(layer)
+    window = (getattr(config, "windows", None) or {layer: None})[layer]
+    keys = [k for k in range(query + 1) if window is None or query - k < window]
+    if key not in keys or against not in (None, "others", *keys):
+        raise UserError(f"position {query} of this prompt does not see key {key if key not in keys else against}.")
+    weight = kept.resid_pre.new_zeros(len(run.tokens))
+    weight[key] = 1
+    if against == "others":
+        weight[[k for k in keys if k != key]] = -1 / max(len(keys) - 1, 1)
+    elif against is not None:
+        weight[against] -= 1
+
+    def side(W, b, name, where):                                        # -> names, vectors (n,d_head), positions (n,)
+        parts = Parts(*(column[:run.before[layer]] for column in run.parts))
+        parts = Parts(*(column[where[parts.position]] for column in parts))
+        at = where.nonzero()[:, 0]
+        vectors = torch.cat([parts.vector / kept.scales["attn_in"][0, parts.position] @ W[head],
+                             b[head].expand(len(at), -1)])
+        positions = torch.cat([parts.position, at])
+        if name in kept.scales:
+            vectors = vectors / kept.scales[name][0, positions, head]
+        names = [*zip(parts.kind.tolist(), parts.layer.tolist(), parts.feature.tolist()),
+                 *[(CONSTANT, -1, -1)] * len(at)]
+        return names, run.model.rotate(vectors[None, :, None], layer, positions)[0, :, 0], positions
+
+    everywhere = torch.arange(len(run.tokens), device=weight.device)
+    q_names, q_vectors, _ = side(m.W_Q, m.b_Q, "q", everywhere == query)
+    k_names, k_vectors, k_at = side(m.W_K, m.b_K, "k", weight != 0)
+    columns = config.score_scale * q_vectors @ (weight[k_at, None] * k_vectors).T                   # (a,n)
+    names = {name: i for i, name in enumerate(dict.fromkeys(k_names))}  # a writer at several keys: one column
+    index = torch.tensor([names[name] for name in k_names], device=columns.device)
+    pairs = columns.new_zeros(len(q_names), len(names)).index_add_(1, index, columns)
+    label = lambda name: (KINDS[name[0]], *name[1:])
+    return QK([*map(label, q_names)], [*map(label, names)], pairs, float(pairs.sum()))
+
+
+# ---- do the attributions agree, with each other and with the model? ----
+
+
+@torch.no_grad()
+def head_agreement(model, saes, rows):                                  # (R,T) -> {layer: dict}
+    """Weight-based head attribution against DFA by head, over the features that fire in `rows`.
+
+    DFA by head of a feature is its mean over the positions where it fires (z_h . w^h, which is DFA summed over
+    sources). rank: mean over features of Spearman's correlation over heads; top1: how often both name the same
+    head; with 95% bootstrap intervals over features.
+    """
+    tables = {}
+    for layer, sae in saes.items():
+        weights, H = head_weights(sae.W_dec, model.config.n_heads), model.config.n_heads
+        by_head, count = torch.zeros_like(weights), torch.zeros(sae.d_sae, device=weights.device)
+        for tokens in rows.split(16):
+            z = model.z_cat_at(tokens, [layer])[layer][:, 1:].flatten(0, 1)                         # (n,D)
+            active = (sae.encode(z) != 0).to(z.dtype)
+            count += active.sum(0)
+            for h, (z_h, w_h) in enumerate(zip(z.unflatten(-1, (H, -1)).unbind(1),
+                                               sae.W_enc.unflatten(0, (H, -1)))):
+                by_head[:, h] += (active * (z_h @ w_h)).sum(0)
+        live = count > 0
+        rank = spearman(weights[live], by_head[live]).cpu().numpy()
+        top1 = (weights[live].argmax(-1) == by_head[live].argmax(-1)).double().cpu().numpy()
+        tables[layer] = {"n_live": int(live.sum()), "n_dead": int((~live).sum())}
+        for name, each in (("rank", rank), ("top1", top1)):
+            tables[layer] |= {name: float(each.mean()),
+                              name + "_ci": bootstrap(lambda i, each=each: each[i].mean(), len(each))}
+    return tables
+
+
+@torch.no_grad()
+def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10, seed=0):
+    """Attribution against removal, nothing frozen: for features of the last layer that has an SAE at positions
+    drawn at random, the n_strong earlier features of largest direct attribution and n_random others are removed
+    one at a time, each where it fired, and the model run anew.
+
+    Returns {"rank": mean over roots of Spearman's correlation of attribution (summed over heads) with the fall of
+    the pre-activation, "sign": how often their signs agree among the strong ones, "slope": fall per unit
+    attributed (least squares through 0, over all), with 95% bootstrap intervals over roots}.
+    """
+    rng, top = np.random.default_rng(seed), max(saes)
+    ranks, signs, products, squares = [], [], [], []
+    while len(ranks) < n_roots:
+        if not len(rows):
+            raise UserError(f"these rows have only {len(ranks)} features to attribute; give more.")
+        tokens, rows = rows[0], rows[1:]
+        traced = trace_run(model, saes, tokens)
+        position = int(rng.integers(8, len(tokens)))
+        active = traced.f[top][position].nonzero()[:, 0]
+        if not len(active):
+            continue
+        root = int(active[rng.integers(len(active))])
+        found = children(traced, top, position, root)
+        is_feature = (found.part >= 0) & (traced.parts.kind[found.part] == FEATURE)
+        per_part = torch.zeros_like(traced.parts.vector[:, 0]).index_add_(0, found.part[is_feature],
+                                                                          found.value[is_feature])
+        written = found.part[is_feature].unique()
+        order = written[per_part[written].abs().argsort(descending=True)].cpu().numpy()
+        if len(order) < n_strong + n_random:
+            continue
+        chosen = np.concatenate([order[:n_strong], rng.choice(order[n_strong:], n_random, replace=False)])
+        fell = found.pre - remove(traced, torch.from_numpy(chosen).to(tokens.device), top, position, root)
+        attributed = per_part[torch.from_numpy(chosen)]
+        ranks.append(float(spearman(attributed, fell)))
+        signs.append(float((attributed.sign() == fell.sign())[:n_strong].double().mean()))
+        products.append(float((attributed * fell).sum()))
+        squares.append(float(attributed.square().sum()))
+    ranks, signs, products, squares = map(np.array, (ranks, signs, products, squares))
+    statistics = {"rank": lambda i: ranks[i].mean(), "sign": lambda i: signs[i].mean(),
+                  "slope": lambda i: products[i].sum() / squares[i].sum()}
+    result = {"layer": top, "n_roots": n_roots, "n_removed": n_roots * (n_strong + n_random)}
+    for name, statistic in statistics.items():
+        result |= {name: float(statistic(np.arange(n_roots))), name + "_ci": bootstrap(statistic, n_roots)}
+    return result
+
+
+@torch.no_grad()
+def remove(run, chosen, layer, position, feature):                      # (n,) rows of Parts -> (n,)
+    """The pre-activation of a feature when each of the chosen earlier features is removed where it was written,
+    the SAE's error kept and everything after it computed anew."""
+    parts, n = run.parts, len(chosen)
+    tokens = run.tokens.expand(n, -1)
+    at = torch.arange(len(run.tokens), device=chosen.device) == parts.position[chosen, None]        # (n,T)
+    edits = {}
+    for source in parts.layer[chosen].unique().tolist():
+        mine = parts.layer[chosen] == source
+        edits[source] = ablate(run.saes[source], torch.where(mine, parts.feature[chosen], 0), at & mine[:, None])
+    seen = {}
+    model_edits = edits | {layer: lambda z: seen.update(z=z) or z}
+    run.model(tokens, edit_z=model_edits)
+    sae = run.saes[layer]
+    return (seen["z"][:, position] - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
+
+
+# ---- the program ----
+
+
+@dataclass(frozen=True)
+class AttributionConfig:
+    prompt: str = field("When Mary and John went to the store, John gave a drink to", "the prompt; BOS is put before it",
+                        positional=True)
+    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
+    saes: str = field("", "folder with SAEs, kissane or gemma-scope; else the run in --out, else the shipped ones")
+    layer: int = field(-1, "layer of the feature to take apart; -1: the last one that has an SAE")
+    position: int = field(-1, "its position; 0 is BOS, -1 the last token")
+    feature: int = field(-1, "the feature; -1: the strongest there")
+    share: float = field(0.03, "a contribution is shown if it is at least this part of the root")
+    depth: int = field(3, "levels of the tree on the terminal")
+    breadth: int = field(5, "children of each node on the terminal")
+    measure: bool = field(False, "measure agreement over held-out text instead of reading a prompt")
+    corpus: str = field("python", "text for --measure: see train.py")
+    n_rows: int = field(256, "held-out rows for --measure")
+    seed: int = field(0, "draws the features for --measure")
+    device: str = field("auto", "cpu, cuda, mps or auto")
+    out: str = field("out", "folder for results")
+
+
+def main():
+    config = parse_flags(AttributionConfig, __doc__)
+    device = pick_device(config.device)
+    model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
+    saes = load_all(find_saes(config.saes, config.out, config.model), model, device=device)
+    folder = Path(config.out) / Path(config.model).resolve().name / "attribution"
+    check_writable(folder)
+    if config.measure:
+        measure(config, model, tokenizer, saes, folder)
+        return
+    tokens = torch.tensor([tokenizer.bos, *tokenizer.encode(config.prompt)], device=device)
+    if len(tokens) < 2:
+        raise UserError("the prompt is empty; give some text.")
+    run = trace_run(model, saes, tokens)
+    texts = [tokenizer.decode([i]) for i in tokens.tolist()]
+    layer = config.layer if config.layer >= 0 else max(saes)
+    position = config.position if config.position >= 0 else len(tokens) - 1
+    check_node(run, layer, position, max(config.feature, 0))
+    feature = config.feature if config.feature >= 0 else int(run.f[layer][position].argmax())
+    print(describe(run, texts, layer, position, feature, config))
+    page = (Path(data.__file__).parent / "explorer.html").read_text(encoding="utf8")
+    content = json.dumps(explorer_data(run, texts, (layer, position, feature)), allow_nan=False)
+    with atomic(folder / "explorer.html") as temporary:
+        # inside a script element only "<" could end it
+        temporary.write_text(page.replace("__DATA__", content.replace("<", "\\u003c")), encoding="utf8")
+    print(f"\nto look at every feature of every token: {folder}/explorer.html")
+
+
+def name_part(run, texts, kind, layer, position, feature):
+    """A part in words."""
+    where = f"{texts[position]!r} at {position}" if position >= 0 else ""
+    return {"feature": f"feature {layer}.{feature} at {where}", "embedding": f"token {where}",
+            "position": f"position of {where}", "MLP": f"MLP {layer} at {where}",
+            "error": f"SAE error {layer} at {where}", "bias": f"bias of layer {layer} at {where}",
+            "attention": f"attention {layer} at {where}", "constant": "constant"}[kind]
+
+
+def describe(run, texts, layer, position, feature, config):
+    """A feature in tables: what else is active there, its heads, its sources, its tree, and why there."""
+    lines = [" ".join(f"{i}:{text!r}" for i, text in enumerate(texts)), ""]
+    for l in run.saes:
+        f = run.f[l][position]
+        top = [i for i in f.argsort(descending=True)[:6].tolist() if f[i] > 0]
+        lines.append(f"active at {position} in layer {l}:  " + "  ".join(f"{l}.{i} {float(f[i]):.3f}" for i in top))
+    found, kept, sae = children(run, layer, position, feature), run.cache[layer], run.saes[layer]
+    lines += ["", f"feature {layer}.{feature} at {position} {texts[position]!r}: pre-activation {found.pre:.4f}, "
+              f"activation {float(run.f[layer][position, feature]):.4f}"]
+    per_source = dfa(kept.pattern, kept.v, sae.W_enc[:, feature])[0, :, position]                   # (H,k)
+    weights = head_weights(sae.W_dec[feature], run.model.config.n_heads)
+    lines += ["", "head    DFA     share of decoder"]
+    lines += [f"{layer}.{h}  {float(per_source[h].sum()):8.4f}  {float(weights[h]):8.1%}" for h in range(len(weights))]
+    lines += [f"bias {float(feature_bias(sae)[feature]):8.4f}", "", "sources by DFA:"]
+    for k in per_source.sum(0).abs().argsort(descending=True)[:5].tolist():
+        h = int(per_source[:, k].abs().argmax())
+        lines.append(f"{k:4d} {texts[k]!r:16} {float(per_source[:, k].sum()):8.4f}   most of it through head {layer}.{h}")
+    root = tree(run, layer, position, feature, config.share, config.depth, config.breadth)
+    lines += ["", f"recursive DFA, in units of the root's {root.value:.4f}:"] + outline(run, texts, root, root.value)
+    first = next((child for child in root.children if child.position >= 0), None)
+    if first and position > 1:
+        why = qk(run, layer, first.head, position, first.position, "others")
+        lines += ["", f"why head {layer}.{first.head} looks from {position} at {first.position} {texts[first.position]!r}: "
+                  f"its score is {why.score:+.2f} above the mean over other keys; the strongest pairs:"]
+        for i in why.pairs.abs().flatten().argsort(descending=True)[:6].tolist():
+            a, b = divmod(i, len(why.key))
+            lines.append(f"{float(why.pairs[a, b]):+8.3f}   {name_writer(why.query[a])}  x  {name_writer(why.key[b])}")
+    return "\n".join(lines)
+
+
+def name_writer(name):
+    kind, layer, feature = name
+    return {"feature": f"feature {layer}.{feature}", "embedding": "token", "position": "position",
+            "MLP": f"MLP {layer}", "error": f"SAE error {layer}", "bias": f"bias of layer {layer}",
+            "attention": f"attention {layer}", "constant": "constant"}[kind]
+
+
+def outline(run, texts, node, whole, indent="  "):
+    """The tree as indented lines; each number is a share of the root."""
+    lines = []
+    for child in node.children:
+        via = f" through head {node.layer}.{child.head}" if child.head >= 0 else " (bias of the feature)"
+        lines.append(f"{indent}{child.value / whole:+7.1%}  {name_part(run, texts, *child[:4])}{via}")
+        lines += outline(run, texts, child, whole, indent + "    ")
+    if node.n_pruned and node.children:
+        lines.append(f"{indent}{node.pruned / whole:+7.1%}  {node.n_pruned} smaller ones; of all here, SAE error "
+                     f"{node.error:.1%}, MLP outputs {node.mlp:.1%}")
+    return lines
+
+
+def explorer_data(run, texts, start, n_features=15, breadth=12, n_pairs=6):
+    """What the explorer page shows, as plain lists: for each (layer, position) the strongest features, for each of
+    these and of the features below them its strongest children, and for each edge the QK contrast."""
+    kinds = list(KINDS)
+    nodes, contrasts, listed = {}, {}, {}
+    waiting = [start]
+    for layer, f in run.f.items():
+        for position in range(1, len(texts)):
+            top = [i for i in f[position].argsort(descending=True)[:n_features].tolist() if f[position, i] > 0]
+            listed[f"{layer}.{position}"] = top
+            waiting += [(layer, position, i) for i in top]
+    while waiting:
+        layer, position, feature = waiting.pop()
+        key = f"{layer}.{position}.{feature}"
+        if key in nodes:
+            continue
+        root = tree(run, layer, position, feature, share=0, depth=1, breadth=breadth)
+        found = children(run, layer, position, feature)
+        H = run.model.config.n_heads
+        nodes[key] = {"pre": root.value, "f": float(run.f[layer][position, feature]),
+                      "pruned": root.pruned, "n_pruned": root.n_pruned, "error": root.error, "mlp": root.mlp,
+                      "heads": [float(found.value[found.head == h].sum()) for h in range(H)],
+                      "weights": head_weights(run.saes[layer].W_dec[feature], H).tolist(),
+                      "children": [[kinds.index(c.kind), c.layer, c.position, c.feature, c.head, c.value]
+                                   for c in root.children]}
+        waiting += [(c.layer, c.position, c.feature) for c in root.children if c.feature >= 0]
+        for c in root.children:
+            edge = (layer, c.head, position, c.position)
+            if c.position >= 0 and edge not in contrasts:
+                contrasts[edge] = qk(run, *edge, "others")
+    shown = {}
+    for edge, why in contrasts.items():
+        strongest = why.pairs.abs().flatten().argsort(descending=True)[:n_pairs].tolist()
+        shown[".".join(map(str, edge))] = {
+            "score": why.score, "weight": float(run.cache[edge[0]].pattern[0, edge[1], edge[2], edge[3]]),
+            "pairs": [[name_writer(why.query[i // len(why.key)]), name_writer(why.key[i % len(why.key)]),
+                       float(why.pairs.flatten()[i])] for i in strongest]}
+    return _rounded({"tokens": texts, "kinds": kinds, "listed": listed, "nodes": nodes, "qk": shown,
+                     "start": ".".join(map(str, start))})
+
+
+def _rounded(value):
+    """Floats with five significant digits, so that the page stays small."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list) else value
+
+
+def measure(config, model, tokenizer, saes, folder):
+    """--measure: two tables, also written to agreement.json."""
+    rows = next(data.rows(config.corpus, tokenizer, "held-out", min(128, model.config.n_ctx), config.n_rows))
+    rows = rows.to(next(model.parameters()).device)
+    heads = head_agreement(model, saes, rows)
+    interval = lambda r, name, form: f"{r[name]:{form}} [{r[name + '_ci'][0]:{form}}, {r[name + '_ci'][1]:{form}}]"
+    print("weight-based head attribution against DFA by head, over live features; [95% interval]")
+    print("layer   live   dead    Spearman over heads       same top head")
+    for layer, r in heads.items():
+        print(f"{layer:5d} {r['n_live']:6d} {r['n_dead']:6d}   {interval(r, 'rank', '.3f'):>22}  "
+              f"{interval(r, 'top1', '.1%'):>22}")
+    removal = ablation_agreement(model, saes, rows, seed=config.seed)
+    print(f"\nattribution against removal, nothing frozen: {removal['n_removed']} removals below "
+          f"{removal['n_roots']} features of layer {removal['layer']}")
+    print(f"Spearman {interval(removal, 'rank', '.3f')}; same sign, strongest ten {interval(removal, 'sign', '.1%')}; "
+          f"fall per unit attributed {interval(removal, 'slope', '.2f')}")
+    write_json(folder / "agreement.json", {"heads": {f"L{layer}": r for layer, r in heads.items()},
+                                           "removal": removal})
+
+
+if __name__ == "__main__":
+    common.run(main)
