@@ -1,23 +1,24 @@
-"""Which head, which source token, which earlier feature: attribution of an SAE feature (the paper, section 2).
+"""Which head, which source token, which earlier feature: attribution of SAE features (the paper, section 2).
 
-    head weights   h[i,h]     = |W_dec[i] at head h| / sum over heads of the same
-    DFA            pre_i(q)   = sum_{h,k} pattern[h,q,k] * (v[h,k] . W_enc[head h, i])  +  b_enc[i] - b_dec . W_enc[:,i]
-    recursive DFA  v[h,k] is linear in the residual stream once norm scales are frozen, and the stream is a sum of
-                   what was written to it: embeddings, earlier SAE features, their errors, biases, MLP outputs.
-                   So pre_i(q) is a sum over (head, source, what was written there), and a feature that was
-                   written has a pre-activation of its own, to which the same formula applies.
-    QK             the score of query q and key k before soft cap, mask and softmax is a sum over pairs of (what was
-                   written at q, what was written at k), with norm scales frozen.
+    head weights   h[i,h] = |W_dec[i] at head h| / sum over heads of the same
+    DFA            pre_i(q) = sum_{h,k} pattern[h,q,k] * (v[h,k] . w_i^h)  +  b_enc[i] - b_dec . w_i,
+                   with w_i = W_enc[:,i] and w_i^h its slice at head h
+    recursive DFA  v[h,k] is linear in the residual stream once norm scales are frozen, and the stream is a
+                   sum of what was written to it: embeddings, earlier SAE features, their errors, biases, MLP
+                   outputs. So pre_i(q) is a sum over (head, source, what was written there), and a feature
+                   that was written has a pre-activation of its own, to which the same formula applies.
+    QK             the score of query q and key k before soft cap, mask and softmax is a sum over pairs of
+                   (what was written at q, what was written at k), with norm scales frozen.
 
     python attribution.py "When Mary and John went to the store, John gave a drink to"
-    python attribution.py --measure              over held-out text: do the attributions agree with each other,
-                                                 and with what happens when a feature is removed?
+    python attribution.py --measure         over held-out text: do the attributions agree with each other, and
+                                            with what happens when a feature is removed?
 
-The first prints the strongest features of the last token and writes a page to look at all of them,
-<out>/<model>/attribution/explorer.html.
+The first prints the strongest feature of the last token, taken apart, and writes a page to look at all
+features of all tokens, <out>/<model>/attribution/explorer.html.
 
-Every sum is exact. That does not show that the SAE is right, since its error is one of the terms: the tests, and
---measure, remove features from the model and look.
+Every sum is exact. That does not show that the SAE is right, since its error is one of the terms: the tests,
+and --measure, remove features from the model and look.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae; N parts, that is
 whatever was written to the residual stream, one row for each position and writer.
@@ -87,8 +88,9 @@ EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP, CONSTANT = range(len(
 class Parts(NamedTuple):
     """The residual stream of one prompt, cut up: the parts at a position add up to the stream there.
 
-    *feature* is f_j W_dec[j] @ W_O; *bias* is b_dec @ W_O + b_O; *error* is (z_cat - z_hat) @ W_O; *attention* is
-    an attention output that no SAE takes apart (BOS, which SAEs do not see, and layers without an SAE).
+    *feature* is f_j W_dec[j] @ W_O; *bias* is b_dec @ W_O + b_O; *error* is (z_cat - z_hat) @ W_O;
+    *attention* is an attention output that no SAE takes apart (BOS, which SAEs do not see, and layers without
+    an SAE).
     """
     kind: Tensor            # (N,) a number of KINDS
     layer: Tensor           # (N,) where it was written; -1 for embeddings
@@ -119,7 +121,8 @@ def trace_run(model, saes, tokens):                                     # (T,) o
 
     def add(kind, layer, positions, vectors, features=None):
         full = lambda number: torch.full_like(positions, number)
-        columns.append((full(kind), full(layer), positions, full(-1) if features is None else features, vectors))
+        features = full(-1) if features is None else features
+        columns.append((full(kind), full(layer), positions, features, vectors))
 
     for name, vectors in model.embed_parts(tokens).items():
         add(KINDS.index(name), -1, every, vectors[0])
@@ -131,7 +134,7 @@ def trace_run(model, saes, tokens):                                     # (T,) o
         else:
             sae, matrices = saes[layer], model.head_matrices(layer)
             W_O = matrices.W_O.flatten(0, 1)                            # (D,d_model)
-            scale = kept.scales["attn_out"][0] if "attn_out" in kept.scales else torch.ones_like(attn_out[:, :1])
+            scale = kept.scales.get("attn_out", torch.ones_like(kept.attn_out[..., :1]))[0]         # (T,1)
             f[layer] = sae.encode(kept.z_cat[0])
             f[layer][0] = 0
             at, which = f[layer].nonzero(as_tuple=True)
@@ -157,18 +160,20 @@ class Children(NamedTuple):
 def children(run, layer, position, feature):
     """The recursive step: feature i of a layer at query q, as a sum over heads and what was written before.
 
-    pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (part_n @ W_V[h] . w_i^h)  +  sum_h b_V[h] . w_i^h  +  bias_i,
-    with k_n the position of part n, W_V with the norm's gain and centring in it, and w_i^h = W_enc[head h, i].
+    pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (part_n @ W_V[h] . w_i^h)
+               + sum_h b_V[h] . w_i^h + b_enc[i] - b_dec . w_i,
+    with k_n the position of part n, W_V with the norm's gain and centring in it, and w_i^h = W_enc[head h,
+    i].
     """
     if (layer, position, feature) in run.known:
         return run.known[layer, position, feature]
     kept, sae, m = run.cache[layer], run.saes[layer], run.model.head_matrices(layer)
-    w = sae.W_enc[:, feature].unflatten(0, (run.model.config.n_heads, -1))                          # (H,d_head)
-    reads = torch.einsum("hmd,hd->hm", m.W_V, w)                                                    # (H,d_model)
-    seen = (run.parts.position[:run.before[layer]] <= position).nonzero()[:, 0]                     # (N,)
+    w = sae.W_enc[:, feature].unflatten(0, (run.model.config.n_heads, -1))                  # (H,d_head)
+    reads = torch.einsum("hmd,hd->hm", m.W_V, w)                                            # (H,d_model)
+    seen = (run.parts.position[:run.before[layer]] <= position).nonzero()[:, 0]             # (N,)
     k = run.parts.position[seen]
-    moved = kept.pattern[0, :, position, k] / kept.scales["attn_in"][0, k, 0]                       # (H,N)
-    value = moved * (reads @ run.parts.vector[seen].T)                                              # (H,N)
+    moved = kept.pattern[0, :, position, k] / kept.scales["attn_in"][0, k, 0]               # (H,N)
+    value = moved * (reads @ run.parts.vector[seen].T)                                      # (H,N)
     heads = torch.arange(len(w), device=k.device)
     constants = torch.cat([torch.einsum("hd,hd->h", m.b_V, w), feature_bias(sae)[feature, None]])   # (H+1,)
     found = Children(torch.cat([heads[:, None].expand_as(value).flatten(), heads, heads.new_tensor([-1])]),
@@ -199,8 +204,8 @@ def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, br
 
     A child is kept if it contributes at least `share` of the root and is among the `breadth` strongest of its
     parent; features are taken apart down to `depth` levels. share=0 and breadth=None prune nothing: then the
-    values of a node's children sum to its own. Raises UserError for a layer without SAE and for numbers out of
-    range.
+    values of a node's children sum to its own. Raises UserError for a layer without SAE and for numbers out
+    of range.
     """
     return tree(trace_run(model, saes, tokens), layer, position, feature, share, depth, breadth)
 
@@ -224,9 +229,12 @@ def _expand(run, node, least, depth, breadth):
     nodes = []
     for i in kept.tolist():
         part = int(found.part[i])
-        where = (int(parts.layer[part]), int(parts.position[part]), int(parts.feature[part])) if part >= 0 else (-1,) * 3
+        where = (int(column[part]) if part >= 0 else -1
+                 for column in (parts.layer, parts.position, parts.feature))
         child = Node(KINDS[int(kind[i])], *where, int(found.head[i]), float(values[i]))
-        nodes.append(_expand(run, child, least, depth - 1, breadth) if child.feature >= 0 and depth > 1 else child)
+        if child.feature >= 0 and depth > 1:
+            child = _expand(run, child, least, depth - 1, breadth)
+        nodes.append(child)
     share = lambda wanted: float(values[kind == wanted].sum() / node.value)
     return node._replace(children=tuple(nodes), pruned=float(values[left_out].sum()),
                          n_pruned=int(left_out.sum()), error=share(ERROR), mlp=share(MLP))
@@ -260,15 +268,17 @@ class QK(NamedTuple):
 def qk(run, layer, head, query, key, against=None):
     """Why head `head` at `query` looks at `key`: the score as a sum over (query part, key part) -> QK.
 
-    against: None for the score itself; "others" for the score less the mean over the other keys that the query
-    sees; a position for the score less that key's. Parts that are equal at all keys cancel in a contrast. The
-    scales of the attention layer's norm, and of queries and keys where Gemma 3 has them, are frozen.
+    against: None for the score itself; "others" for the score less the mean over the other keys that the
+    query sees; a position for the score less that key's. Parts that are equal at all keys cancel in a
+    contrast. The scales of the attention layer's norm, and of queries and keys where Gemma 3 has them, are
+    frozen.
     """
     kept, config, m = run.cache[layer], run.model.config, run.model.head_matrices(layer)
     window = (getattr(config, "windows", None) or {layer: None})[layer]
     keys = [k for k in range(query + 1) if window is None or query - k < window]
     if key not in keys or against not in (None, "others", *keys):
-        raise UserError(f"position {query} of this prompt does not see key {key if key not in keys else against}.")
+        raise UserError(f"position {query} of this prompt does not see key "
+                        f"{key if key not in keys else against}.")
     weight = kept.resid_pre.new_zeros(len(run.tokens))
     weight[key] = 1
     if against == "others":
@@ -276,7 +286,7 @@ def qk(run, layer, head, query, key, against=None):
     elif against is not None:
         weight[against] -= 1
 
-    def side(W, b, name, where):                                        # -> names, vectors (n,d_head), positions (n,)
+    def side(W, b, name, where):                    # -> names, vectors (n,d_head), positions (n,)
         parts = Parts(*(column[:run.before[layer]] for column in run.parts))
         parts = Parts(*(column[where[parts.position]] for column in parts))
         at = where.nonzero()[:, 0]
@@ -307,9 +317,9 @@ def qk(run, layer, head, query, key, against=None):
 def head_agreement(model, saes, rows):                                  # (R,T) -> {layer: dict}
     """Weight-based head attribution against DFA by head, over the features that fire in `rows`.
 
-    DFA by head of a feature is its mean over the positions where it fires (z_h . w^h, which is DFA summed over
-    sources). rank: mean over features of Spearman's correlation over heads; top1: how often both name the same
-    head; with 95% bootstrap intervals over features.
+    DFA by head of a feature is its mean over the positions where it fires (z_h . w^h, which is DFA summed
+    over sources). rank: mean over features of Spearman's correlation over heads; top1: how often both name
+    the same head; with 95% bootstrap intervals over features.
     """
     tables = {}
     for layer, sae in saes.items():
@@ -334,13 +344,13 @@ def head_agreement(model, saes, rows):                                  # (R,T) 
 
 @torch.no_grad()
 def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10, seed=0):
-    """Attribution against removal, nothing frozen: for features of the last layer that has an SAE at positions
-    drawn at random, the n_strong earlier features of largest direct attribution and n_random others are removed
-    one at a time, each where it fired, and the model run anew.
+    """Attribution against removal, nothing frozen: for features of the last layer that has an SAE at
+    positions drawn at random, the n_strong earlier features of largest direct attribution and n_random others
+    are removed one at a time, each where it fired, and the model run anew.
 
-    Returns {"rank": mean over roots of Spearman's correlation of attribution (summed over heads) with the fall of
-    the pre-activation, "sign": how often their signs agree among the strong ones, "slope": fall per unit
-    attributed (least squares through 0, over all), with 95% bootstrap intervals over roots}.
+    Returns {"rank": mean over roots of Spearman's correlation of attribution (summed over heads) with the
+    fall of the pre-activation, "sign": how often their signs agree among the strong ones, "slope": fall per
+    unit attributed (least squares through 0, over all), with 95% bootstrap intervals over roots}.
     """
     rng, top = np.random.default_rng(seed), max(saes)
     ranks, signs, products, squares = [], [], [], []
@@ -354,17 +364,12 @@ def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10,
         if not len(active):
             continue
         root = int(active[rng.integers(len(active))])
-        found = children(traced, top, position, root)
-        is_feature = (found.part >= 0) & (traced.parts.kind[found.part] == FEATURE)
-        per_part = torch.zeros_like(traced.parts.vector[:, 0]).index_add_(0, found.part[is_feature],
-                                                                          found.value[is_feature])
-        written = found.part[is_feature].unique()
-        order = written[per_part[written].abs().argsort(descending=True)].cpu().numpy()
-        if len(order) < n_strong + n_random:
+        written, value = feature_children(traced, top, position, root)
+        if len(written) < n_strong + n_random:
             continue
-        chosen = np.concatenate([order[:n_strong], rng.choice(order[n_strong:], n_random, replace=False)])
-        fell = found.pre - remove(traced, torch.from_numpy(chosen).to(tokens.device), top, position, root)
-        attributed = per_part[torch.from_numpy(chosen)]
+        random = n_strong + rng.choice(len(written) - n_strong, n_random, replace=False)
+        chosen = torch.from_numpy(np.concatenate([np.arange(n_strong), random])).to(tokens.device)
+        attributed, fell = value[chosen], remove(traced, written[chosen], top, position, root)
         ranks.append(float(spearman(attributed, fell)))
         signs.append(float((attributed.sign() == fell.sign())[:n_strong].double().mean()))
         products.append(float((attributed * fell).sum()))
@@ -378,22 +383,34 @@ def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10,
     return result
 
 
+def feature_children(run, layer, position, feature):                    # -> (n,) rows of Parts, (n,) values
+    """The earlier features that a feature's pre-activation was made of, summed over heads, strongest
+    first."""
+    found = children(run, layer, position, feature)
+    mine = (found.part >= 0) & (run.parts.kind[found.part] == FEATURE)
+    written, index = found.part[mine].unique(return_inverse=True)
+    value = found.value.new_zeros(len(written)).index_add_(0, index, found.value[mine])
+    order = value.abs().argsort(descending=True, stable=True)
+    return written[order], value[order]
+
+
 @torch.no_grad()
 def remove(run, chosen, layer, position, feature):                      # (n,) rows of Parts -> (n,)
-    """The pre-activation of a feature when each of the chosen earlier features is removed where it was written,
-    the SAE's error kept and everything after it computed anew."""
+    """By how much a feature's pre-activation falls when each of the chosen earlier features is removed where
+    it was written, the SAE's error kept and everything after it computed anew."""
     parts, n = run.parts, len(chosen)
     tokens = run.tokens.expand(n, -1)
     at = torch.arange(len(run.tokens), device=chosen.device) == parts.position[chosen, None]        # (n,T)
     edits = {}
     for source in parts.layer[chosen].unique().tolist():
         mine = parts.layer[chosen] == source
-        edits[source] = ablate(run.saes[source], torch.where(mine, parts.feature[chosen], 0), at & mine[:, None])
-    seen = {}
-    model_edits = edits | {layer: lambda z: seen.update(z=z) or z}
-    run.model(tokens, edit_z=model_edits)
-    sae = run.saes[layer]
-    return (seen["z"][:, position] - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
+        features = torch.where(mine, parts.feature[chosen], 0)
+        edits[source] = ablate(run.saes[source], features, at & mine[:, None])
+    sae, seen = run.saes[layer], {}
+    run.model(tokens, edit_z=edits | {layer: lambda z: seen.update(z=z) or z})
+    z = torch.cat([run.cache[layer].z_cat[:, position], seen["z"][:, position]])
+    pre = (z - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
+    return pre[0] - pre[1:]
 
 
 # ---- the program ----
@@ -401,16 +418,16 @@ def remove(run, chosen, layer, position, feature):                      # (n,) r
 
 @dataclass(frozen=True)
 class AttributionConfig:
-    prompt: str = field("When Mary and John went to the store, John gave a drink to", "the prompt; BOS is put before it",
-                        positional=True)
+    prompt: str = field("When Mary and John went to the store, John gave a drink to",
+                        "the prompt; BOS is put before it", positional=True)
     model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
-    saes: str = field("", "folder with SAEs, kissane or gemma-scope; else the run in --out, else the shipped ones")
+    saes: str = field("", "folder with SAEs, kissane, gemma-scope; else the run in --out, else the shipped")
     layer: int = field(-1, "layer of the feature to take apart; -1: the last one that has an SAE")
     position: int = field(-1, "its position; 0 is BOS, -1 the last token")
     feature: int = field(-1, "the feature; -1: the strongest there")
     share: float = field(0.03, "a contribution is shown if it is at least this part of the root")
     depth: int = field(3, "levels of the tree on the terminal")
-    breadth: int = field(5, "children of each node on the terminal")
+    breadth: int = field(12, "children of each node on the terminal")
     measure: bool = field(False, "measure agreement over held-out text instead of reading a prompt")
     corpus: str = field("python", "text for --measure: see train.py")
     n_rows: int = field(256, "held-out rows for --measure")
@@ -440,7 +457,9 @@ def main():
     feature = config.feature if config.feature >= 0 else int(run.f[layer][position].argmax())
     print(describe(run, texts, layer, position, feature, config))
     page = (Path(data.__file__).parent / "explorer.html").read_text(encoding="utf8")
-    content = json.dumps(explorer_data(run, texts, (layer, position, feature)), allow_nan=False)
+    dashboards = [l for l in saes if (folder.parent / "features" / f"L{l}").is_dir()]
+    content = explorer_data(run, texts, (layer, position, feature)) | {"dashboards": dashboards}
+    content = json.dumps(content, allow_nan=False)
     with atomic(folder / "explorer.html") as temporary:
         # inside a script element only "<" could end it
         temporary.write_text(page.replace("__DATA__", content.replace("<", "\\u003c")), encoding="utf8")
@@ -462,28 +481,41 @@ def describe(run, texts, layer, position, feature, config):
     for l in run.saes:
         f = run.f[l][position]
         top = [i for i in f.argsort(descending=True)[:6].tolist() if f[i] > 0]
-        lines.append(f"active at {position} in layer {l}:  " + "  ".join(f"{l}.{i} {float(f[i]):.3f}" for i in top))
+        lines.append(f"active at {position} in layer {l}:  "
+                     + "  ".join(f"{l}.{i} {float(f[i]):.3f}" for i in top))
     found, kept, sae = children(run, layer, position, feature), run.cache[layer], run.saes[layer]
-    lines += ["", f"feature {layer}.{feature} at {position} {texts[position]!r}: pre-activation {found.pre:.4f}, "
-              f"activation {float(run.f[layer][position, feature]):.4f}"]
+    lines += ["", f"feature {layer}.{feature} at {position} {texts[position]!r}: pre-activation "
+              f"{found.pre:.4f}, activation {float(run.f[layer][position, feature]):.4f}"]
     per_source = dfa(kept.pattern, kept.v, sae.W_enc[:, feature])[0, :, position]                   # (H,k)
     weights = head_weights(sae.W_dec[feature], run.model.config.n_heads)
     lines += ["", "head    DFA     share of decoder"]
-    lines += [f"{layer}.{h}  {float(per_source[h].sum()):8.4f}  {float(weights[h]):8.1%}" for h in range(len(weights))]
+    lines += [f"{layer}.{h}  {float(per_source[h].sum()):8.4f}  {float(weights[h]):8.1%}"
+              for h in range(len(weights))]
     lines += [f"bias {float(feature_bias(sae)[feature]):8.4f}", "", "sources by DFA:"]
     for k in per_source.sum(0).abs().argsort(descending=True)[:5].tolist():
         h = int(per_source[:, k].abs().argmax())
-        lines.append(f"{k:4d} {texts[k]!r:16} {float(per_source[:, k].sum()):8.4f}   most of it through head {layer}.{h}")
+        lines.append(f"{k:4d} {texts[k]!r:16} {float(per_source[:, k].sum()):8.4f}   most of it through head "
+                     f"{layer}.{h}")
     root = tree(run, layer, position, feature, config.share, config.depth, config.breadth)
-    lines += ["", f"recursive DFA, in units of the root's {root.value:.4f}:"] + outline(run, texts, root, root.value)
+    lines += ["", f"recursive DFA, in units of the root's {root.value:.4f}:"]
+    lines += outline(run, texts, root, root.value)
+    written, value = (column[:3] for column in feature_children(run, layer, position, feature))
+    if len(written):
+        lines += ["", "the strongest features below it, removed from the model in turn, nothing frozen:"]
+        for part, one, fell in zip(written.tolist(), value, remove(run, written, layer, position, feature)):
+            l, k, j = (int(column[part]) for column in run.parts[1:4])
+            lines.append(f"{l}.{j} at {texts[k]!r} at {k}: attributed {float(one):+.4f} over all heads, and "
+                         f"the root falls by {float(fell):+.4f}")
     first = next((child for child in root.children if child.position >= 0), None)
     if first and position > 1:
         why = qk(run, layer, first.head, position, first.position, "others")
-        lines += ["", f"why head {layer}.{first.head} looks from {position} at {first.position} {texts[first.position]!r}: "
-                  f"its score is {why.score:+.2f} above the mean over other keys; the strongest pairs:"]
+        lines += ["", f"why head {layer}.{first.head} looks from {position} at {first.position} "
+                  f"{texts[first.position]!r}: its score is {why.score:+.2f} above the mean over other keys; "
+                  f"the strongest pairs:"]
         for i in why.pairs.abs().flatten().argsort(descending=True)[:6].tolist():
             a, b = divmod(i, len(why.key))
-            lines.append(f"{float(why.pairs[a, b]):+8.3f}   {name_writer(why.query[a])}  x  {name_writer(why.key[b])}")
+            pair = f"{name_writer(why.query[a])}  x  {name_writer(why.key[b])}"
+            lines.append(f"{float(why.pairs[a, b]):+8.3f}   {pair}")
     return "\n".join(lines)
 
 
@@ -502,20 +534,21 @@ def outline(run, texts, node, whole, indent="  "):
         lines.append(f"{indent}{child.value / whole:+7.1%}  {name_part(run, texts, *child[:4])}{via}")
         lines += outline(run, texts, child, whole, indent + "    ")
     if node.n_pruned and node.children:
-        lines.append(f"{indent}{node.pruned / whole:+7.1%}  {node.n_pruned} smaller ones; of all here, SAE error "
-                     f"{node.error:.1%}, MLP outputs {node.mlp:.1%}")
+        lines.append(f"{indent}{node.pruned / whole:+7.1%}  {node.n_pruned} smaller ones; of this node, SAE "
+                     f"errors are {node.error:.1%}, MLP outputs {node.mlp:.1%}")
     return lines
 
 
 def explorer_data(run, texts, start, n_features=15, breadth=12, n_pairs=6):
-    """What the explorer page shows, as plain lists: for each (layer, position) the strongest features, for each of
-    these and of the features below them its strongest children, and for each edge the QK contrast."""
+    """What the explorer page shows, as plain lists: for each (layer, position) the strongest features, for
+    each of these and of the features below them its strongest children, and for each edge the QK contrast."""
     kinds = list(KINDS)
     nodes, contrasts, listed = {}, {}, {}
     waiting = [start]
     for layer, f in run.f.items():
         for position in range(1, len(texts)):
-            top = [i for i in f[position].argsort(descending=True)[:n_features].tolist() if f[position, i] > 0]
+            top = f[position].argsort(descending=True)[:n_features].tolist()
+            top = [i for i in top if f[position, i] > 0]
             listed[f"{layer}.{position}"] = top
             waiting += [(layer, position, i) for i in top]
     while waiting:
@@ -562,7 +595,10 @@ def measure(config, model, tokenizer, saes, folder):
     rows = next(data.rows(config.corpus, tokenizer, "held-out", min(128, model.config.n_ctx), config.n_rows))
     rows = rows.to(next(model.parameters()).device)
     heads = head_agreement(model, saes, rows)
-    interval = lambda r, name, form: f"{r[name]:{form}} [{r[name + '_ci'][0]:{form}}, {r[name + '_ci'][1]:{form}}]"
+    def interval(r, name, form):
+        low, high = r[name + "_ci"]
+        return f"{r[name]:{form}} [{low:{form}}, {high:{form}}]"
+
     print("weight-based head attribution against DFA by head, over live features; [95% interval]")
     print("layer   live   dead    Spearman over heads       same top head")
     for layer, r in heads.items():
@@ -571,8 +607,8 @@ def measure(config, model, tokenizer, saes, folder):
     removal = ablation_agreement(model, saes, rows, seed=config.seed)
     print(f"\nattribution against removal, nothing frozen: {removal['n_removed']} removals below "
           f"{removal['n_roots']} features of layer {removal['layer']}")
-    print(f"Spearman {interval(removal, 'rank', '.3f')}; same sign, strongest ten {interval(removal, 'sign', '.1%')}; "
-          f"fall per unit attributed {interval(removal, 'slope', '.2f')}")
+    print(f"Spearman {interval(removal, 'rank', '.3f')}; same sign, strongest ten "
+          f"{interval(removal, 'sign', '.1%')}; fall per unit attributed {interval(removal, 'slope', '.2f')}")
     write_json(folder / "agreement.json", {"heads": {f"L{layer}": r for layer, r in heads.items()},
                                            "removal": removal})
 

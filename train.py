@@ -15,6 +15,7 @@ Written to <out>/<model>/: L<layer>/sae.safetensors, config.json and metrics.jso
 Shapes: R rows, T positions, B batch of activations, D = H*d_head = d_in, d_sae.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -341,7 +342,8 @@ def start(config, source, folder):
 
 
 def expect(config, source, learners, seconds_per_token):
-    """Say what the run will take: memory by count, time by the first block and one step of each SAE."""
+    """Say what the run will take: memory by count, time by the first block and a step of a copy of each
+    SAE."""
     bytes_of = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
     saes = [bytes_of(one.sae) for one in learners.values()]
     # weights and Adam's two moments of all SAEs; gradients and the encoder's product of one; torch itself
@@ -350,14 +352,15 @@ def expect(config, source, learners, seconds_per_token):
               + 8 * config.batch_size * max(one.sae.d_sae for one in learners.values()) + 3e8)
     seconds = seconds_per_token * config.n_tokens
     for layer, one in learners.items():
-        z = source.z[layer][:config.batch_size] / one.scale
-        begun = time.monotonic()
-        step_of(one, z)(one.sae, z, one.l1)
+        trial, z = copy.deepcopy(one), source.z[layer][:config.batch_size]
+        for step in range(2):       # the first makes Adam's moments
+            begun = time.monotonic()
+            learn(trial, z, step, config, layer)
         seconds += (time.monotonic() - begun) * (config.n_tokens // config.batch_size)
     sizes = sorted({one.sae.d_sae for one in learners.values()})
     duration = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
     print(f"{len(saes)} x SAE {one.sae.d_in} -> {' or '.join(map(str, sizes))}, {config.n_tokens:,} "
-          f"activations: expect {memory / 1e9:.1f} GB of memory and {duration}", flush=True)
+          f"activations: expect {memory / 1e9:.1f} GB of memory and {duration} of training", flush=True)
 
 
 @torch.no_grad()

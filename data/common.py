@@ -64,7 +64,8 @@ def parse_flags(config_class, description, argv=None, preset=None):
     for field in dataclasses.fields(config_class):
         flag, help_text = "--" + field.name.replace("_", "-"), field.metadata.get("help", "")
         if field.metadata.get("positional"):
-            parser.add_argument(field.name, nargs="?", default=field.default, help=f"{help_text} [{field.default}]")
+            parser.add_argument(field.name, nargs="?", default=field.default,
+                                help=f"{help_text} [{field.default}]")
             continue
         kind, element = _base_type(field.type)
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default

@@ -56,8 +56,8 @@ def find_saes(saes, out, model):
         return run
     if model == "tiny":
         return TINY
-    raise UserError(f"there are no SAEs of {model} in {run}; train some with python train.py --model {model}, "
-                    f"or name others with --saes.")
+    raise UserError(f"there are no SAEs of {model} in {run}; train some with python train.py --model "
+                    f"{model}, or name others with --saes.")
 
 
 def sae_paths(where, layers, n_layers):
