@@ -36,8 +36,9 @@ from torch import Tensor, nn
 import data
 import model as models
 from data import common
-from data.common import (UserError, atomic, bootstrap, check_writable, field, parse_flags, pick_device,
-                         write_json)
+from data.bpe import check_fits
+from data.common import (Progress, UserError, atomic, bootstrap, check_writable, field, parse_flags,
+                         pick_device, run_folder, write_json)
 from data.sae_files import find_saes
 from sae import ablate, load_all
 
@@ -47,7 +48,7 @@ from sae import ablate, load_all
 def head_weights(W_dec, n_heads):                                       # (d_sae,D) -> (d_sae,H)
     """Weight-based head attribution: how much of a feature's decoder row lies in each head. Rows sum to 1."""
     norms = W_dec.unflatten(-1, (n_heads, -1)).norm(dim=-1)
-    return norms / norms.sum(-1, keepdim=True)
+    return norms / norms.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
 def dfa(pattern, v, w_enc):                         # (B,H,q,k), (B,k,H,d_head), (D,) -> (B,H,q,k)
@@ -56,25 +57,19 @@ def dfa(pattern, v, w_enc):                         # (B,H,q,k), (B,k,H,d_head),
     return pattern * torch.einsum("bkhd,hd->bhk", v, w)[:, :, None]     # d_head first: no (B,q,k,D) tensor
 
 
-def dfa_at(pattern, v, w_enc):                      # (n,H,k), (n,k,H,d_head), (n,D) -> (n,H,k)
-    """The same for n (query, feature) pairs, of which only these are computed: pattern and v are those of the
-    pair's row, pattern at its query."""
-    w = w_enc.unflatten(-1, (v.shape[2], -1))                           # (n,H,d_head)
-    return pattern * torch.einsum("nkhd,nhd->nhk", v, w)
-
-
 def feature_bias(sae):                                                  # -> (d_sae,)
     """b_enc[i] - b_dec . W_enc[:,i]: with DFA summed over heads and sources, the pre-activation."""
     return sae.b_enc - sae.b_dec @ sae.W_enc
 
 
 def spearman(a, b):                                                     # (...,n), (...,n) -> (...)
-    """Rank correlation along the last dimension; equal values share the mean of their ranks."""
+    """Rank correlation along the last dimension; equal values share the mean of their ranks. NaN where all
+    are equal."""
     def ranks(x):
         below = (x[..., None, :] < x[..., :, None]).sum(-1)
         equal = (x[..., None, :] == x[..., :, None]).sum(-1)
         centred = below + (equal - 1) / 2 - (x.shape[-1] - 1) / 2
-        return centred.double()
+        return centred.cpu().double()
     a, b = ranks(a), ranks(b)
     return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
 
@@ -108,16 +103,22 @@ class Run(NamedTuple):
     f: dict                 # {layer: (T,d_sae)}, 0 at BOS
     parts: Parts            # in the order in which they are written
     before: list            # before[layer]: so many of the parts are in the stream that the layer reads
-    known: dict             # children that were computed already
+    matrices: list          # each layer's head_matrices
 
 
 @torch.no_grad()
 def trace_run(model, saes, tokens):                                     # (T,) or (1,T) -> Run
     """Run the model on one prompt and cut everything that is written to the residual stream into parts."""
-    tokens = tokens.reshape(1, -1)
+    tokens = tokens[None] if tokens.dim() == 1 else tokens
+    assert len(tokens) == 1, "one prompt at a time"
+    kinds = {p.dtype for module in (model, *saes.values()) for p in module.parameters()}
+    if len(kinds) > 1:
+        raise UserError(f"the model and its SAEs are in {' and '.join(sorted(map(str, kinds)))}; attribution "
+                        f"takes both in one type, such as load(..., dtype=torch.float32).")
     T, columns, f, before = tokens.shape[1], [], {}, []
     every = torch.arange(T, device=tokens.device)
     _, cache = model(tokens, keep=range(model.config.n_layers))
+    all_matrices = [model.head_matrices(layer) for layer in cache]
 
     def add(kind, layer, positions, vectors, features=None):
         full = lambda number: torch.full_like(positions, number)
@@ -132,7 +133,7 @@ def trace_run(model, saes, tokens):                                     # (T,) o
         if layer not in saes:
             add(ATTENTION, layer, every, attn_out)
         else:
-            sae, matrices = saes[layer], model.head_matrices(layer)
+            sae, matrices = saes[layer], all_matrices[layer]
             W_O = matrices.W_O.flatten(0, 1)                            # (D,d_model)
             scale = kept.scales.get("attn_out", torch.ones_like(kept.attn_out[..., :1]))[0]         # (T,1)
             f[layer] = sae.encode(kept.z_cat[0])
@@ -145,7 +146,7 @@ def trace_run(model, saes, tokens):                                     # (T,) o
             add(BIAS, layer, every[1:], (sae.b_dec @ W_O + matrices.b_O) / scale[1:])
             add(ERROR, layer, every[1:], error[1:] @ W_O / scale[1:])
         add(MLP, layer, every, kept.mlp_out[0])
-    return Run(model, saes, tokens[0], cache, f, Parts(*map(torch.cat, zip(*columns))), before, {})
+    return Run(model, saes, tokens[0], cache, f, Parts(*map(torch.cat, zip(*columns))), before, all_matrices)
 
 
 class Children(NamedTuple):
@@ -165,9 +166,7 @@ def children(run, layer, position, feature):
     with k_n the position of part n, W_V with the norm's gain and centring in it, and w_i^h = W_enc[head h,
     i].
     """
-    if (layer, position, feature) in run.known:
-        return run.known[layer, position, feature]
-    kept, sae, m = run.cache[layer], run.saes[layer], run.model.head_matrices(layer)
+    kept, sae, m = run.cache[layer], run.saes[layer], run.matrices[layer]
     w = sae.W_enc[:, feature].unflatten(0, (run.model.config.n_heads, -1))                  # (H,d_head)
     reads = torch.einsum("hmd,hd->hm", m.W_V, w)                                            # (H,d_model)
     seen = (run.parts.position[:run.before[layer]] <= position).nonzero()[:, 0]             # (N,)
@@ -179,9 +178,7 @@ def children(run, layer, position, feature):
     found = Children(torch.cat([heads[:, None].expand_as(value).flatten(), heads, heads.new_tensor([-1])]),
                      torch.cat([seen.expand_as(value).flatten(), torch.full_like(constants, -1).long()]),
                      torch.cat([value.flatten(), constants]), 0.0)
-    found = found._replace(pre=float(found.value.sum()))
-    run.known[layer, position, feature] = found
-    return found
+    return found._replace(pre=float(found.value.sum()))
 
 
 class Node(NamedTuple):
@@ -194,9 +191,9 @@ class Node(NamedTuple):
     value: float            # what it contributes to the root; the root's is its pre-activation
     children: tuple = ()    # strongest first; none for a leaf and where the depth ends
     pruned: float = 0.0     # sum of the children left out, added up one by one
-    n_pruned: int = 0
-    error: float = 0.0      # share of SAE errors in this node, left out or not
-    mlp: float = 0.0        # share of MLP outputs in this node, left out or not
+    n_pruned: int = 0       # how many were left out that contribute something
+    error: float = 0.0      # share of what this node read directly from SAE errors, left out or not
+    mlp: float = 0.0        # the same of MLP outputs
 
 
 def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, breadth=8):
@@ -219,10 +216,11 @@ def tree(run, layer, position, feature, share=0.02, depth=3, breadth=8):
 
 def _expand(run, node, least, depth, breadth):
     found, parts = children(run, node.layer, node.position, node.feature), run.parts
-    values = found.value * (node.value / found.pre)                     # the root itself: times 1
+    # an active feature's pre-activation is not 0; a root that is not active may have any, and its scale is 1
+    values = found.value * (node.value / found.pre if node.head >= 0 else 1.0)
     kind = torch.where(found.part < 0, CONSTANT, parts.kind[found.part])
     order = values.abs().argsort(descending=True, stable=True)
-    kept = (values.abs()[order] >= least).nonzero()[:, 0]
+    kept = ((values.abs()[order] >= least) & (values[order] != 0)).nonzero()[:, 0]
     kept = order[kept[:breadth]]
     left_out = torch.ones_like(kind, dtype=torch.bool)
     left_out[kept] = False
@@ -235,9 +233,9 @@ def _expand(run, node, least, depth, breadth):
         if child.feature >= 0 and depth > 1:
             child = _expand(run, child, least, depth - 1, breadth)
         nodes.append(child)
-    share = lambda wanted: float(values[kind == wanted].sum() / node.value)
+    part_of = lambda wanted: float(values[kind == wanted].sum()) / node.value if node.value else 0.0
     return node._replace(children=tuple(nodes), pruned=float(values[left_out].sum()),
-                         n_pruned=int(left_out.sum()), error=share(ERROR), mlp=share(MLP))
+                         n_pruned=int((left_out & (values != 0)).sum()), error=part_of(ERROR), mlp=part_of(MLP))
 
 
 def check_node(run, layer, position, feature):
@@ -273,12 +271,16 @@ def qk(run, layer, head, query, key, against=None):
     contrast. The scales of the attention layer's norm, and of queries and keys where Gemma 3 has them, are
     frozen.
     """
-    kept, config, m = run.cache[layer], run.model.config, run.model.head_matrices(layer)
+    run.model.check_layers([layer])
+    kept, config, m = run.cache[layer], run.model.config, run.matrices[layer]
+    if not 0 <= head < config.n_heads:
+        raise UserError(f"head {layer}.{head} is out of range: this model has heads 0 to "
+                        f"{config.n_heads - 1}.")
     window = (getattr(config, "windows", None) or {layer: None})[layer]
     keys = [k for k in range(query + 1) if window is None or query - k < window]
-    if key not in keys or against not in (None, "others", *keys):
-        raise UserError(f"position {query} of this prompt does not see key "
-                        f"{key if key not in keys else against}.")
+    if key not in keys or against not in (None, "others", *keys) or against == key:
+        raise UserError(f"position {query} of this prompt has no score of key {key} against {against}: it "
+                        f"sees {keys[0]} to {keys[-1]}.")
     weight = kept.resid_pre.new_zeros(len(run.tokens))
     weight[key] = 1
     if against == "others":
@@ -304,7 +306,7 @@ def qk(run, layer, head, query, key, against=None):
     k_names, k_vectors, k_at = side(m.W_K, m.b_K, "k", weight != 0)
     columns = config.score_scale * q_vectors @ (weight[k_at, None] * k_vectors).T                   # (a,n)
     names = {name: i for i, name in enumerate(dict.fromkeys(k_names))}  # a writer at several keys: one column
-    index = torch.tensor([names[name] for name in k_names], device=columns.device)
+    index = torch.tensor([names[name] for name in k_names], dtype=torch.int64, device=columns.device)
     pairs = columns.new_zeros(len(q_names), len(names)).index_add_(1, index, columns)
     label = lambda name: (KINDS[name[0]], *name[1:])
     return QK([*map(label, q_names)], [*map(label, names)], pairs, float(pairs.sum()))
@@ -317,9 +319,9 @@ def qk(run, layer, head, query, key, against=None):
 def head_agreement(model, saes, rows):                                  # (R,T) -> {layer: dict}
     """Weight-based head attribution against DFA by head, over the features that fire in `rows`.
 
-    DFA by head of a feature is its mean over the positions where it fires (z_h . w^h, which is DFA summed
-    over sources). rank: mean over features of Spearman's correlation over heads; top1: how often both name
-    the same head; with 95% bootstrap intervals over features.
+    DFA by head of a feature is summed over the positions where it fires (z_h . w^h, which is DFA summed over
+    sources). rank: mean over features of Spearman's correlation over heads; top1: how often both name the
+    same head; with 95% bootstrap intervals over features; None where there is nothing to compare.
     """
     tables = {}
     for layer, sae in saes.items():
@@ -333,12 +335,13 @@ def head_agreement(model, saes, rows):                                  # (R,T) 
                                                sae.W_enc.unflatten(0, (H, -1)))):
                 by_head[:, h] += (active * (z_h @ w_h)).sum(0)
         live = count > 0
-        rank = spearman(weights[live], by_head[live]).cpu().numpy()
-        top1 = (weights[live].argmax(-1) == by_head[live].argmax(-1)).double().cpu().numpy()
+        rank = spearman(weights[live], by_head[live]).numpy()
+        top1 = (weights[live].argmax(-1) == by_head[live].argmax(-1)).cpu().double().numpy()
         tables[layer] = {"n_live": int(live.sum()), "n_dead": int((~live).sum())}
-        for name, each in (("rank", rank), ("top1", top1)):
-            tables[layer] |= {name: float(each.mean()),
-                              name + "_ci": bootstrap(lambda i, each=each: each[i].mean(), len(each))}
+        for name, each in (("rank", rank[np.isfinite(rank)]), ("top1", top1)):
+            mean = lambda i, each=each: float(each[i].mean())
+            tables[layer] |= ({name: mean(slice(None)), name + "_ci": bootstrap(mean, len(each))} if len(each)
+                              else {name: None, name + "_ci": None})
     return tables
 
 
@@ -356,10 +359,11 @@ def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10,
     ranks, signs, products, squares = [], [], [], []
     while len(ranks) < n_roots:
         if not len(rows):
-            raise UserError(f"these rows have only {len(ranks)} features to attribute; give more.")
+            raise UserError(f"these rows have only {len(ranks)} features with {n_strong + n_random} earlier "
+                            f"ones to remove, and {n_roots} are needed; raise --n-rows.")
         tokens, rows = rows[0], rows[1:]
         traced = trace_run(model, saes, tokens)
-        position = int(rng.integers(8, len(tokens)))
+        position = int(rng.integers(min(8, len(tokens) - 1), len(tokens)))
         active = traced.f[top][position].nonzero()[:, 0]
         if not len(active):
             continue
@@ -406,9 +410,8 @@ def remove(run, chosen, layer, position, feature):                      # (n,) r
         mine = parts.layer[chosen] == source
         features = torch.where(mine, parts.feature[chosen], 0)
         edits[source] = ablate(run.saes[source], features, at & mine[:, None])
-    sae, seen = run.saes[layer], {}
-    run.model(tokens, edit_z=edits | {layer: lambda z: seen.update(z=z) or z})
-    z = torch.cat([run.cache[layer].z_cat[:, position], seen["z"][:, position]])
+    sae, after = run.saes[layer], run.model.z_cat_at(tokens, [layer], edits)[layer]
+    z = torch.cat([run.cache[layer].z_cat[:, position], after[:, position]])
     pre = (z - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
     return pre[0] - pre[1:]
 
@@ -428,6 +431,7 @@ class AttributionConfig:
     share: float = field(0.03, "a contribution is shown if it is at least this part of the root")
     depth: int = field(3, "levels of the tree on the terminal")
     breadth: int = field(12, "children of each node on the terminal")
+    page: bool = field(True, "write the explorer page; a long prompt through a large model takes minutes")
     measure: bool = field(False, "measure agreement over held-out text instead of reading a prompt")
     corpus: str = field("python", "text for --measure: see train.py")
     n_rows: int = field(256, "held-out rows for --measure")
@@ -440,8 +444,9 @@ def main():
     config = parse_flags(AttributionConfig, __doc__)
     device = pick_device(config.device)
     model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
+    check_fits(tokenizer, model, config.model)
     saes = load_all(find_saes(config.saes, config.out, config.model), model, device=device)
-    folder = Path(config.out) / Path(config.model).resolve().name / "attribution"
+    folder = run_folder(config.out, config.model) / "attribution"
     check_writable(folder)
     if config.measure:
         measure(config, model, tokenizer, saes, folder)
@@ -451,11 +456,16 @@ def main():
         raise UserError("the prompt is empty; give some text.")
     run = trace_run(model, saes, tokens)
     texts = [tokenizer.decode([i]) for i in tokens.tolist()]
-    layer = config.layer if config.layer >= 0 else max(saes)
-    position = config.position if config.position >= 0 else len(tokens) - 1
-    check_node(run, layer, position, max(config.feature, 0))
-    feature = config.feature if config.feature >= 0 else int(run.f[layer][position].argmax())
-    print(describe(run, texts, layer, position, feature, config))
+    layer = config.layer if config.layer != -1 else max(saes)
+    position = config.position if config.position != -1 else len(tokens) - 1
+    check_node(run, layer, position, config.feature if config.feature != -1 else 0)
+    feature = config.feature if config.feature != -1 else int(run.f[layer][position].argmax())
+    if config.feature == -1 and run.f[layer][position, feature] == 0:
+        raise UserError(f"no feature of layer {layer} is active at position {position}; name one with "
+                        f"--feature, or another --position.")
+    print(describe(run, texts, layer, position, feature, config), flush=True)
+    if not config.page:
+        return
     page = (Path(data.__file__).parent / "explorer.html").read_text(encoding="utf8")
     dashboards = [l for l in saes if (folder.parent / "features" / f"L{l}").is_dir()]
     content = explorer_data(run, texts, (layer, position, feature)) | {"dashboards": dashboards}
@@ -543,7 +553,8 @@ def explorer_data(run, texts, start, n_features=15, breadth=12, n_pairs=6):
     """What the explorer page shows, as plain lists: for each (layer, position) the strongest features, for
     each of these and of the features below them its strongest children, and for each edge the QK contrast."""
     kinds = list(KINDS)
-    nodes, contrasts, listed = {}, {}, {}
+    nodes, contrasts, listed, progress = {}, {}, {}, Progress(0, "features")
+    progress.shown = progress.start         # silent where it is quick
     waiting = [start]
     for layer, f in run.f.items():
         for position in range(1, len(texts)):
@@ -568,16 +579,18 @@ def explorer_data(run, texts, start, n_features=15, breadth=12, n_pairs=6):
         waiting += [(c.layer, c.position, c.feature) for c in root.children if c.feature >= 0]
         for c in root.children:
             edge = (layer, c.head, position, c.position)
-            if c.position >= 0 and edge not in contrasts:
-                contrasts[edge] = qk(run, *edge, "others")
-    shown = {}
-    for edge, why in contrasts.items():
-        strongest = why.pairs.abs().flatten().argsort(descending=True)[:n_pairs].tolist()
-        shown[".".join(map(str, edge))] = {
-            "score": why.score, "weight": float(run.cache[edge[0]].pattern[0, edge[1], edge[2], edge[3]]),
-            "pairs": [[name_writer(why.query[i // len(why.key)]), name_writer(why.key[i % len(why.key)]),
-                       float(why.pairs.flatten()[i])] for i in strongest]}
-    return _rounded({"tokens": texts, "kinds": kinds, "listed": listed, "nodes": nodes, "qk": shown,
+            if c.position >= 0 and (name := ".".join(map(str, edge))) not in contrasts:
+                why = qk(run, *edge, "others")
+                strongest = why.pairs.flatten().abs().topk(min(n_pairs, why.pairs.numel())).indices.tolist()
+                pairs = [(*divmod(i, len(why.key)), float(why.pairs.flatten()[i])) for i in strongest]
+                contrasts[name] = {
+                    "score": why.score,
+                    "weight": float(run.cache[layer].pattern[0, c.head, position, c.position]),
+                    "pairs": [[name_writer(why.query[a]), name_writer(why.key[b]), value]
+                              for a, b, value in pairs]}
+        progress.total = len(nodes) + len(waiting)
+        progress(len(nodes), last=not waiting and progress.shown > progress.start)
+    return _rounded({"tokens": texts, "kinds": kinds, "listed": listed, "nodes": nodes, "qk": contrasts,
                      "start": ".".join(map(str, start))})
 
 
@@ -596,6 +609,8 @@ def measure(config, model, tokenizer, saes, folder):
     rows = rows.to(next(model.parameters()).device)
     heads = head_agreement(model, saes, rows)
     def interval(r, name, form):
+        if r[name] is None:
+            return "n/a"
         low, high = r[name + "_ci"]
         return f"{r[name]:{form}} [{low:{form}}, {high:{form}}]"
 
@@ -604,13 +619,17 @@ def measure(config, model, tokenizer, saes, folder):
     for layer, r in heads.items():
         print(f"{layer:5d} {r['n_live']:6d} {r['n_dead']:6d}   {interval(r, 'rank', '.3f'):>22}  "
               f"{interval(r, 'top1', '.1%'):>22}")
+    found = {"heads": {f"L{layer}": r for layer, r in heads.items()}}
+    write_json(folder / "agreement.json", found)
+    if len(saes) < 2:
+        print("\nattribution against removal takes SAEs on two layers or more")
+        return
     removal = ablation_agreement(model, saes, rows, seed=config.seed)
     print(f"\nattribution against removal, nothing frozen: {removal['n_removed']} removals below "
           f"{removal['n_roots']} features of layer {removal['layer']}")
     print(f"Spearman {interval(removal, 'rank', '.3f')}; same sign, strongest ten "
           f"{interval(removal, 'sign', '.1%')}; fall per unit attributed {interval(removal, 'slope', '.2f')}")
-    write_json(folder / "agreement.json", {"heads": {f"L{layer}": r for layer, r in heads.items()},
-                                           "removal": removal})
+    write_json(folder / "agreement.json", found | {"removal": removal})
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class LayerCache(NamedTuple):
 
 
 class HeadMatrices(NamedTuple):
-    """One layer's weights per head, with the norms' gains, biases and centring folded in.
+    """One layer's weights per head, with the norms' gains, biases and centring folded in; at least float32.
 
     With x = resid_pre: v_h = (x / scales["attn_in"]) @ W_V[h] + b_V[h], and so for q and k, which are then
     divided by their own scales, if they have any, and rotated (`model.rotate`).
@@ -135,12 +135,14 @@ class Transformer(nn.Module):
             x = x + attn_out + mlp_out
         return self.unembed(x), cache
 
-    def z_cat_at(self, tokens, layers):                                 # (B,T) -> {layer: (B,T,D)}
+    def z_cat_at(self, tokens, layers, edit_z=None):                    # (B,T) -> {layer: (B,T,D)}
         """z_cat of some layers and nothing more: stops in the middle of the last one, builds no pattern."""
-        self.check_layers(layers)
+        edit_z = edit_z or {}
+        self.check_layers([*edit_z, *layers])
         x, found = self.embed(tokens), {}
-        for layer, block in enumerate(self.blocks[: max(layers) + 1]):
+        for layer, block in enumerate(self.blocks[: max(layers, default=-1) + 1]):
             z_cat = block.heads(x, with_pattern=False).z_cat
+            z_cat = edit_z[layer](z_cat) if layer in edit_z else z_cat
             if layer in layers:
                 found[layer] = z_cat
             if layer < max(layers):
@@ -207,7 +209,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def scale(self, x):                                                 # (...,d_model) -> (...,1)
-        return (x.var(-1, unbiased=False, keepdim=True) + self.eps).sqrt()
+        return (x.to(wide(x)).var(-1, unbiased=False, keepdim=True) + self.eps).sqrt()
 
 
 class Attention(nn.Module):
@@ -256,8 +258,9 @@ class Block(nn.Module):
         attn_out = self.attn.out(z_cat)
         resid_mid = x + attn_out
         mlp_out = self.mlp(self.ln_2(resid_mid))
-        scales = {"attn_in": self.ln_1.scale(x), "mlp_in": self.ln_2.scale(resid_mid)}
-        return attn_out, mlp_out, scales if with_scales else None
+        if not with_scales:
+            return attn_out, mlp_out, None
+        return attn_out, mlp_out, {"attn_in": self.ln_1.scale(x), "mlp_in": self.ln_2.scale(resid_mid)}
 
 
 class GPT2(Transformer):
@@ -291,10 +294,12 @@ class GPT2(Transformer):
         too."""
         self.check_layers([layer])
         norm, attn, H = self.h[layer].ln_1, self.h[layer].attn, self.config.n_heads
-        W = norm.weight[:, None] * attn.c_attn.weight                                 # (d_model,3*D)
+        parameters = (norm.weight, norm.bias, *attn.c_attn.parameters(), *attn.c_proj.parameters())
+        gain, bias, c_weight, c_bias, W_O, b_O = (parameter.to(wide(parameter)) for parameter in parameters)
+        W = gain[:, None] * c_weight                                                  # (d_model,3*D)
         W = (W - W.mean(0)).unflatten(1, (3, H, -1)).permute(1, 2, 0, 3)              # (3,H,d_model,d_head)
-        b = (norm.bias @ attn.c_attn.weight + attn.c_attn.bias).unflatten(0, (3, H, -1))  # (3,H,d_head)
-        return HeadMatrices(*W, *b, attn.c_proj.weight.unflatten(0, (H, -1)), attn.c_proj.bias)
+        b = (bias @ c_weight + c_bias).unflatten(0, (3, H, -1))                       # (3,H,d_head)
+        return HeadMatrices(*W, *b, W_O.unflatten(0, (H, -1)), b_O)
 
     def rotate(self, x, layer, positions=None):                         # (B,T,H,d_head) -> the same
         """Queries and keys enter the score as they are: positions came with the embedding."""
@@ -468,16 +473,17 @@ class Gemma(Transformer):
         """RMSNorm has a gain of 1 + weight, no centring and no bias; a shared key or value is repeated."""
         self.check_layers([layer])
         config, block, attn = self.config, self.layers[layer], self.layers[layer].self_attn
-        gain = 1 + block.input_layernorm.weight
+        precise = lambda parameter: parameter.to(wide(parameter))
+        gain = 1 + precise(block.input_layernorm.weight)
 
         def per_head(proj, norm=None):                                  # -> (H,d_model,d_head)
-            W = (gain[:, None] * proj.weight).unflatten(1, (-1, config.d_head)).transpose(0, 1)
+            W = (gain[:, None] * precise(proj.weight)).unflatten(1, (-1, config.d_head)).transpose(0, 1)
             W = W.repeat_interleave(config.n_heads // len(W), 0)
-            return W * (1 + norm.weight) if norm else W
+            return W * (1 + precise(norm.weight)) if norm else W
 
         q_norm, k_norm = (attn.q_norm, attn.k_norm) if config.qk_norm else (None, None)
-        W_O, post = attn.o_proj.weight, block.post_attention_layernorm
-        W_O = W_O * (1 + post.weight) if post else W_O
+        W_O, post = precise(attn.o_proj.weight), block.post_attention_layernorm
+        W_O = W_O * (1 + precise(post.weight)) if post else W_O
         none = gain.new_zeros(config.n_heads, config.d_head)
         return HeadMatrices(per_head(attn.q_proj, q_norm), per_head(attn.k_proj, k_norm),
                             per_head(attn.v_proj), none, none, none,

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.common import UserError, atomic, fast_bfloat16
-from data.sae_files import read_sae, sae_paths
+from data.sae_files import read_sae, reads_folded_z, sae_paths
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -104,9 +104,9 @@ def load_all(where, model, layers=None, device="cpu"):
     """The SAEs of several layers of a model -> {layer: SAE}.
 
     where: a folder with L<layer>/ in it, as train.py writes (out/tiny); or a published set: "kissane" (the
-    paper's, GPT-2 Small; shifted to read plain weights) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about
-    100). layers: all that are there if not given. Raises UserError if one is missing or does not fit the
-    model.
+    paper's, GPT-2 Small) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about 100). The paper's SAEs, in a
+    folder too, are shifted to read z of plain weights. layers: all that are there if not given. Raises
+    UserError if one is missing or does not fit the model.
     """
     model.check_layers(layers or ())
     d_in, saes = model.config.n_heads * model.config.d_head, {}
@@ -115,7 +115,7 @@ def load_all(where, model, layers=None, device="cpu"):
         if saes[layer].d_in != d_in:
             raise UserError(f"--saes {where}: the SAE of layer {layer} reads {saes[layer].d_in} numbers and "
                             f"this model's z_cat has {d_in}; they do not belong together.")
-        if where == "kissane":
+        if reads_folded_z(path):
             saes[layer].shift(model.value_bias(layer).to(device))
     return saes
 

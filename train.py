@@ -22,7 +22,6 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -34,8 +33,9 @@ from torch import Tensor
 
 import data
 import model as models
+from data.bpe import check_fits
 from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
-                         fast_bfloat16, field, parse_flags, pick_device, run, write_json)
+                         fast_bfloat16, field, parse_flags, pick_device, run, run_folder, write_json)
 from data.weights import read_tensors
 from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_gradient, resample,
                  sparse_step, splice)
@@ -104,7 +104,7 @@ def train(config):
     model = models.load(config.model, device, pick_dtype(config.dtype))
     tokenizer = data.tokenizer(config.model)
     layers = config.layers or tuple(range(model.config.n_layers))
-    folder = Path(config.out) / Path(config.model).resolve().name
+    folder = run_folder(config.out, config.model)
     check(config, model, tokenizer, layers, folder)
     held_out = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows))
     held_out = held_out.to(device)
@@ -129,9 +129,10 @@ def train(config):
             progress(step * config.batch_size,
                      "L0 by layer: " + "  ".join(f"{one.l0:.1f}" for one in learners.values()))
             log(step, learners)
-            if interrupted() or step % CHECKPOINT_EVERY == 0:
+            stop = interrupted()
+            if stop or step % CHECKPOINT_EVERY == 0:
                 save_checkpoint(folder, config, step, learners)
-            if interrupted():
+            if stop:
                 raise KeyboardInterrupt(f"stopped after step {step}; --resume goes on from there.")
     if step < n_steps:
         raise UserError(f"the text of --corpus {config.corpus} ended after {step * config.batch_size:,} of "
@@ -178,9 +179,7 @@ def check(config, model, tokenizer, layers, folder):
     if bad := [layer for layer in layers if not 0 <= layer < model.config.n_layers]:
         raise UserError(f"--layers {bad[0]} is out of range: this model has layers 0 to "
                         f"{model.config.n_layers - 1}.")
-    if tokenizer.n_vocab > model.config.d_vocab:
-        raise UserError(f"--model {config.model} has {model.config.d_vocab} tokens and its tokenizer "
-                        f"{tokenizer.n_vocab}; put the model's own vocab.json beside its weights.")
+    check_fits(tokenizer, model, config.model)
     if len(set(layers)) != len(layers):
         raise UserError("--layers names a layer twice; name each once.")
     for name in ("l1", "d_sae"):
@@ -201,6 +200,8 @@ def check(config, model, tokenizer, layers, folder):
     if config.n_tokens < config.batch_size:
         raise UserError(f"--n-tokens {config.n_tokens} is less than one batch of {config.batch_size}; raise "
                         f"it or lower --batch-size.")
+    if config.resume and not (folder / "checkpoint.safetensors").is_file():
+        raise UserError(f"--resume: there is no checkpoint in {folder}; leave out --resume to start anew.")
     if not config.resume and not config.saes and (folder / "checkpoint.safetensors").is_file():
         raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove "
                         f"{folder}/checkpoint.safetensors.")
@@ -216,7 +217,7 @@ def learn(learner, z, step, config, layer):                             # z (B,D
     result = step_of(learner, z)(sae, z, learner.l1 * min(1.0, (step + 1) / config.warmup))
     if not math.isfinite(result.mse + result.sparsity):
         raise UserError(f"the loss of layer {layer} is not finite at step {step}; the last checkpoint is "
-                        f"kept, try a lower --lr.")
+                        f"kept; start again with a lower --lr and another --out.")
     project_decoder_gradient(sae, result.gradients["W_dec"])
     for name, gradient in result.gradients.items():
         getattr(sae, name).grad = gradient
@@ -330,7 +331,7 @@ def start(config, source, folder):
         zeros = torch.zeros(sae.d_sae, dtype=torch.int64, device=source.device)
         learners[layer] = Learner(sae, optimizer, l1[layer], zeros, zeros.clone(), float(sae.d_sae),
                                   torch.zeros_like(sae.b_dec.data), torch.ones((), device=source.device))
-    if config.resume and (folder / "checkpoint.safetensors").is_file():
+    if config.resume:
         return load_checkpoint(folder, config, learners), learners
     begun = time.monotonic()
     source.fill(next(source._blocks(0)), 0)
@@ -444,10 +445,9 @@ class Log:
     def __init__(self, folder, config, first_step):
         self.path, self.every = folder / "log.jsonl", max(1, config.n_tokens // config.batch_size // 200)
         self.config = config
-        lines = self.path.read_text().splitlines() if first_step and self.path.is_file() else []
-        kept = [line for line in lines if line.endswith("}")
-                and json.loads(line)["step"] <= first_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        lines = self.path.read_text().splitlines(keepends=True) if first_step and self.path.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]         # the last may have been cut short
+        self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
 
     def __call__(self, step, learners):
         if step % self.every:
@@ -484,8 +484,9 @@ def evaluate(model, saes, rows, means=None):
     None; so for mean.
     """
     if means is None:
-        means = {layer: z[:, 1:].float().mean((0, 1))
-                 for layer, z in model.z_cat_at(rows, list(saes)).items()}
+        sums = [{layer: z[:, 1:].float().sum((0, 1)) for layer, z in model.z_cat_at(part, list(saes)).items()}
+                for part in rows.split(16)]
+        means = {layer: sum(one[layer] for one in sums) / rows[:, 1:].numel() for layer in saes}
     per_row = {layer: [] for layer in saes}
     widest = max(model.config.d_vocab, *(sae.d_sae for sae in saes.values()))
     for tokens in rows.split(max(1, min(64, 2**26 // (rows.shape[1] * widest)))):       # 256 MiB of logits

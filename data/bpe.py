@@ -14,7 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from data.common import UserError, atomic, read_json
-from data.weights import PUBLISHED, TINY, find, find_config
+from data.weights import PUBLISHED, find, find_config, local_folder
 
 # GPT-2's split into words: contractions, letters, digits and other signs, each with the space before it; runs
 # of white space.
@@ -84,10 +84,10 @@ def tokenizer(name_or_dir):
 
     Raises UserError if the files are damaged, or have to be downloaded and cannot be.
     """
-    if str(name_or_dir).startswith("gpt2") and name_or_dir in PUBLISHED and not Path(name_or_dir).is_dir():
+    folder = local_folder(name_or_dir)
+    if folder is None and str(name_or_dir).startswith("gpt2") and name_or_dir in PUBLISHED:
         return _gpt2()
-    folder = TINY if name_or_dir == "tiny" else Path(name_or_dir)
-    if (folder / "vocab.json").is_file():
+    if folder and (folder / "vocab.json").is_file():
         return Tokenizer(_read(folder / "vocab.json"))
     if name_or_dir == "tiny":
         raise UserError(f"{folder}/vocab.json is missing; restore it from the repository, or run python -m "
@@ -101,6 +101,13 @@ def tokenizer(name_or_dir):
     if raw.get("model_type") != "gpt2":
         raise UserError(f"--model {name_or_dir} has no tokenizer.json; fetch it into that folder.")
     return _gpt2()
+
+
+def check_fits(tokenizer, model, name):
+    """Raise UserError if the tokenizer has tokens for which the model has no embedding."""
+    if tokenizer.n_vocab > model.config.d_vocab:
+        raise UserError(f"--model {name} has {model.config.d_vocab} tokens and its tokenizer "
+                        f"{tokenizer.n_vocab}; put the model's own vocab.json beside its weights.")
 
 
 def _gpt2():

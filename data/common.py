@@ -61,19 +61,18 @@ def parse_flags(config_class, description, argv=None, preset=None):
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(config_class):
-        flag, help_text = "--" + field.name.replace("_", "-"), field.metadata.get("help", "")
-        if field.metadata.get("positional"):
-            parser.add_argument(field.name, nargs="?", default=field.default,
-                                help=f"{help_text} [{field.default}]")
+    for one in dataclasses.fields(config_class):
+        flag, help_text = "--" + one.name.replace("_", "-"), one.metadata.get("help", "")
+        if one.metadata.get("positional"):
+            parser.add_argument(one.name, nargs="?", default=one.default, help=f"{help_text} [{one.default}]")
             continue
-        kind, element = _base_type(field.type)
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        kind, element = _base_type(one.type)
+        shown = ",".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default,
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=one.default,
                                 help=help_text)
         else:
-            parser.add_argument(flag, default=field.default, metavar=kind.__name__.upper(),
+            parser.add_argument(flag, default=one.default, metavar=kind.__name__.upper(),
                                 help=f"{help_text} [{shown}]",
                                 type=lambda text, kind=kind, element=element,
                                 flag=flag: _convert(text, kind, element, flag))
@@ -130,6 +129,11 @@ def atomic(path, way_out="choose another --out"):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def run_folder(out, model):
+    """Where a program writes what it finds about a model: <out>/<name of the model or of its directory>."""
+    return Path(out) / Path(model).resolve().name
 
 
 def check_writable(folder):
@@ -236,4 +240,6 @@ def pick_device(name):
 
 def fast_bfloat16(device):
     """Whether the processor multiplies bfloat16 matrices faster than float32 ones."""
-    return device.type == "cuda" or device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -26,6 +26,7 @@ from data.common import UserError
 SUFFIXES = (".txt", ".jsonl", ".json.gz", ".jsonl.gz", ".txt.gz")
 C4 = "{}/datasets/allenai/c4/resolve/main/en/c4-{}.{:05d}-of-{:05d}.json.gz"
 PAGE = 3000                 # characters
+HELD_OUT = 20               # one document in so many is held out
 
 
 def documents(corpus, split):
@@ -40,7 +41,8 @@ def documents(corpus, split):
             yield from _read(C4.format(hub.endpoint(), name, number, n_files))
     else:
         for document in itertools.chain.from_iterable(map(_read, _sources(corpus))):
-            held_out = hashlib.sha256(document.encode("utf8", "replace")).digest()[0] < 256 // 20
+            digest = hashlib.sha256(document.encode("utf8", "replace")).digest()
+            held_out = int.from_bytes(digest[:4], "big") < 2**32 // HELD_OUT
             if held_out == (split == "held-out"):
                 yield document
 

@@ -13,7 +13,7 @@ import re
 import urllib.error
 import urllib.request
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from data.common import Progress, UserError, atomic
 
@@ -51,16 +51,15 @@ def fetch(repo, filename):
 
 
 @contextlib.contextmanager
-def open_url(url, instead="check the address"):
+def open_url(url, instead="or check the address"):
     """A GET whose answer is read like a file; yields None where there is no such file (404).
 
     Redirects are followed. `.facts` are the headers, names in lower case; those that start with x- are kept
     from the first host, so that what the hub says of a file holds when another delivers it. Whatever goes
     wrong on the network, until the file is closed, is a UserError.
     """
-    facts, home, token = {}, urlsplit(endpoint())[:2], os.environ.get("HF_TOKEN")
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"{url} is not an address; give one that starts with https://.")
+    facts, url, token = {}, _checked(url), os.environ.get("HF_TOKEN")
+    home = urlsplit(_checked(endpoint()))[:2]
     try:
         for _ in range(8):
             request = urllib.request.Request(url, headers={"User-Agent": "attention-output-saes"})
@@ -74,7 +73,7 @@ def open_url(url, instead="check the address"):
                 said = {name: value for name, value in facts.items() if name.startswith("x-")}
                 facts = {name.lower(): value for name, value in response.headers.items()} | said
                 if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
-                    url = urljoin(url, response.headers["Location"])
+                    url = _checked(response.headers["Location"], base=url)
                     continue
                 if response.status in (401, 403):
                     raise UserError(f"{url} wants permission (HTTP {response.status}); accept the licence on "
@@ -91,9 +90,23 @@ def open_url(url, instead="check the address"):
                         f"{instead}.") from error
 
 
+def _checked(url, base=""):
+    """An address, relative to `base`, with other than ASCII letters in percent signs. Raises UserError if it
+    is none."""
+    with contextlib.suppress(ValueError):
+        url = urljoin(base, url)
+        if urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname:
+            return quote(url, safe=":/?#[]@!$&'()*+,;=%~")
+    raise UserError(f"{url} is not an address; give one that starts with https://.")
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args):
+    """Redirects come back as answers: open_url follows them, and decides who sees the token."""
+
+    def http_error_302(self, *args):
         return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 _opener = urllib.request.build_opener(_NoRedirects)
@@ -111,7 +124,7 @@ def _copy(response, path, name, instead):
     digests = {64: hashlib.sha256()} | ({40: hashlib.sha1(b"blob %d\0" % size)} if size >= 0 else {})
     progress, done = Progress(size, f"bytes of {name}"), 0
     with open(path, "wb") as file:
-        while chunk := response.read(CHUNK):
+        while chunk := _read(response, name, instead):
             file.write(chunk)
             done += len(chunk)
             for digest in digests.values():
@@ -123,6 +136,14 @@ def _copy(response, path, name, instead):
     if len(stated) in digests and digests[len(stated)].hexdigest() != stated:
         raise UserError(f"{name} arrived damaged: its checksum is not the one the server states; try again, "
                         f"{instead}.")
+
+
+def _read(response, name, instead):
+    """The next bytes; a network error is told from one of the disk, which comes as OSError too."""
+    try:
+        return response.read(CHUNK)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{name} broke off ({error}); try again, {instead}.") from error
 
 
 def endpoint():

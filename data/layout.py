@@ -75,8 +75,8 @@ def _gemma(raw, path):
                         "even.")
     scalar = settings["d_head"] if version == 1 else number("query_pre_attn_scalar", float, 256)
     settings |= {"score_scale": scalar**-0.5,
-                 "score_cap": number("attn_logit_softcapping", float, 50.0) if version == 2 else None,
-                 "logit_cap": number("final_logit_softcapping", float, 30.0) if version == 2 else None}
+                 "score_cap": _cap(raw, number, "attn_logit_softcapping", 50.0) if version == 2 else None,
+                 "logit_cap": _cap(raw, number, "final_logit_softcapping", 30.0) if version == 2 else None}
     if version == 3:
         check_options(raw, {"attn_logit_softcapping": [None], "final_logit_softcapping": [None]}, path)
     local = _local_layers(raw, path, version, settings["n_layers"])
@@ -95,6 +95,11 @@ def _gemma(raw, path):
 
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     return "gemma", settings, Layout(rename, tuple(f".{name}.weight" for name in projections))
+
+
+def _cap(raw, number, key, default):
+    """A soft cap, which an explicit null switches off."""
+    return None if key in raw and raw[key] is None else number(key, float, default)
 
 
 def _local_layers(raw, path, version, n_layers):
@@ -128,15 +133,15 @@ def _thetas(raw, path, version):
 
 
 def _numbers(raw, path):
-    """-> number(key, kind=int, default=...): raw[key], checked to be positive and, for int, whole. With a
-    default, null or nothing gives the default, except that an explicit null of a float stays None."""
+    """-> number(key, kind=int, default=...): raw[key], checked to be positive and, for int, whole; with a
+    default for a key that is null or not there."""
     def number(key, kind=int, default=...):
-        value = raw.get(key, default)
+        value = raw.get(key)
         if value is None and default is not ...:
-            return None if kind is float else default
+            return default
         right = type(value) in ((int,) if kind is int else (int, float))
         if not right or not 0 < value < 2**40:
             raise UserError(f"{path}: {key} should be a positive {'whole ' * (kind is int)}number, and is "
-                            f"{None if value is ... else value!r}.")
+                            f"{value!r}.")
         return kind(value)
     return number

@@ -13,6 +13,7 @@ folded into the weights, z lacks model.value_bias(layer), and `sae.shift(model.v
 SAE read ours (the paper's own SAEs: sae.load_all does it).
 """
 
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from data import hub
-from data.common import UserError, atomic, read_json, write_json
+from data.common import UserError, atomic, read_json, run_folder, write_json
 from data.layout import check_options
 from data.weights import TINY, read_tensors
 
@@ -47,9 +48,14 @@ PUBLISHED = {
 }
 
 
+def reads_folded_z(path):
+    """Whether the SAE at `path` is one of the paper's, whose z lacks model.value_bias(layer)."""
+    return Path(path).suffix == ".pt" or any(Path(path).glob("*.pt"))
+
+
 def find_saes(saes, out, model):
     """Where a study's SAEs are: what --saes says, else the run in --out, else, for tiny, those that ship."""
-    run = Path(out) / Path(model).resolve().name
+    run = run_folder(out, model)
     if saes:
         return saes
     if any(run.glob("L*/sae.safetensors")):
@@ -63,9 +69,13 @@ def find_saes(saes, out, model):
 def sae_paths(where, layers, n_layers):
     """{layer: path of its SAE}: in a folder with L0/, L1/ ..., or of a published set, fetched if need be.
 
-    layers: those wanted; none for all there are. Raises UserError if one is missing.
+    layers: those wanted; none for all there are. Raises UserError if one is missing, or if a published set is
+    of a model with another number of layers.
     """
     repo, files = PUBLISHED.get(str(where), (None, {}))
+    if repo and len(files) != n_layers:
+        raise UserError(f"--saes {where} is of a model with {len(files)} layers, and this one has "
+                        f"{n_layers}.")
     if repo is None:
         files = {layer: Path(where) / f"L{layer}" for layer in range(n_layers)
                  if (Path(where) / f"L{layer}").is_dir()}
@@ -109,8 +119,9 @@ def read_sae(path):
 def _own(path):
     stored = dict(read_tensors(path))
     tensors = _checked(stored, NAMES, path)
-    if stored["W_dec"].dtype == torch.float16:      # which has rounded the rows: unit norm again
-        tensors["W_dec"] = tensors["W_dec"] / tensors["W_dec"].norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    norms = tensors["W_dec"].norm(dim=-1, keepdim=True)
+    if stored["W_dec"].dtype == torch.float16 and (norms - 1).abs().max() < 1e-2:
+        tensors["W_dec"] /= norms       # float16 has rounded rows of unit norm
     return tensors
 
 
@@ -149,6 +160,13 @@ def _saelens(folder):
         "normalize_activations": ["none", None, False, "expected_average_only_in"],
         "apply_b_dec_to_input": [True, False], "finetuning_scaling_factor": [False],
         "reshape_activations": ["none", "hook_z"], "hook_head_index": [None]}, config)
+    about = raw | (raw["metadata"] if isinstance(raw.get("metadata"), dict) else {})
+    if not re.fullmatch(r"blocks\.\d+\.attn\.hook_z", str(about.get("hook_name", "blocks.0.attn.hook_z"))):
+        raise UserError(f"{config}: hook_name {about['hook_name']!r} is not supported, only blocks.<layer>."
+                        f"attn.hook_z: this SAE does not read z_cat.")
+    weights = about.get("model_from_pretrained_kwargs")
+    if isinstance(weights, dict):
+        check_options(weights, {"fold_ln": [False], "fold_value_biases": [False]}, config)
     names = NAMES if raw.get("architecture") == "jumprelu" else NAMES - {"threshold"}
     tensors = _checked(dict(read_tensors(folder / "sae_weights.safetensors")), names, folder)
     tensors["threshold"].clamp_(min=0)      # their f = relu(pre) * (pre > threshold)

@@ -44,6 +44,7 @@ def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_
 
     Raises UserError if the text is not there, is damaged, or is shorter than a row.
     """
+    assert split in ("train", "held-out"), f"split is train or held-out, not {split!r}"
     own = str(corpus) == "python"
     texts = python_documents(split, seed, story_share) if own else documents(str(corpus), split)
     shuffled = _shuffle(_pack(texts, tokenizer, T), seed)

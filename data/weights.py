@@ -17,14 +17,24 @@ PUBLISHED = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/g
              "gemma-3-270m": "google/gemma-3-270m", "gemma-3-1b-pt": "google/gemma-3-1b-pt"}
 
 
+def local_folder(name_or_dir):
+    """The directory of a model that is here, "tiny" among them; None for a published name and for nothing.
+
+    A directory that happens to have a published name counts only if it holds a model.
+    """
+    folder = TINY if name_or_dir == "tiny" else Path(name_or_dir)
+    if (folder / "config.json").is_file() or folder.is_dir() and name_or_dir not in PUBLISHED:
+        return folder
+    return None
+
+
 def find(name_or_dir, *filenames):
     """The path of the first of these files that a model has; None if it has none of them.
 
     name_or_dir: "tiny" (shipped), a directory, or a published name, whose files are read from the Hugging
     Face cache or fetched into it. Raises UserError for an unknown model and for a fetch that fails.
     """
-    folder = TINY if name_or_dir == "tiny" else Path(name_or_dir)
-    if (folder / "config.json").is_file() or folder.is_dir() and name_or_dir not in PUBLISHED:
+    if folder := local_folder(name_or_dir):
         return next((folder / name for name in filenames if (folder / name).is_file()), None)
     if name_or_dir not in PUBLISHED:
         raise UserError(f"--model {name_or_dir} is unknown; give a directory in Hugging Face layout, or one "

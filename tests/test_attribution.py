@@ -74,18 +74,6 @@ def test_dfa_and_bias_sum_to_the_pre_activation(traced):
                 "DFA with its bias does not sum to the pre-activation: is b_enc - b_dec . W_enc in it?"
 
 
-def test_dfa_at_chosen_queries_is_dfa_there(traced):
-    run, exact = traced
-    layer = max(run.saes)
-    kept, sae = run.cache[layer], run.saes[layer]
-    queries, features = torch.tensor([2, 5, 6]), torch.tensor([0, 7, 3])
-    found = A.dfa_at(kept.pattern[0, :, queries].transpose(0, 1), kept.v[0].expand(3, -1, -1, -1),
-                     sae.W_enc.T[features])
-    for n, (q, i) in enumerate(zip(queries, features)):
-        expected = A.dfa(kept.pattern, kept.v, sae.W_enc[:, i])[0, :, q]
-        assert (found[n] - expected).abs().max() < exact * max(1, expected.abs().max())
-
-
 def test_parts_add_up_to_the_residual_stream(traced):
     run, exact = traced
     for layer, kept in run.cache.items():
@@ -135,8 +123,8 @@ def test_what_is_pruned_is_added_up(traced):
     for node in [root, *(child for child in root.children if child.children)]:
         size = max(1.0, max(abs(child.value) for child in node.children))
         assert len(node.children) <= 4 and abs(node.children[-1].value) >= 0.05 * abs(root.value)
-        assert node.n_pruned + len(node.children) == len(A.children(run, node.layer, node.position,
-                                                                    node.feature).value)
+        everything = A.children(run, node.layer, node.position, node.feature).value
+        assert node.n_pruned + len(node.children) == int((everything != 0).sum())
         assert abs(sum(child.value for child in node.children) + node.pruned - node.value) < exact * size * 10
     assert not any(grandchild.children for child in root.children for grandchild in child.children), "depth 2"
 
@@ -418,6 +406,33 @@ def test_agreement_of_heads_equals_a_loop(tiny):
     assert found["rank_ci"][0] <= found["rank"] <= found["rank_ci"][1]
 
 
+def test_scores_that_are_not_there_are_named(tiny):
+    run = A.trace_run(tiny, {}, PROMPT)
+    for arguments, words in [((9, 0, 5, 2), "layer 9"), ((0, 9, 5, 2), "head 0.9"),
+                             ((0, -1, 5, 2), "head 0.-1"), ((0, 0, 2, 5), "sees 0 to 2"),
+                             ((0, 0, 5, 2, 2), "against 2")]:
+        with pytest.raises(UserError, match=re.escape(words)):
+            A.qk(run, *arguments)
+
+
+def test_a_feature_that_is_not_active_is_taken_apart_too(traced):
+    run, exact = traced
+    layer = max(run.saes)
+    position, i = (run.f[layer][1:] == 0).nonzero()[0].tolist()
+    root = A.tree(run, layer, position + 1, i, share=0, depth=1, breadth=None)
+    assert abs(sum(child.value for child in root.children) - root.value) < exact * max(1, abs(root.value))
+    run.saes[layer].b_enc[i] -= root.value                      # now exactly at 0, or a rounding from it
+    root = A.tree(run, layer, position + 1, i)
+    assert abs(root.value) < 1e-3 and all(abs(x) < float("inf") for x in (root.error, root.mlp, root.pruned))
+
+
+def test_a_model_of_another_type_than_its_saes_is_named(folder):
+    model = models.load(folder, dtype=torch.bfloat16)
+    saes = {layer: sae.float() for layer, sae in random_saes(model).items()}
+    with pytest.raises(UserError, match="bfloat16 and torch.float32"):
+        A.trace_run(model, saes, PROMPT)
+
+
 # ---- the program ----
 
 
@@ -452,7 +467,8 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
     (["hello there", "--feature", "99999"], "feature 99999"),
     (["word " * 200], "tokens does not fit"), (["hello", "--saes", "nowhere"], "--saes nowhere"),
     (["hello", "--model", "nobody"], "--model nobody"), (["hello", "--position", "x"], "--position takes"),
-    (["hello", "--position", "0"], "position 0"),
+    (["hello", "--position", "0"], "position 0"), (["hello", "--layer", "-7"], "layer -7 is out of range"),
+    (["hello", "--position", "-5"], "position -5"), (["hello", "--feature", "-9"], "feature -9"),
 ], ids=str)
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words):
     done = program(*arguments, "--out", tmp_path)

@@ -222,6 +222,8 @@ def test_a_corpus_that_cannot_be_read_is_one_sentence(tmp_path, name, content, w
 def test_unknown_corpus_is_named():
     with pytest.raises(UserError, match="--corpus wikipedia is not there"):
         next(data.rows("wikipedia", data.tokenizer("tiny")))
+    with pytest.raises(AssertionError, match="split is train or held-out"):
+        next(data.rows("python", data.tokenizer("tiny"), "validation"))
     with pytest.raises(UserError, match="does not end in"):
         next(data.rows("http://127.0.0.1:9/page.html", data.tokenizer("tiny")))
 

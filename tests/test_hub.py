@@ -3,6 +3,8 @@ git's checksum; large ones by redirect to another host, with SHA-256."""
 
 import hashlib
 import http.server
+import socket
+import struct
 import threading
 
 import pytest
@@ -44,6 +46,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         facts = {"X-Repo-Commit": server.faults.get("commit", COMMIT)}
         if server.faults.get("loop"):
             return self.answer(302, facts | {"Location": self.path})
+        if address := server.faults.get("elsewhere"):
+            return self.answer(302, facts | {"Location": address})
         if len(body) < 5000:
             if server.faults.get("moves") and not self.path.startswith("/moved"):
                 return self.answer(307, facts | {"Location": "/moved" + self.path})
@@ -62,6 +66,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
         self.end_headers()
+        if self.server.faults.get("reset"):
+            self.wfile.write(body[:1000])
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return self.connection.close()
         if self.command == "GET":
             self.wfile.write(body[:len(body) // 2] if self.server.faults.get("cut") else body)
 
@@ -150,7 +158,10 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(gpt2, monkeypatch):
     ("hub", {"loop": True}, ["redirects without end"]),
     ("hub", {"damage": True}, ["config.json", "checksum"]),
     ("cdn", {"damage": True}, ["model.safetensors", "checksum"]),
-    ("cdn", {"cut": True}, ["bytes", "hf download"]),
+    ("cdn", {"cut": True}, ["model.safetensors broke off", "hf download"]),
+    ("cdn", {"reset": True}, ["model.safetensors broke off", "hf download"]),
+    ("hub", {"elsewhere": "file:///etc/hostname"}, ["not an address"]),
+    ("hub", {"elsewhere": "http://[x/y"}, ["not an address"]),
     ("cdn", {"status": 503}, ["503"]),
     ("cdn", {"status": 404}, ["no model.safetensors"]),
 ], ids=str)
@@ -170,9 +181,10 @@ def test_no_network_is_one_sentence(gpt2, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="127.0.0.1:9.*cannot be reached.*hf download openai-community/gpt2"):
         models.load("gpt2")
-    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
-    with pytest.raises(UserError, match="not an address"):
-        models.load("gpt2")
+    for address in ("nonsense", "http://[x", "file:///etc", "http://"):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        with pytest.raises(UserError, match="not an address|cannot be reached"):
+            models.load("gpt2")
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(gpt2, tmp_path, monkeypatch):

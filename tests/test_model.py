@@ -263,7 +263,8 @@ def test_config_files_of_earlier_years_load_the_same(tmp_path):
     {"attention_bias": True}, {"hidden_act": "relu"}, {"head_dim": 15}, {"num_key_value_heads": 3},
     {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}},
     {"rope_parameters": [1]}, {"layer_types": ["full_attention"]}, {"query_pre_attn_scalar": 0},
-    {"sliding_window": "7"}, {"rms_norm_eps": None, "use_bidirectional_attention": True}], ids=str)
+    {"sliding_window": "7"}, {"query_pre_attn_scalar": -1},
+    {"rms_norm_eps": None, "use_bidirectional_attention": True}], ids=str)
 def test_options_of_gemma_that_are_not_implemented_are_refused_by_name(tmp_path, values):
     random_gemma(tmp_path, **GEMMA_SHAPES["2"])
     change_config(tmp_path, **values)

@@ -142,7 +142,7 @@ def test_an_sae_of_folded_z_reads_plain_weights_after_the_shift(tmp_path):
 
 def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
     """The published names lead to files of these names; what they hold is written here."""
-    random_gpt2(tmp_path / "gpt2", n_layer=3, n_head=4, n_embd=32, vocab_size=101, n_positions=40)
+    random_gpt2(tmp_path / "gpt2", n_layer=12, n_head=4, n_embd=32, vocab_size=101, n_positions=40)
     model = models.load(tmp_path / "gpt2")
     asked = []
 
@@ -157,16 +157,28 @@ def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
 
     monkeypatch.setattr("data.hub.cached", cached)
     saes = S.load_all("kissane", model)
-    assert list(saes) == [0, 1, 2]
+    assert list(saes) == list(range(12))
     assert asked[1] == ("ckkissane/attn-saes-gpt2-small-all-layers",
                         "gpt2-small_L1_Hcat_z_lr1.20e-03_l18.00e-01_ds24576_bs4096_dc1.00e-06_rsanthropic_"
                         "rie25000_nr4_v5.pt")
     expected = random_tensors(2)["b_dec"] + model.value_bias(1)
     assert torch.allclose(saes[1].b_dec, expected), "the paper's SAEs read z of folded weights"
-    random_gemma(tmp_path / "gemma", **GEMMA_SHAPES["2, no caps"])
+    by_hand = S.load_all(_folder_of(tmp_path / "fetched", 1, asked, tmp_path), model)
+    assert torch.equal(by_hand[1].b_dec, saes[1].b_dec), "the same file in a folder is to be shifted as well"
+    random_gemma(tmp_path / "gemma", **GEMMA_SHAPES["2, no caps"] | {"num_hidden_layers": 26})
     gemma = models.load(tmp_path / "gemma")
+    with pytest.raises(UserError, match="12 layers, and this one has 26"):
+        S.load_all("kissane", gemma)
     assert list(S.load_all("gemma-scope", gemma, (2,))) == [2]
     assert asked[-1] == ("google/gemma-scope-2b-pt-att", "layer_2/width_16k/average_l0_93/params.npz")
+
+
+def _folder_of(folder, layer, asked, tmp_path):
+    """What was fetched for a layer, in L<layer>/ of a folder."""
+    (folder / f"L{layer}").mkdir(parents=True)
+    source = next((tmp_path / str(layer + 1)).glob("*.pt"))
+    (folder / f"L{layer}" / source.name).write_bytes(source.read_bytes())
+    return folder
 
 
 def test_saes_that_do_not_fit_or_are_not_there(tmp_path, tiny):
@@ -243,11 +255,24 @@ def read_safetensors(path):
 
 @pytest.mark.parametrize("option", [{"architecture": "gated"}, {"activation_fn_str": "topk"},
                                     {"normalize_activations": "layer_norm"},
-                                    {"finetuning_scaling_factor": True}, {"hook_head_index": 3}], ids=str)
+                                    {"finetuning_scaling_factor": True}, {"hook_head_index": 3},
+                                    {"hook_name": "blocks.5.hook_resid_pre"}], ids=str)
 def test_options_of_saelens_that_we_lack_are_named(tmp_path, option):
     folder = saelens_folder(tmp_path / "sae", random_tensors(), **option)
     with pytest.raises(UserError, match=f"{next(iter(option))} .* is not supported"):
         read_sae(folder)
+
+
+def test_saes_of_folded_weights_are_refused(tmp_path):
+    metadata = {"hook_name": "blocks.5.attn.hook_z", "model_from_pretrained_kwargs": {"fold_ln": True}}
+    with pytest.raises(UserError, match="fold_ln True is not supported"):
+        read_sae(saelens_folder(tmp_path / "sae", random_tensors(), metadata=metadata))
+
+
+def test_float16_keeps_rows_that_never_had_unit_norm(tmp_path):
+    sae = S.SAE.load(write_kissane(tmp_path, random_tensors()))
+    sae.save(tmp_path / "sae.safetensors", torch.float16)
+    assert torch.allclose(S.SAE.load(tmp_path / "sae.safetensors").W_dec, sae.W_dec, atol=2e-3)
 
 
 def test_a_scale_that_is_missing_is_named(tmp_path):
