@@ -234,8 +234,9 @@ def _expand(run, node, least, depth, breadth):
             child = _expand(run, child, least, depth - 1, breadth)
         nodes.append(child)
     part_of = lambda wanted: float(values[kind == wanted].sum()) / node.value if node.value else 0.0
-    return node._replace(children=tuple(nodes), pruned=float(values[left_out].sum()),
-                         n_pruned=int((left_out & (values != 0)).sum()), error=part_of(ERROR), mlp=part_of(MLP))
+    n_pruned = int((left_out & (values != 0)).sum())
+    return node._replace(children=tuple(nodes), pruned=float(values[left_out].sum()), n_pruned=n_pruned,
+                         error=part_of(ERROR), mlp=part_of(MLP))
 
 
 def check_node(run, layer, position, feature):
