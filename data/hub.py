@@ -147,6 +147,7 @@ def _read(response, name, instead):
 
 
 def endpoint():
+    """The hub's address: HF_ENDPOINT, or huggingface.co."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
