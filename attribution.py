@@ -37,8 +37,8 @@ import data
 import model as models
 from data import common
 from data.bpe import check_fits
-from data.common import (Progress, UserError, atomic, bootstrap, check_writable, field, parse_flags,
-                         pick_device, run_folder, write_json)
+from data.common import (UserError, atomic, bootstrap, check_writable, field, parse_flags, pick_device,
+                         run_folder, write_json)
 from data.sae_files import find_saes
 from sae import ablate, load_all
 
@@ -163,8 +163,8 @@ def children(run, layer, position, feature):
 
     pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (part_n @ W_V[h] . w_i^h)
                + sum_h b_V[h] . w_i^h + b_enc[i] - b_dec . w_i,
-    with k_n the position of part n, W_V with the norm's gain and centring in it, and w_i^h = W_enc[head h,
-    i].
+    with k_n the position of part n, W_V with the norm's gain and centring in it, and w_i^h the slice of
+    W_enc[:,i] at head h.
     """
     kept, sae, m = run.cache[layer], run.saes[layer], run.matrices[layer]
     w = sae.W_enc[:, feature].unflatten(0, (run.model.config.n_heads, -1))                  # (H,d_head)
@@ -210,12 +210,13 @@ def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, br
 def tree(run, layer, position, feature, share=0.02, depth=3, breadth=8):
     """`trace` on a run that is there already."""
     check_node(run, layer, position, feature)
-    root = Node("feature", layer, position, feature, -1, children(run, layer, position, feature).pre)
-    return _expand(run, root, share * abs(root.value), depth, breadth)
+    found = children(run, layer, position, feature)
+    root = Node("feature", layer, position, feature, -1, found.pre)
+    return _expand(run, root, found, share * abs(root.value), depth, breadth)
 
 
-def _expand(run, node, least, depth, breadth):
-    found, parts = children(run, node.layer, node.position, node.feature), run.parts
+def _expand(run, node, found, least, depth, breadth):
+    parts = run.parts
     # an active feature's pre-activation is not 0; a root that is not active may have any, and its scale is 1
     values = found.value * (node.value / found.pre if node.head >= 0 else 1.0)
     kind = torch.where(found.part < 0, CONSTANT, parts.kind[found.part])
@@ -231,7 +232,8 @@ def _expand(run, node, least, depth, breadth):
                  for column in (parts.layer, parts.position, parts.feature))
         child = Node(KINDS[int(kind[i])], *where, int(found.head[i]), float(values[i]))
         if child.feature >= 0 and depth > 1:
-            child = _expand(run, child, least, depth - 1, breadth)
+            below = children(run, child.layer, child.position, child.feature)
+            child = _expand(run, child, below, least, depth - 1, breadth)
         nodes.append(child)
     part_of = lambda wanted: float(values[kind == wanted].sum()) / node.value if node.value else 0.0
     n_pruned = int((left_out & (values != 0)).sum())
@@ -389,8 +391,8 @@ def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10,
 
 
 def feature_children(run, layer, position, feature):                    # -> (n,) rows of Parts, (n,) values
-    """The earlier features that a feature's pre-activation was made of, summed over heads, strongest
-    first."""
+    """The earlier features that a feature's pre-activation was made of, summed over heads, strongest first.
+    """
     found = children(run, layer, position, feature)
     mine = (found.part >= 0) & (run.parts.kind[found.part] == FEATURE)
     written, index = found.part[mine].unique(return_inverse=True)
@@ -467,6 +469,7 @@ def main():
     print(describe(run, texts, layer, position, feature, config), flush=True)
     if not config.page:
         return
+    print("\nwriting a page to look at every feature of every token ...", flush=True)
     page = (Path(data.__file__).parent / "explorer.html").read_text(encoding="utf8")
     dashboards = [l for l in saes if (folder.parent / "features" / f"L{l}").is_dir()]
     content = explorer_data(run, texts, (layer, position, feature)) | {"dashboards": dashboards}
@@ -474,16 +477,15 @@ def main():
     with atomic(folder / "explorer.html") as temporary:
         # inside a script element only "<" could end it
         temporary.write_text(page.replace("__DATA__", content.replace("<", "\\u003c")), encoding="utf8")
-    print(f"\nto look at every feature of every token: {folder}/explorer.html")
+    print(f"{folder}/explorer.html")
 
 
-def name_part(run, texts, kind, layer, position, feature):
-    """A part in words."""
-    where = f"{texts[position]!r} at {position}" if position >= 0 else ""
-    return {"feature": f"feature {layer}.{feature} at {where}", "embedding": f"token {where}",
-            "position": f"position of {where}", "MLP": f"MLP {layer} at {where}",
-            "error": f"SAE error {layer} at {where}", "bias": f"bias of layer {layer} at {where}",
-            "attention": f"attention {layer} at {where}", "constant": "constant"}[kind]
+def name_part(kind, layer, feature, position=-1, texts=()):
+    """What wrote a part, in words, and at which token if a position is given."""
+    writer = {"feature": f"feature {layer}.{feature}", "embedding": "token", "position": "position",
+              "error": f"SAE error {layer}", "bias": f"bias of layer {layer}", "constant": "constant",
+              "attention": f"attention {layer}", "MLP": f"MLP {layer}"}[kind]
+    return f"{writer} at {position} {texts[position]!r}" if position >= 0 else writer
 
 
 def describe(run, texts, layer, position, feature, config):
@@ -515,7 +517,7 @@ def describe(run, texts, layer, position, feature, config):
         lines += ["", "the strongest features below it, removed from the model in turn, nothing frozen:"]
         for part, one, fell in zip(written.tolist(), value, remove(run, written, layer, position, feature)):
             l, k, j = (int(column[part]) for column in run.parts[1:4])
-            lines.append(f"{l}.{j} at {texts[k]!r} at {k}: attributed {float(one):+.4f} over all heads, and "
+            lines.append(f"{l}.{j} at {k} {texts[k]!r}: attributed {float(one):+.4f} over all heads, and "
                          f"the root falls by {float(fell):+.4f}")
     first = next((child for child in root.children if child.position >= 0), None)
     if first and position > 1:
@@ -525,16 +527,9 @@ def describe(run, texts, layer, position, feature, config):
                   f"the strongest pairs:"]
         for i in why.pairs.abs().flatten().argsort(descending=True)[:6].tolist():
             a, b = divmod(i, len(why.key))
-            pair = f"{name_writer(why.query[a])}  x  {name_writer(why.key[b])}"
+            pair = f"{name_part(*why.query[a])}  x  {name_part(*why.key[b])}"
             lines.append(f"{float(why.pairs[a, b]):+8.3f}   {pair}")
     return "\n".join(lines)
-
-
-def name_writer(name):
-    kind, layer, feature = name
-    return {"feature": f"feature {layer}.{feature}", "embedding": "token", "position": "position",
-            "MLP": f"MLP {layer}", "error": f"SAE error {layer}", "bias": f"bias of layer {layer}",
-            "attention": f"attention {layer}", "constant": "constant"}[kind]
 
 
 def outline(run, texts, node, whole, indent="  "):
@@ -542,7 +537,8 @@ def outline(run, texts, node, whole, indent="  "):
     lines = []
     for child in node.children:
         via = f" through head {node.layer}.{child.head}" if child.head >= 0 else " (bias of the feature)"
-        lines.append(f"{indent}{child.value / whole:+7.1%}  {name_part(run, texts, *child[:4])}{via}")
+        name = name_part(child.kind, child.layer, child.feature, child.position, texts)
+        lines.append(f"{indent}{child.value / whole:+7.1%}  {name}{via}")
         lines += outline(run, texts, child, whole, indent + "    ")
     if node.n_pruned and node.children:
         lines.append(f"{indent}{node.pruned / whole:+7.1%}  {node.n_pruned} smaller ones; of this node, SAE "
@@ -553,10 +549,7 @@ def outline(run, texts, node, whole, indent="  "):
 def explorer_data(run, texts, start, n_features=15, breadth=12, n_pairs=6):
     """What the explorer page shows, as plain lists: for each (layer, position) the strongest features, for
     each of these and of the features below them its strongest children, and for each edge the QK contrast."""
-    kinds = list(KINDS)
-    nodes, contrasts, listed, progress = {}, {}, {}, Progress(0, "features")
-    progress.shown = progress.start         # silent where it is quick
-    waiting = [start]
+    nodes, contrasts, listed, waiting = {}, {}, {}, [start]
     for layer, f in run.f.items():
         for position in range(1, len(texts)):
             top = f[position].argsort(descending=True)[:n_features].tolist()
@@ -568,15 +561,14 @@ def explorer_data(run, texts, start, n_features=15, breadth=12, n_pairs=6):
         key = f"{layer}.{position}.{feature}"
         if key in nodes:
             continue
-        root = tree(run, layer, position, feature, share=0, depth=1, breadth=breadth)
-        found = children(run, layer, position, feature)
-        H = run.model.config.n_heads
+        found, H = children(run, layer, position, feature), run.model.config.n_heads
+        root = _expand(run, Node("feature", layer, position, feature, -1, found.pre), found, 0.0, 1, breadth)
         nodes[key] = {"pre": root.value, "f": float(run.f[layer][position, feature]),
                       "pruned": root.pruned, "n_pruned": root.n_pruned, "error": root.error, "mlp": root.mlp,
                       "heads": [float(found.value[found.head == h].sum()) for h in range(H)],
                       "weights": head_weights(run.saes[layer].W_dec[feature], H).tolist(),
-                      "children": [[kinds.index(c.kind), c.layer, c.position, c.feature, c.head, c.value]
-                                   for c in root.children]}
+                      "children": [[name_part(c.kind, c.layer, c.feature, c.position, texts), c.layer,
+                                    c.position, c.feature, c.head, c.value] for c in root.children]}
         waiting += [(c.layer, c.position, c.feature) for c in root.children if c.feature >= 0]
         for c in root.children:
             edge = (layer, c.head, position, c.position)
@@ -587,11 +579,9 @@ def explorer_data(run, texts, start, n_features=15, breadth=12, n_pairs=6):
                 contrasts[name] = {
                     "score": why.score,
                     "weight": float(run.cache[layer].pattern[0, c.head, position, c.position]),
-                    "pairs": [[name_writer(why.query[a]), name_writer(why.key[b]), value]
+                    "pairs": [[name_part(*why.query[a]), name_part(*why.key[b]), value]
                               for a, b, value in pairs]}
-        progress.total = len(nodes) + len(waiting)
-        progress(len(nodes), last=not waiting and progress.shown > progress.start)
-    return _rounded({"tokens": texts, "kinds": kinds, "listed": listed, "nodes": nodes, "qk": contrasts,
+    return _rounded({"tokens": texts, "listed": listed, "nodes": nodes, "qk": contrasts,
                      "start": ".".join(map(str, start))})
 
 
@@ -609,6 +599,7 @@ def measure(config, model, tokenizer, saes, folder):
     rows = next(data.rows(config.corpus, tokenizer, "held-out", min(128, model.config.n_ctx), config.n_rows))
     rows = rows.to(next(model.parameters()).device)
     heads = head_agreement(model, saes, rows)
+
     def interval(r, name, form):
         if r[name] is None:
             return "n/a"

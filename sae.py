@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.common import UserError, atomic, fast_bfloat16
-from data.sae_files import read_sae, reads_folded_z, sae_paths
+from data.sae_files import read_sae, sae_paths
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -115,7 +115,7 @@ def load_all(where, model, layers=None, device="cpu"):
         if saes[layer].d_in != d_in:
             raise UserError(f"--saes {where}: the SAE of layer {layer} reads {saes[layer].d_in} numbers and "
                             f"this model's z_cat has {d_in}; they do not belong together.")
-        if reads_folded_z(path):
+        if path.suffix == ".pt":        # the paper's, trained on z that lacks value_bias
             saes[layer].shift(model.value_bias(layer).to(device))
     return saes
 

@@ -35,7 +35,8 @@ import data
 import model as models
 from data.bpe import check_fits
 from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
-                         fast_bfloat16, field, parse_flags, pick_device, run, run_folder, write_json)
+                         fast_bfloat16, field, parse_flags, pick_device, pick_dtype, run, run_folder,
+                         write_json)
 from data.weights import read_tensors
 from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_gradient, resample,
                  sparse_step, splice)
@@ -143,14 +144,6 @@ def train(config):
     return finish(config, model, held_out, learners, folder, speed)
 
 
-def pick_dtype(name):
-    """float32, bfloat16 or float16. Raises UserError for another name."""
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in kinds:
-        raise UserError(f"--dtype {name} is unknown; use one of: {', '.join(kinds)}.")
-    return kinds[name]
-
-
 def per_layer(value, layers):
     """A setting that is one number for all layers or a tuple with one for each -> {layer: number}."""
     values = value if isinstance(value, tuple) else (value,)
@@ -232,8 +225,7 @@ def learn(learner, z, step, config, layer):                             # z (B,D
 
 
 def step_of(learner, z):
-    """The function that takes the gradient: the sparse one where few features were active in the last
-    step."""
+    """The gradient's function: the sparse one where few features were active in the step before."""
     return sparse_step if z.device.type == "cpu" and learner.l0 < learner.sae.d_sae / 16 else dense_step
 
 
@@ -322,8 +314,8 @@ def z_cat(model, tokens, layers):                                       # (R,T) 
 
 def start(config, source, folder):
     """New learners, or those of the checkpoint -> (step to begin with, {layer: Learner})."""
-    d_in, d_sae, l1 = (source.model.config.n_heads * source.model.config.d_head,
-                       per_layer(config.d_sae, source.layers), per_layer(config.l1, source.layers))
+    d_in = source.model.config.n_heads * source.model.config.d_head
+    d_sae, l1 = per_layer(config.d_sae, source.layers), per_layer(config.l1, source.layers)
     learners = {}
     for layer in source.layers:
         sae = SAE(d_in, d_sae[layer]).to(source.device)
@@ -343,8 +335,7 @@ def start(config, source, folder):
 
 
 def expect(config, source, learners, seconds_per_token):
-    """Say what the run will take: memory by count, time by the first block and a step of a copy of each
-    SAE."""
+    """Say what training will take: memory by count, time by the first block and a step of each SAE's copy."""
     bytes_of = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
     saes = [bytes_of(one.sae) for one in learners.values()]
     # weights and Adam's two moments of all SAEs; gradients and the encoder's product of one; torch itself
@@ -489,7 +480,7 @@ def evaluate(model, saes, rows, means=None):
         means = {layer: sum(one[layer] for one in sums) / rows[:, 1:].numel() for layer in saes}
     per_row = {layer: [] for layer in saes}
     widest = max(model.config.d_vocab, *(sae.d_sae for sae in saes.values()))
-    for tokens in rows.split(max(1, min(64, 2**26 // (rows.shape[1] * widest)))):       # 256 MiB of logits
+    for tokens in rows.split(max(1, min(32, 2**26 // (rows.shape[1] * widest)))):       # 256 MiB at most
         ce_clean, z_cats = row_ce(model, tokens), model.z_cat_at(tokens, list(saes))
         for layer, sae in saes.items():
             edits = {"ce_sae": splice(sae), "ce_zero": constant(torch.zeros_like(means[layer])),
@@ -503,8 +494,9 @@ def evaluate(model, saes, rows, means=None):
 
 def row_ce(model, tokens, edit_z=None):                                 # (R,T) -> (R,)
     """Mean cross-entropy of each row's predictions from positions 1 to T-2, in nats."""
-    logits = model(tokens, edit_z)[0][:, 1:-1].float()
-    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 2:], reduction="none").mean(-1)
+    logits = model(tokens, edit_z)[0].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none")
+    return losses.unflatten(0, tokens.shape)[:, 1:-1].mean(-1)          # the last has no next token
 
 
 def constant(value):

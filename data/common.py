@@ -238,6 +238,14 @@ def pick_device(name):
     return torch.device(name)
 
 
+def pick_dtype(name):
+    """float32 or bfloat16. Raises UserError for another name."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in kinds:
+        raise UserError(f"--dtype {name} is unknown; use one of: {', '.join(kinds)}.")
+    return kinds[name]
+
+
 def fast_bfloat16(device):
     """Whether the processor multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":

@@ -1,8 +1,9 @@
 """Files of the Hugging Face hub by plain HTTPS: read from its cache, or fetched into it, whole or not at all.
 
-HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_CACHE are honoured as `hf` does. The token goes to the endpoint's
-own host and to no other, wherever a redirect leads. A file is checked against the size and the checksum that
-the server states, and takes its name in the cache only when it is whole.
+HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_CACHE mean what they mean to `hf`; a token that `hf auth login` has
+stored in a file is not read. The token goes to the endpoint's own host and to no other, wherever a redirect
+leads. A file is checked against the size and the checksum that the server states, and takes its name in the
+cache only when it is whole.
 """
 
 import contextlib

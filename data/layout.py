@@ -25,8 +25,8 @@ def read_config(path):
 
 
 def check_options(raw, implemented, path):
-    """Raise UserError for an option whose value is not among the implemented ones; the first is the
-    default."""
+    """Raise UserError for an option with a value that is not implemented; the first of a list is the default.
+    """
     for key, values in implemented.items():
         if raw.get(key, values[0]) not in values:
             raise UserError(f"{path}: {key} {raw[key]!r} is not supported, only "
@@ -35,8 +35,8 @@ def check_options(raw, implemented, path):
 
 def _gpt2(raw, path):
     check_options(raw, {"activation_function": ["gelu_new"], "scale_attn_weights": [True],
-                 "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
-                 "tie_word_embeddings": [True]}, path)
+                        "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
+                        "tie_word_embeddings": [True]}, path)
     number = _numbers(raw, path)
     settings = {"n_layers": number("n_layer"), "n_heads": number("n_head"), "d_model": number("n_embd"),
                 "d_mlp": number("n_inner", int, None) or 4 * number("n_embd"),
@@ -60,8 +60,8 @@ def _gemma(raw, path):
     version = {"gemma": 1, "gemma2": 2, "gemma3_text": 3}[raw["model_type"]]
     gelu = ["gelu_pytorch_tanh", None] + ["gelu"] * (version == 1)      # early files say gelu and mean tanh
     check_options(raw, {"hidden_act": gelu, "hidden_activation": gelu, "attention_bias": [False],
-                 "tie_word_embeddings": [True], "rope_scaling": [None],
-                 "use_bidirectional_attention": [None, False]}, path)
+                        "tie_word_embeddings": [True], "rope_scaling": [None],
+                        "use_bidirectional_attention": [None, False]}, path)
     number = _numbers(raw, path)
     settings = {"n_layers": number("num_hidden_layers"), "n_heads": number("num_attention_heads"),
                 "n_kv_heads": number("num_key_value_heads"), "d_model": number("hidden_size"),

@@ -48,11 +48,6 @@ PUBLISHED = {
 }
 
 
-def reads_folded_z(path):
-    """Whether the SAE at `path` is one of the paper's, whose z lacks model.value_bias(layer)."""
-    return Path(path).suffix == ".pt" or any(Path(path).glob("*.pt"))
-
-
 def find_saes(saes, out, model):
     """Where a study's SAEs are: what --saes says, else the run in --out, else, for tiny, those that ship."""
     run = run_folder(out, model)
@@ -67,7 +62,8 @@ def find_saes(saes, out, model):
 
 
 def sae_paths(where, layers, n_layers):
-    """{layer: path of its SAE}: in a folder with L0/, L1/ ..., or of a published set, fetched if need be.
+    """{layer: its SAE's file or SAELens folder}, of a folder with L0/, L1/ ... or of a published set (fetched
+    if need be).
 
     layers: those wanted; none for all there are. Raises UserError if one is missing, or if a published set is
     of a model with another number of layers.
@@ -87,12 +83,22 @@ def sae_paths(where, layers, n_layers):
         raise UserError(f"--saes {where} has no SAEs of this model; give a folder with L0/, L1/ ..., as "
                         f"train.py writes it, or one of: {', '.join(PUBLISHED)}.")
     if repo is None:
-        return {layer: files[layer] for layer in wanted}
+        return {layer: sae_file(files[layer]) for layer in wanted}
     paths = {layer: hub.cached(repo, files[layer]) or hub.fetch(repo, files[layer]) for layer in wanted}
     if None in paths.values():
         raise UserError(f"{repo} on the hub has no longer all of its files; fetch what it has into a folder "
                         f"with L0/, L1/ ..., and name that.")
     return paths
+
+
+def sae_file(path):
+    """What a path means: itself if it is a file or a SAELens folder, else the SAE's file in that folder."""
+    path = Path(path)
+    if not path.is_dir() or (path / "cfg.json").is_file():
+        return path
+    fetched = [*sorted(path.glob("*.npz")), *sorted(path.glob("*.pt"))]
+    own = path / "sae.safetensors"
+    return fetched[0] if fetched and not own.is_file() else own
 
 
 def read_sae(path):
@@ -101,10 +107,7 @@ def read_sae(path):
     Raises UserError if a file is missing, damaged, has an option that our form lacks, or numbers that are not
     finite. Nothing is unpickled with code execution.
     """
-    path = Path(path)
-    inside = [path / "sae.safetensors", *sorted(path.glob("*.npz")), *sorted(path.glob("*.pt"))]
-    if path.is_dir() and not (path / "cfg.json").is_file():
-        path = next((file for file in inside if file.is_file()), path / "sae.safetensors")
+    path = sae_file(path)
     if not path.exists():
         raise UserError(f"there is no SAE at {path}; train one with python train.py, or name another place "
                         f"with --saes.")

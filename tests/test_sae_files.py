@@ -339,5 +339,5 @@ def test_a_folder_of_fetched_files_serves_as_well(tmp_path, tiny):
     t = random_tensors(d_in=256)
     (tmp_path / "L3").mkdir()
     np.savez(tmp_path / "L3" / "params.npz", **{name: one.numpy() for name, one in t.items()})
-    assert sae_paths(tmp_path, (), 4) == {3: tmp_path / "L3"}
+    assert sae_paths(tmp_path, (), 4) == {3: tmp_path / "L3" / "params.npz"}
     assert S.load_all(tmp_path, tiny)[3].d_sae == D_SAE
