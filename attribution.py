@@ -62,6 +62,17 @@ def feature_bias(sae):                                                  # -> (d_
     return sae.b_enc - sae.b_dec @ sae.W_enc
 
 
+def head_logits(z_cat, matrices, direction, scale=1.0):                 # (...,D), (...,d_model) -> (...,H)
+    """Direct logit attribution: what each head of a layer, having gathered z_cat, writes along `direction`.
+
+    With model.logit_directions(token) / model.final_scale(final residual stream) for the direction: what the
+    head adds to that token's logit less the mean over all tokens, with the final norm's scale frozen. scale:
+    the layer's scales["attn_out"], where there is one.
+    """
+    z = z_cat.unflatten(-1, matrices.b_V.shape)                                               # (...,H,d_head)
+    return torch.einsum("...hd,hdm,...m->...h", z, matrices.W_O, direction / scale)
+
+
 def spearman(a, b):                                                     # (...,n), (...,n) -> (...)
     """Rank correlation along the last dimension; equal values share the mean of their ranks. NaN where all
     are equal."""

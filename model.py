@@ -114,7 +114,8 @@ def wide(x):
 
 class Transformer(nn.Module):
     """What GPT-2 and Gemma share: the way through the layers, with the seam. A subclass has `config`,
-    `blocks`, `embed_parts`, `unembed`, `head_matrices` and `rotate`; a block has `heads` and `rest`."""
+    `blocks`, `embed_parts`, `unembed`, `final_scale`, `logit_directions`, `head_matrices` and `rotate`; a
+    block has `heads` and `rest`."""
 
     def forward(self, tokens, edit_z=None, keep=()):  # (B,T) -> (B,T,d_vocab), {layer: LayerCache}
         """Logits and, for the layers in `keep`, what the layer computed.
@@ -122,10 +123,17 @@ class Transformer(nn.Module):
         edit_z: {layer: function from z_cat (B,T,D) to the z_cat (B,T,D) that goes on}. A function and not a
         tensor, so that an edit of layer 6 sees what an edit of layer 5 led to.
         """
+        x, cache = self.through(self.embed(tokens), edit_z, keep)
+        return self.unembed(x), cache
+
+    def through(self, x, edit_z=None, keep=(), layers=None):  # (B,T,d_model) -> the same, {layer: LayerCache}
+        """The way through `layers` (consecutive; all of them if None): from the residual stream before the
+        first of them to the one after the last."""
         edit_z, cache = edit_z or {}, {}
-        self.check_layers([*edit_z, *keep])
-        x = self.embed(tokens)
-        for layer, block in enumerate(self.blocks):
+        layers = range(self.config.n_layers) if layers is None else layers
+        self.check_layers([*edit_z, *keep, *layers])
+        for layer in layers:
+            block = self.blocks[layer]
             heads = block.heads(x, with_pattern=layer in keep)
             z_cat = edit_z[layer](heads.z_cat) if layer in edit_z else heads.z_cat
             attn_out, mlp_out, scales = block.rest(x, z_cat, with_scales=layer in keep)
@@ -133,7 +141,7 @@ class Transformer(nn.Module):
                 cache[layer] = LayerCache(x, heads.pattern, heads.q, heads.k, heads.v, z_cat, attn_out,
                                           mlp_out, scales)
             x = x + attn_out + mlp_out
-        return self.unembed(x), cache
+        return x, cache
 
     def z_cat_at(self, tokens, layers, edit_z=None):                    # (B,T) -> {layer: (B,T,D)}
         """z_cat of some layers and nothing more: stops in the middle of the last one, builds no pattern."""
@@ -287,6 +295,18 @@ class GPT2(Transformer):
     def unembed(self, x):                                               # (B,T,d_model) -> (B,T,d_vocab)
         """Final norm, then the dot product with every token's embedding."""
         return F.linear(self.ln_f(x), self.wte.weight)
+
+    def final_scale(self, x):                                           # (...,d_model) -> (...,1)
+        """What the final norm divides by."""
+        return self.ln_f.scale(x)
+
+    @torch.no_grad()
+    def logit_directions(self, tokens):                                 # (...) -> (...,d_model)
+        """What a token's logit, less the mean over all tokens, reads from the stream: (x / final_scale(x)) .
+        direction, plus a constant. The norm's gain and centring are folded in."""
+        wte = self.wte.weight.to(wide(self.wte.weight))
+        direction = self.ln_f.weight * (wte[tokens] - wte.mean(0))
+        return direction - direction.mean(-1, keepdim=True)
 
     @torch.no_grad()
     def head_matrices(self, layer):                                     # -> HeadMatrices
@@ -467,6 +487,17 @@ class Gemma(Transformer):
         """Final norm, the dot product with every token's embedding, and the soft cap if there is one."""
         logits, cap = F.linear(self.norm(x), self.embed_tokens.weight), self.config.logit_cap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def final_scale(self, x):                                           # (...,d_model) -> (...,1)
+        """What the final norm divides by."""
+        return self.norm.scale(x)
+
+    @torch.no_grad()
+    def logit_directions(self, tokens):                                 # (...) -> (...,d_model)
+        """What a token's logit before the soft cap, less the mean over all tokens, reads from the stream:
+        (x / final_scale(x)) . direction. The norm's gain is folded in."""
+        embed = self.embed_tokens.weight.to(wide(self.embed_tokens.weight))
+        return (1 + self.norm.weight) * (embed[tokens] - embed.mean(0))
 
     @torch.no_grad()
     def head_matrices(self, layer):                                     # -> HeadMatrices

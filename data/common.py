@@ -251,3 +251,17 @@ def fast_bfloat16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def mean_of(values, rows=None, samples=1000):                           # (n,...), (n,) -> mean, [low, high]
+    """A mean over n values with its 95% bootstrap interval; values with the same number in `rows` belong
+    together and are drawn together. None, None for no values."""
+    values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        return None, None
+    group = np.arange(len(values)) if rows is None else np.unique(np.asarray(rows), return_inverse=True)[1]
+    sums = np.zeros((group.max() + 1, *values.shape[1:]))
+    np.add.at(sums, group, values)
+    counts = np.bincount(group)
+    mean = lambda i: sums[i].sum(0) / counts[i].sum()
+    return values.mean(0).tolist(), bootstrap(mean, len(sums), samples)

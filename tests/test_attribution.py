@@ -74,6 +74,25 @@ def test_dfa_and_bias_sum_to_the_pre_activation(traced):
                 "DFA with its bias does not sum to the pre-activation: is b_enc - b_dec . W_enc in it?"
 
 
+def test_head_logits_are_what_the_stream_loses_without_the_head(traced):
+    run, exact = traced
+    model, last = run.model, len(run.tokens) - 1
+    kept = run.cache[model.config.n_layers - 1]
+    final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[0, last]
+    direction = model.logit_directions(torch.tensor(3)) / model.final_scale(final)
+    for layer, kept in run.cache.items():
+        scale = kept.scales["attn_out"][0, last] if "attn_out" in kept.scales else 1.0
+        found = A.head_logits(kept.z_cat[0, last], run.matrices[layer], direction, scale)
+        # heads and bias together are what the layer adds to the stream, and that along the direction
+        total = found.sum() + run.matrices[layer].b_O @ direction
+        assert (total - kept.attn_out[0, last] @ direction).abs() < exact * max(1, found.abs().max())
+        for h in range(model.config.n_heads):
+            alone = kept.z_cat[0, last].unflatten(-1, (model.config.n_heads, -1)).clone()
+            alone[torch.arange(len(alone)) != h] = 0
+            again = A.head_logits(alone.flatten(), run.matrices[layer], direction, scale)
+            assert (again[h] - found[h]).abs() < exact
+
+
 def test_parts_add_up_to_the_residual_stream(traced):
     run, exact = traced
     for layer, kept in run.cache.items():

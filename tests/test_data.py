@@ -17,7 +17,7 @@ import torch
 import data
 from conftest import random_gpt2
 from data import bpe, common, stories, text
-from data.common import UserError
+from data.common import UserError, mean_of
 from data.corpus import documents
 from data.weights import TINY
 
@@ -391,3 +391,15 @@ def test_bootstrap_interval_of_a_mean_is_that_of_the_normal_law():
     expected = 1.96 * x.std() / 20
     assert abs(low - (x.mean() - expected)) < 0.15 * expected
     assert abs(high - (x.mean() + expected)) < 0.15 * expected
+
+
+def test_mean_of_draws_what_belongs_together_together():
+    values = np.repeat([1.0, 2.0, 4.0], [2, 1, 3])
+    mean, (low, high) = mean_of(values, [7, 7, 3, 5, 5, 5])
+    assert mean == pytest.approx(values.mean()) and low == 1.0 and high == 4.0
+    rng = np.random.default_rng(0)
+    many = rng.normal(size=(400, 2))
+    mean, (low, high) = mean_of(many)
+    # the normal interval of a mean, by the textbook
+    np.testing.assert_allclose(np.subtract(high, low), 2 * 1.96 * many.std(0) / 20, rtol=0.12)
+    assert mean_of([]) == (None, None)

@@ -1,5 +1,6 @@
 """model.py against transformers, and the seam at z_cat against what it promises."""
 
+import copy
 import json
 import os
 import re
@@ -78,6 +79,32 @@ def test_cached_parts_add_up_to_the_next_layer(pair):
                               atol=1e-5)
         z = torch.einsum("bhqk,bkhd->bqhd", one.pattern, one.v).flatten(-2)
         assert torch.allclose(z, one.z_cat, atol=1e-5), "z_cat is not pattern @ v"
+
+
+def test_the_way_can_be_gone_in_pieces(pair):
+    model, _ = pair
+    tokens, n = random_tokens(model), model.config.n_layers
+    edit = {n - 1: lambda z: 2 * z}
+    logits, cache = model(tokens, edit, keep=range(n))
+    x, _ = model.through(model.embed(tokens), keep=range(n - 1), layers=range(n - 1))
+    assert torch.equal(x, cache[n - 1].resid_pre)
+    x, kept = model.through(x, edit, keep=(n - 1,), layers=(n - 1,))
+    assert torch.equal(kept[n - 1].z_cat, cache[n - 1].z_cat)
+    assert torch.equal(model.unembed(x), logits)
+
+
+def test_logit_directions_give_every_logit_less_the_mean(pair):
+    model, _ = pair
+    model, cap = copy.deepcopy(model).double(), getattr(model.config, "logit_cap", None)
+    tokens = random_tokens(model)
+    x, _ = model.through(model.embed(tokens))
+    logits = model.unembed(x)
+    logits = cap * torch.atanh(logits / cap) if cap else logits         # before the soft cap
+    found = x / model.final_scale(x) @ model.logit_directions(torch.arange(model.config.d_vocab)).T
+    constant = 0
+    if hasattr(model, "ln_f"):
+        constant = model.ln_f.bias @ (model.wte.weight - model.wte.weight.mean(0)).T
+    torch.testing.assert_close(found + constant, logits - logits.mean(-1, keepdim=True), rtol=1e-9, atol=1e-9)
 
 
 def test_identity_edit_changes_nothing_bit_for_bit(pair):

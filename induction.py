@@ -1,0 +1,825 @@
+"""The induction study: '"board" is next by induction', and heads that need a long prefix (the paper, Fig. 2,
+4 and 19).
+
+An induction head at a query looks for the same token earlier in the text, and attends to the one after it:
+
+    ... A B C X ...... A B C        prefix length 3: query C attends to key X, since A B C stood before X
+              k            q        L[q,k] = number of tokens up to and including q that equal those before k
+
+    heads          induction, previous-token and duplicate-token score of every head
+    prefix         one random row, its prefix grown from 0 to 9 tokens with key and query in place: attention
+                   to X, and direct logit attribution of X, for every head
+    intervention   real text: the token at k-2 replaced, so that 1 token of the prefix is left. Controls: the
+                   token at k+2 replaced instead; the token at k-2 where only 1 token matched to begin with
+    features       SAE features that fire where X followed the current token earlier: "X is next by induction"
+
+    python induction.py                     all four on the shipped model, as tables, JSON and figures in
+                                            <out>/<model>/induction/
+
+Two tokens match if they are equal but for one leading space and the case of letters (`fuzzy`). BOS matches
+nothing.
+
+Shapes: B batch, T positions (q query, k key), H heads, d_head; n examples.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import model as models
+from attribution import head_logits
+from data import common
+from data.bpe import check_fits
+from data.common import (Progress, UserError, bootstrap, check_writable, field, mean_of, parse_flags,
+                         pick_device, run_folder, write_json)
+from data.figures import COLOURS, figure, save
+from data.sae_files import find_saes
+from sae import ablate, load_all
+
+LENGTHS = range(10)             # prefix lengths of the paired protocol
+ATTENDS = 0.3                   # attention above which a head counts as attending (Fig. 4b)
+SHARE, LIFT, N_ACTIVE = 0.5, 2.0, 100    # what makes a feature an induction feature: see `find_features`
+REPORTED = {"prefix": "5.1 below 0.3 for short prefixes, over 0.7 for long ones; 5.5 already 0.7 for short",
+            "intervention": "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43"}
+
+# ---- which tokens match ----
+
+
+def fuzzy(tokenizer):                                                   # -> (n_vocab,)
+    """A class for every token: tokens that differ in one leading space or in case share one. BOS has class
+    -1, and so has what is not text by itself (a part of a character) its own class."""
+    numbers, classes = {}, []
+    for i in range(tokenizer.n_vocab):
+        text = tokenizer.decode([i])
+        text = text[1:] if text[:1] == " " and len(text) > 1 else text
+        key = i if "\ufffd" in text else text.lower()
+        classes.append(-1 if i == tokenizer.bos else numbers.setdefault(key, len(numbers)))
+    return torch.tensor(classes)
+
+
+def prefix_lengths(classes):                                            # (B,T) -> (B,q,k)
+    """L[q,k]: how many tokens up to and including q match those that end before k; 0 for k > q and for k = 0.
+
+    L[q,k] = 1 + L[q-1,k-1] if q matches k-1, else 0.
+    """
+    B, T = classes.shape
+    same = (classes[:, :, None] == classes[:, None]) & (classes >= 0)[:, None]                  # (B,q,k)
+    lengths = classes.new_zeros(B, T, T)
+    for q in range(1, T):
+        lengths[:, q, 1:q + 1] = same[:, q, :q] * (1 + lengths[:, q - 1, :q])
+    return lengths
+
+
+def followed_by(tokens, classes, row, q, X):                            # (B,T), (B,T), (n,) x 3 -> (n,) bool
+    """The proxy of Fig. 2: whether the token at q, or its variant in space or case, stood earlier in its row
+    with token X after it."""
+    earlier = torch.arange(tokens.shape[1] - 1, device=tokens.device) < q[:, None]              # (n,T-1)
+    matches = classes[row, :-1] == classes[row, q][:, None]
+    return ((classes[row, q] >= 0)[:, None] & earlier & matches & (tokens[row, 1:] == X[:, None])).any(-1)
+
+
+# ---- heads ----
+
+
+def head_scores(model, tokens, classes):                                # (B,T) each -> {score: (layers,H)}
+    """Mean attention of every head at the queries that have something to look at.
+
+    induction: to the tokens after earlier occurrences of the query's token, all together. duplicate: to those
+    occurrences. previous: to the token before the query, wherever that is not BOS.
+    """
+    total, count = {}, {}
+    for part in torch.arange(len(tokens), device=tokens.device).split(16):
+        own = classes[part]
+        part, (q, k) = tokens[part], positions(tokens)
+        duplicate = (own[:, :, None] == own[:, None]) & (own >= 0)[:, None] & (k < q)
+        follows = F.pad(duplicate, (1, 0))[..., :-1] & (k < q)
+        targets = {"induction": follows, "previous": ((k == q - 1) & (k > 0)).expand_as(follows),
+                   "duplicate": duplicate}
+        for layer, kept in layer_by_layer(model, part):
+            for name, target in targets.items():
+                mass = (kept.pattern * target[:, None]).sum(-1)         # (B,H,q)
+                at = target.any(-1)                                     # (B,q)
+                total[name, layer] = total.get((name, layer), 0) + mass.transpose(1, 2)[at].sum(0)
+                count[name, layer] = count.get((name, layer), 0) + int(at.sum())
+    layers = range(model.config.n_layers)
+    return {name: torch.stack([total[name, layer] / max(count[name, layer], 1) for layer in layers])
+            for name in ("induction", "previous", "duplicate")}
+
+
+def positions(tokens):                                                  # (B,T) -> q (T,1), k (1,T)
+    """Query and key positions, to compare with each other."""
+    each = torch.arange(tokens.shape[1], device=tokens.device)
+    return each[:, None], each[None]
+
+
+@torch.no_grad()
+def layer_by_layer(model, tokens, depth=None):
+    """Yields (layer, LayerCache) for the first `depth` layers in turn, so that one cache is held at a time.
+    """
+    x = model.embed(tokens)
+    for layer in range(depth or model.config.n_layers):
+        x, cache = model.through(x, keep=(layer,), layers=(layer,))
+        yield layer, cache[layer]
+
+
+def random_rows(model, bos, table, n, generator, repeat=False):         # -> (n,T)
+    """BOS and random tokens that all differ, also fuzzily; with `repeat` the same again to fill the row."""
+    T = min(128, model.config.n_ctx)
+    different = (T - 1) // 2 if repeat else T - 1
+    of_token = table.cpu().numpy()
+    first = np.unique(of_token, return_index=True)[1]                   # one token of every class
+    pool = torch.from_numpy(first[of_token[first] >= 0])
+    if len(pool) < different:
+        raise UserError(f"this vocabulary has {len(pool)} tokens that differ, and a row takes {different}.")
+    drawn = torch.stack([pool[torch.randperm(len(pool), generator=generator)[:different]] for _ in range(n)])
+    parts = [torch.full((n, 1), bos), drawn] + ([drawn] if repeat else [])
+    return torch.cat(parts, 1).to(table.device)
+
+
+# ---- prefix length (Fig. 4a, 19) ----
+
+
+class PrefixCurves(NamedTuple):
+    """Scores of every head by prefix length, paired: the sequences are the same for all lengths."""
+    attention: np.ndarray   # (n,lengths,layers,H) from the query to the key that followed the prefix
+    logit: np.ndarray       # (n,lengths,layers,H) direct logit attribution of the key's token, less the mean
+
+
+@torch.no_grad()
+def prefix_curves(model, bos, table, n=400, seed=0, say=lambda done: None):
+    """The paired protocol: key e1 and query e2 of a random row stay, and for each p the tokens e1-p .. e1-1
+    are copied to e2-p+1 .. e2. All tokens but the copies differ -> PrefixCurves."""
+    generator = torch.Generator().manual_seed(seed)
+    base = random_rows(model, bos, table, n, generator)
+    longest, T = max(LENGTHS), base.shape[1]
+    if T < 2 * longest + 3:
+        raise UserError(f"prefixes of {longest} tokens take rows of {2 * longest + 3} tokens or more; this "
+                        f"model has {T}.")
+    key = torch.randint(longest + 1, T - longest - 1, (n,), generator=generator)
+    query = torch.stack([torch.randint(int(e1) + longest, T, (), generator=generator) for e1 in key])
+    key, query = key.to(base.device), query.to(base.device)
+    matrices = [model.head_matrices(layer) for layer in range(model.config.n_layers)]
+    attention, logit = [], []
+    order = query.argsort()         # neighbours have their queries close together, and rows end there
+    base, key, query = base[order], key[order], query[order]
+    for rows in torch.arange(n, device=base.device).split(8):
+        tokens, e1, e2 = grow_prefix(base[rows, :query[rows].max() + 1], key[rows], query[rows])
+        at, seen, gathered = torch.arange(len(tokens), device=base.device), [], []
+        for layer, kept in layer_by_layer(model, tokens):
+            seen.append(kept.pattern[at, :, e2, e1])                    # (B,H)
+            scale = kept.scales["attn_out"][at, e2] if "attn_out" in kept.scales else 1.0
+            gathered.append((kept.z_cat[at, e2], matrices[layer], scale))
+        final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[at, e2]
+        direction = model.logit_directions(tokens[at, e1]) / model.final_scale(final)
+        made = [head_logits(z, m, direction, scale) for z, m, scale in gathered]
+        shape = (len(rows), len(LENGTHS), -1)
+        attention.append(torch.stack(seen, 1).flatten(1).unflatten(0, shape[:2]).cpu().numpy())
+        logit.append(torch.stack(made, 1).flatten(1).unflatten(0, shape[:2]).cpu().numpy())
+        say(int(rows[-1]) + 1)
+    heads = (len(matrices), model.config.n_heads)
+    return PrefixCurves(*(np.concatenate(found).reshape(n, len(LENGTHS), *heads)
+                          for found in (attention, logit)))
+
+
+def grow_prefix(base, key, query):                  # (b,T), (b,), (b,) -> (B,T), (B,), (B,); B = b*lengths
+    """Each row once for each prefix length, lengths varying fastest -> tokens, keys, queries."""
+    tokens = base.repeat_interleave(len(LENGTHS), 0)
+    e1, e2 = key.repeat_interleave(len(LENGTHS)), query.repeat_interleave(len(LENGTHS))
+    length = torch.tensor(LENGTHS, device=base.device).repeat(len(base))
+    source = tokens.clone()
+    at = torch.arange(len(tokens), device=base.device)
+    for back in range(max(LENGTHS)):
+        there = back < length
+        tokens[at[there], (e2 - back)[there]] = source[at[there], (e1 - 1 - back)[there]]
+    return tokens, e1, e2
+
+
+def pick_heads(attention):                              # (n,lengths,layers,H) -> (layer, head), (layer, head)
+    """The short-prefix head attends most after 1 matching token; the long-prefix head is the one, of the
+    others, whose attention grows most from 1 token to 9."""
+    mean = attention.mean(0)
+    best = lambda scores: tuple(int(i) for i in np.unravel_index(scores.argmax(), scores.shape))
+    short, rise = best(mean[1]), mean[max(LENGTHS)] - mean[1]
+    rise[short] = -np.inf
+    return short, best(rise)
+
+
+# ---- intervention on real text (Fig. 4b) ----
+
+
+class Examples(NamedTuple):
+    """Places in real text where a prefix matches."""
+    row: Tensor             # (n,)
+    q: Tensor               # (n,)
+    k: Tensor               # (n,)
+    length: Tensor          # (n,)
+
+    def pick(self, which):
+        return Examples(*(column[which] for column in self))
+
+
+@torch.no_grad()
+def find_examples(tokens, classes, model=None, head=None):              # (B,T), (B,T) -> Examples
+    """Places where a prefix of 1 or more tokens matches.
+
+    By text alone: the query has exactly one such key, so that no head's attention is divided. Given a head:
+    every place where that head's attention is over 0.3, as in the paper. In both, k >= 3 (a token before the
+    prefix that is not BOS can be replaced) and the two copies of the prefix do not overlap.
+    """
+    found = []
+    for part in torch.arange(len(tokens), device=tokens.device).split(16):
+        lengths, (q, k) = prefix_lengths(classes[part]), positions(tokens)
+        at = (lengths > 0) & (k >= 3) & (k + lengths <= q + 1) & (classes[part] >= 0).roll(2, 1)[:, None]
+        if model is None:
+            at &= ((lengths > 0) & (k < q)).sum(-1, keepdim=True) == 1
+        else:
+            layer, h = head
+            *_, (_, kept) = layer_by_layer(model, tokens[part], layer + 1)
+            at &= kept.pattern[:, h] > ATTENDS
+        row, query, key = at.nonzero(as_tuple=True)
+        found.append(Examples(part[row], query, key, lengths[row, query, key]))
+    return Examples(*map(torch.cat, zip(*found)))
+
+
+def replaced(tokens, table, examples, offset, generator):               # -> (n,T)
+    """A copy of each example's row with the token at k + offset replaced by a random one that matches nothing
+    in the row."""
+    rows = tokens[examples.row].clone()
+    for row, at in zip(rows, (examples.k + offset).tolist()):
+        present = {-1, *table[row].tolist()}
+        while int(table[token := int(torch.randint(len(table), (), generator=generator))]) in present:
+            pass
+        row[at] = token
+    return rows
+
+
+@torch.no_grad()
+def attention_at(model, rows, examples, layers):                        # (n,T) -> (n,len(layers),H)
+    """Every head's attention from q to k."""
+    found = []
+    for part in torch.arange(len(rows), device=rows.device).split(32):
+        at, q, k = torch.arange(len(part), device=rows.device), examples.q[part], examples.k[part]
+        found.append(torch.stack([kept.pattern[at, :, q, k] for layer, kept in
+                                  layer_by_layer(model, rows[part], max(layers) + 1)
+                                  if layer in layers], 1).cpu())
+    return torch.cat(found).numpy()
+
+
+def intervene(model, tokens, table, examples, heads, n, seed=0):      # -> {condition: {...}}
+    """Attention of the heads before and after one token is replaced.
+
+    corrupt: k-2, prefix 2 or longer. control, other token: k+2, the same examples, where k+2 is not in the
+    prefix at the query. control, prefix 1: k-2, prefix exactly 1. At most n examples each, drawn at random;
+    intervals over rows.
+    """
+    generator, layers, results = torch.Generator().manual_seed(seed), sorted({l for l, _ in heads}), {}
+    long, one = examples.pick(examples.length >= 2), examples.pick(examples.length == 1)
+    draw = lambda e: e.pick(torch.randperm(len(e.q), generator=generator)[:n].to(e.q.device))
+    long, one = draw(long), draw(one)
+    # two tokens after the key, and before the prefix that ends at the query begins
+    other = long.pick(long.k + 2 <= long.q - long.length)
+    for name, chosen, offset in (("corrupt", long, -2), ("control, other token", other, 2),
+                                 ("control, prefix 1", one, -2)):
+        results[name] = {"n": len(chosen.q), "n_rows": len(chosen.row.unique())}
+        if not len(chosen.q):
+            continue
+        before = attention_at(model, tokens[chosen.row], chosen, layers)
+        after = attention_at(model, replaced(tokens, table, chosen, offset, generator), chosen, layers)
+        for layer, h in heads:
+            pair = [found[:, layers.index(layer), h] for found in (before, after)]
+            values = np.stack([*pair, pair[1] - pair[0]], 1)
+            mean, (low, high) = mean_of(values, chosen.row.cpu().numpy())
+            names = ("before", "after", "change")
+            results[name][f"{layer}.{h}"] = ({key: m for key, m in zip(names, mean)}
+                                             | {f"{key}_ci": [a, b] for key, a, b in zip(names, low, high)})
+    return results
+
+
+# ---- "X is next by induction" features (Fig. 2) ----
+
+
+class Entries(NamedTuple):
+    """Active features, one entry for each place and feature."""
+    row: Tensor             # (n,)
+    q: Tensor               # (n,)
+    feature: Tensor         # (n,)
+    f: Tensor               # (n,)
+
+
+@torch.no_grad()
+def active_entries(model, saes, tokens, say=lambda done: None):
+    """Yields (layer, Entries) for blocks of rows, position 0 left out; `row` counts through all of tokens."""
+    first = 0
+    for part in tokens.split(32):
+        for layer, z in model.z_cat_at(part, list(saes)).items():
+            f = saes[layer].encode(z[:, 1:])
+            row, q, feature = f.nonzero(as_tuple=True)
+            yield layer, Entries(row + first, q + 1, feature, f[row, q, feature])
+        first += len(part)
+        say(first)
+
+
+def strongest(kept, new, n):                                            # Entries, Entries -> Entries
+    """The n strongest entries of each feature, of two lists together."""
+    both = Entries(*(torch.cat(pair) for pair in zip(kept, new))) if kept else new
+    order = torch.from_numpy(np.lexsort((-both.f.cpu().numpy(), both.feature.cpu().numpy())))
+    both = Entries(*(column[order.to(column.device)] for column in both))
+    start = torch.searchsorted(both.feature, both.feature)              # where the feature's entries begin
+    few = torch.arange(len(start), device=start.device) - start < n
+    return Entries(*(column[few] for column in both))
+
+
+def name_next(tokens, classes, entries, d_sae):                         # -> (d_sae,)
+    """For each feature the token that followed earlier occurrences of the current token most often, weighted
+    by activation; -1 where there is none."""
+    owner, column = [], []
+    for part in torch.arange(len(entries.q), device=tokens.device).split(2**16):
+        row, q = entries.row[part], entries.q[part]
+        matches = (classes[row, :-1] == classes[row, q][:, None]) & (classes[row, q] >= 0)[:, None]
+        matches &= torch.arange(tokens.shape[1] - 1, device=tokens.device) < q[:, None]
+        i, k = matches.nonzero(as_tuple=True)
+        owner.append(part[i])
+        column.append(k + 1)
+    owner, column = torch.cat(owner), torch.cat(column)
+    V, X = int(tokens.max()) + 1, tokens[entries.row[owner], column]
+    vote = (owner * V + X).unique()                                     # a token once for each entry
+    owner, X = vote // V, vote % V
+    pair, index = (entries.feature[owner] * V + X).unique(return_inverse=True)
+    weight = entries.f.new_zeros(len(pair)).index_add_(0, index, entries.f[owner])
+    order = torch.from_numpy(np.lexsort((weight.cpu().numpy(), (pair // V).cpu().numpy()))).to(pair.device)
+    feature, X = pair[order] // V, pair[order] % V
+    last = feature != F.pad(feature[1:], (0, 1), value=-1)              # the heaviest token of each feature
+    named = torch.full((d_sae,), -1, device=tokens.device)
+    named[feature[last]] = X[last]
+    return named
+
+
+class Tally(NamedTuple):
+    """Sums over text for each feature and the token X it is named after."""
+    n: Tensor               # (d_sae,) active positions
+    mass: Tensor            # (d_sae,) sum of activations
+    n_hit: Tensor           # (d_sae,) active positions where X followed the current token earlier
+    hit: Tensor             # (d_sae,) sum of activations there
+
+
+def tally(model, saes, tokens, classes, names, say=lambda done: None):  # -> {layer: Tally}
+    """Where the features are active, and how much of that where their token followed earlier."""
+    zeros = lambda sae: torch.zeros(sae.d_sae, dtype=torch.float64, device=tokens.device)
+    tallies = {layer: Tally(*(zeros(sae) for _ in Tally._fields)) for layer, sae in saes.items()}
+    for layer, (row, q, feature, f) in active_entries(model, saes, tokens, say):
+        hit = followed_by(tokens, classes, row, q, names[layer][feature]).double()
+        for total, each in zip(tallies[layer], (torch.ones_like(hit), f.double(), hit, hit * f)):
+            total.index_add_(0, feature, each)
+    return tallies
+
+
+def expected_share(model, sae, layer, tokens, classes, features, X):    # (m,), (m,) -> (m,)
+    """The share of a feature's activation that would fall where X followed earlier if it depended on the
+    current token alone: sum over tokens of (activation at that token) * (how often X followed it earlier).
+
+    A feature that reads nothing but the current token has exactly this share, and its lift is 1.
+    """
+    n = int(classes.max()) + 2                                          # class -1 is BOS
+    mass, rate = (sae.b_enc.new_zeros(n, len(features)) for _ in range(2))
+    count = torch.bincount(classes[:, 1:].flatten() + 1, minlength=n).clamp_min(1)
+    for part in torch.arange(len(tokens), device=tokens.device).split(32):
+        f = sae.encode(model.z_cat_at(tokens[part], [layer])[layer][:, 1:])[..., features]
+        mass.index_add_(0, classes[part, 1:].flatten() + 1, f.flatten(0, 1))
+    for one in X.unique().tolist():
+        has = (tokens == one).any(1).nonzero()[:, 0]
+        proxy = proxy_everywhere(tokens[has], classes[has], one)
+        times = torch.bincount(classes[has, 1:][proxy] + 1, minlength=n)
+        rate[:, X == one] = (times / count)[:, None].to(rate.dtype)
+    return (mass * rate).sum(0) / mass.sum(0)
+
+
+def proxy_everywhere(tokens, classes, X):                               # (B,T) -> (B,T-1) bool
+    """The proxy at positions 1 to T-1."""
+    found = []
+    for part in torch.arange(len(tokens), device=tokens.device).split(64):
+        row, q = torch.meshgrid(part, torch.arange(1, tokens.shape[1], device=tokens.device), indexing="ij")
+        hits = followed_by(tokens, classes, row.flatten(), q.flatten(), torch.full_like(row, X).flatten())
+        found.append(hits.view(row.shape))
+    return torch.cat(found) if found else tokens[:, 1:] < 0
+
+
+@torch.no_grad()
+def find_features(model, saes, tokens, classes, say=lambda done: None):
+    """Every "X is next by induction" feature -> list of dicts, those of the largest share first; {layer:
+    number of features active in the second half}; {layer: (d_sae,) the token X that each feature has}.
+
+    X is named on the first half of the rows (by the 32 strongest activations), the rest is measured on the
+    second half: a feature counts if it is active at 100 positions or more, if at least half of its activation
+    is where X followed the current token (or its variant) earlier, and if that is at least twice what the
+    current token alone would give (`expected_share`).
+    """
+    naming, measuring = tokens[:len(tokens) // 2], tokens[len(tokens) // 2:]
+    names, best, its_classes = {}, {}, classes[len(naming):]
+    for layer, entries in active_entries(model, saes, naming, say):
+        best[layer] = strongest(best.get(layer), entries, 32)
+    for layer, sae in saes.items():
+        names[layer] = name_next(naming, classes[:len(naming)], best[layer], sae.d_sae)
+    found, n_live = [], {}
+    later = lambda done: say(len(naming) + done)
+    for layer, t in tally(model, saes, measuring, its_classes, names, later).items():
+        n_live[layer] = int((t.n > 0).sum())
+        share = t.hit / t.mass.clamp_min(1e-30)
+        chosen = ((t.n >= N_ACTIVE) & (share >= SHARE)).nonzero()[:, 0]
+        X = names[layer][chosen]
+        expected = expected_share(model, saes[layer], layer, measuring, its_classes, chosen, X)
+        found += [{"layer": layer, "feature": i, "X": x, "share": float(share[i]), "expected_share": e,
+                   "n_active": int(t.n[i]), "n_hit": int(t.n_hit[i])}
+                  for i, x, e in zip(chosen.tolist(), X.tolist(), expected.tolist()) if share[i] >= LIFT * e]
+    return sorted(found, key=lambda one: -one["share"]), n_live, names
+
+
+class Detail(NamedTuple):
+    """One feature over text, at positions 1 to T-2 (which have a next token)."""
+    f: Tensor               # (B,T-2) its activation
+    proxy: Tensor           # (B,T-2) whether X followed the current token earlier
+    is_X: Tensor            # (B,T-2) whether X is the next token
+
+
+@torch.no_grad()
+def details(model, saes, wanted, tokens, classes):      # [(layer, feature, X)] -> [Detail]
+    """Activation and proxy of some features at every position, for Fig. 2, in one pass over the text."""
+    found, layers = [[] for _ in wanted], sorted({layer for layer, _, _ in wanted})
+    for part in tokens.split(32):
+        z = model.z_cat_at(part, layers)
+        f = {layer: saes[layer].encode(z[layer][:, 1:-1]) for layer in layers}
+        for each, (layer, feature, _) in zip(found, wanted):
+            each.append(f[layer][..., feature].clone())                 # a copy, so that f itself can go
+    return [Detail(torch.cat(f), proxy_everywhere(tokens, classes, X)[:, :-1], tokens[:, 2:] == X)
+            for f, (_, _, X) in zip(found, wanted)]
+
+
+def precision_and_recall(d, levels=(0.0, 0.25, 0.5, 0.75)):             # Detail -> list of dicts
+    """At levels of activation, as parts of its maximum: precision P(proxy | f > level), recall P(f > level |
+    proxy), with their denominators."""
+    table = []
+    for level in levels:
+        over = d.f > level * d.f.max()
+        both, n, n_proxy = int((over & d.proxy).sum()), int(over.sum()), int(d.proxy.sum())
+        table.append({"level": level, "n_over": n, "n_proxy": n_proxy, "n_both": both,
+                      "precision": both / n if n else None, "recall": both / n_proxy if n_proxy else None})
+    return table
+
+
+@torch.no_grad()
+def downstream(model, sae, layer, feature, X, tokens, d, n_rows=64, seed=0):
+    """What a feature does for X.
+
+    direct_logit: what it adds, where it is active, to the logit of X less the mean over all tokens, the final
+    norm's scale frozen; rank_of_X: X's place among all tokens in its direction. loss_if_X, loss_if_not_X: by
+    how much the loss changes, in nats, when the feature is removed where it is active, SAE error kept and
+    nothing frozen, apart by whether X is the next token. Intervals over rows.
+    """
+    rows = (d.f > 0).any(1).nonzero()[:, 0].cpu()
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_rows]]
+    written = sae.W_dec[feature] @ model.head_matrices(layer).W_O.flatten(0, 1)                   # (d_model,)
+    every_token = torch.arange(model.config.d_vocab, device=tokens.device)
+    effects = model.logit_directions(every_token) @ written                                       # (d_vocab,)
+    direct, change, is_X, owner = [], [], [], []
+    for row in rows.split(16):
+        part, f = tokens[row], d.f[row]
+        x, cache = model.through(model.embed(part), keep=(layer,))
+        scale = model.final_scale(x) * cache[layer].scales.get("attn_out", 1.0)                     # (b,T,1)
+        where = F.pad(f > 0, (1, 1))
+        after, _ = model.through(cache[layer].resid_pre, {layer: ablate(sae, feature, where)},
+                                 layers=range(layer, model.config.n_layers))
+        at = where.nonzero(as_tuple=True)
+        target = part[at[0], at[1] + 1]
+        loss = [F.cross_entropy(model.unembed(stream[at]).float(), target, reduction="none")
+                for stream in (x, after)]
+        change.append(loss[1] - loss[0])
+        direct.append(f[f > 0] * effects[X] / scale[at][:, 0])
+        is_X.append(target == X)
+        owner.append(row.to(part.device)[at[0]])
+    change, direct, is_X, owner = (torch.cat(found).cpu().numpy() for found in (change, direct, is_X, owner))
+    result = {"rank_of_X": 1 + int((effects > effects[X]).sum()), "n_rows": len(rows)}
+    for name, values, chosen in (("direct_logit", direct, is_X | ~is_X), ("loss_if_X", change, is_X),
+                                 ("loss_if_not_X", change, ~is_X)):
+        mean, interval = mean_of(values[chosen], owner[chosen])
+        result |= {name: mean, name + "_ci": interval, "n_" + name: int(chosen.sum())}
+    return result
+
+
+def in_text(tokens, tokenizer, row, q, before=10, after=2):
+    """A position in its text, the token in angle brackets."""
+    ids = tokens[row].tolist()
+    decode = lambda part: tokenizer.decode(part).replace("\n", "\\n")
+    return (decode(ids[max(q - before, 0):q]) + "\u27e8" + decode(ids[q:q + 1]) + "\u27e9"
+            + decode(ids[q + 1:q + 1 + after]))
+
+
+def show_places(d, tokens, tokenizer, n=5, seed=0):                     # -> {kind: list of text}
+    """True positives and false positives with the largest activation, and false negatives drawn at random."""
+    generator, shown = torch.Generator().manual_seed(seed), {}
+    for kind, wanted in (("active, X followed earlier", (d.f > 0) & d.proxy),
+                         ("active, X did not follow earlier", (d.f > 0) & ~d.proxy)):
+        values = torch.where(wanted, d.f, 0).flatten()
+        best = values.topk(min(n, int(wanted.sum()))).indices
+        shown[kind] = [(float(values[i]), *divmod(int(i), d.f.shape[1])) for i in best]
+    silent = ((d.f == 0) & d.proxy).nonzero()
+    drawn = silent[torch.randperm(len(silent), generator=generator)[:n]].tolist()
+    shown["silent, X followed earlier"] = [(0.0, row, q) for row, q in drawn]
+    return {kind: [{"f": f, "text": in_text(tokens, tokenizer, row, q + 1)} for f, row, q in places]
+            for kind, places in shown.items()}
+
+
+# ---- the program ----
+
+
+@dataclass(frozen=True)
+class InductionConfig:
+    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
+    saes: str = field("", "folder with SAEs, kissane, gemma-scope; else the run in --out, else the shipped")
+    feature: str = field("", "the feature to draw, as layer.feature; empty: the one with the largest share")
+    corpus: str = field("python", "real text, of which held-out rows are read: see train.py")
+    n_sequences: int = field(400, "random sequences for each prefix length (the paper: 400)")
+    n_examples: int = field(300, "places in real text where a token is replaced, for each condition")
+    n_rows: int = field(2048, "rows of real text")
+    seed: int = field(0, "draws sequences, replacements and examples")
+    device: str = field("auto", "cpu, cuda, mps or auto")
+    out: str = field("out", "folder for results")
+
+
+def main():
+    config = parse_flags(InductionConfig, __doc__)
+    device = pick_device(config.device)
+    model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
+    check_fits(tokenizer, model, config.model)
+    for flag, value in (("--n-sequences", config.n_sequences), ("--n-examples", config.n_examples),
+                        ("--n-rows", config.n_rows)):
+        if value < 2:
+            raise UserError(f"{flag} must be 2 or more, not {value}.")
+    layer, feature = parse_feature(config.feature)
+    saes = load_all(find_saes(config.saes, config.out, config.model), model, device=device)
+    if layer is not None:
+        check_feature(saes, layer, feature)
+    folder = run_folder(config.out, config.model) / "induction"
+    check_writable(folder)
+    T = min(128, model.config.n_ctx)
+    rows = next(data.rows(config.corpus, tokenizer, "held-out", T, config.n_rows, repeat_share=0.0))
+    rows, table = rows.to(device), fuzzy(tokenizer).to(device)
+    study_heads(config, model, tokenizer, rows, table, folder)
+    heads = study_prefixes(config, model, tokenizer, table, folder)
+    print_reported(model, "prefix")
+    study_intervention(config, model, rows, table, heads, folder)
+    print_reported(model, "intervention")
+    study_features(config, model, tokenizer, saes, rows, table, (layer, feature), folder)
+    print(f"\nwritten to {folder}/")
+
+
+def parse_feature(text):
+    """"2.271" -> (2, 271), "" -> (None, None). Raises UserError for another form."""
+    if not text:
+        return None, None
+    layer, _, feature = text.partition(".")
+    if not (layer.isdecimal() and feature.isdecimal()):
+        raise UserError(f"--feature is written layer.feature, such as 2.271, not {text!r}.")
+    return int(layer), int(feature)
+
+
+def check_feature(saes, layer, feature):
+    """Raise UserError where there is no such SAE or feature."""
+    if layer not in saes:
+        raise UserError(f"layer {layer} has no SAE; it has one on layers {', '.join(map(str, saes))}.")
+    if feature >= saes[layer].d_sae:
+        raise UserError(f"feature {feature} is out of range: this SAE has features 0 to "
+                        f"{saes[layer].d_sae - 1}.")
+
+
+def print_reported(model, item):
+    """For a model of GPT-2 Small's shape: what the paper reports."""
+    if (model.config.n_layers, model.config.n_heads, model.config.d_model) == (12, 12, 768):
+        print(f"reported (GPT-2 Small): {REPORTED[item]}")
+
+
+def study_heads(config, model, tokenizer, rows, table, folder):
+    """Induction, previous-token and duplicate-token score of every head."""
+    generator = torch.Generator().manual_seed(config.seed)
+    random = random_rows(model, tokenizer.bos, table, 64, generator, repeat=True)
+    scores = {"repeated random tokens": head_scores(model, random, table[random]),
+              "held-out text": head_scores(model, rows[:256], table[rows[:256]])}
+    for text, by_name in scores.items():
+        print(f"\nmean attention on {text}, strongest heads")
+        for name, values in by_name.items():
+            order = values.flatten().argsort(descending=True)[:5].tolist()
+            best = [divmod(i, values.shape[1]) for i in order]
+            print(f"{name:>10}  " + "  ".join(f"{l}.{h} {float(values[l, h]):.2f}" for l, h in best))
+            by_name[name] = values.tolist()
+    write_json(folder / "heads.json", scores)
+    plot_heads(scores, folder / "heads.png")
+
+
+def study_prefixes(config, model, tokenizer, table, folder):            # -> (short head, long head)
+    """The paired protocol for every head; picks the short-prefix and the long-prefix head."""
+    progress = Progress(config.n_sequences, "sequences")
+    curves = prefix_curves(model, tokenizer.bos, table, config.n_sequences, config.seed,
+                           lambda done: progress(done, last=done == config.n_sequences))
+    short, long = pick_heads(curves.attention)
+    statistics = {}
+    for name, values in zip(PrefixCurves._fields, curves):
+        mean, interval = mean_of(values)
+        statistics |= {name: mean, name + "_ci": interval}
+    rise, rise_ci = mean_of(curves.attention[:, max(LENGTHS)] - curves.attention[:, 1])
+    found = {"n_sequences": config.n_sequences, "prefix_lengths": list(LENGTHS),
+             "short_head": f"{short[0]}.{short[1]}", "long_head": f"{long[0]}.{long[1]}",
+             **statistics, "rise": rise, "rise_ci": rise_ci}
+    write_json(folder / "prefix.json", found)
+    plot_prefixes(curves, short, long, folder / "prefix.png")
+    mean = curves.attention.mean(0)
+    strong = [divmod(int(i), mean.shape[2]) for i in mean[max(LENGTHS)].argsort(axis=None)[::-1][:6]]
+    print(f"\nattention to the token after the prefix, by prefix length; {config.n_sequences} random "
+          f"sequences, the same for all lengths\nhead " + "".join(f"{p:6d}" for p in LENGTHS)
+          + "   rise from 1 to 9")
+    for l, h in dict.fromkeys([short, long, *strong]):
+        role = {short: "  short-prefix head", long: "  long-prefix head"}.get((l, h), "")
+        print(f"{l}.{h:<3}" + "".join(f"{a:6.2f}" for a in mean[:, l, h])
+              + f"   {rise[l][h]:+.2f} [{rise_ci[0][l][h]:+.2f}, {rise_ci[1][l][h]:+.2f}]{role}")
+    return short, long
+
+
+def study_intervention(config, model, rows, table, heads, folder):
+    """The prefix cut to one token in real text, with both controls, on three choices of examples."""
+    classes, found, lengths = table[rows], {}, {}
+    chosen = {"by text alone": (find_examples(rows, classes), heads)}
+    for layer, h in heads:
+        chosen[f"where {layer}.{h} attends"] = find_examples(rows, classes, model, (layer, h)), [(layer, h)]
+    print(f"\nattention before and after one token is replaced; [95% interval]\n{'examples':22}"
+          f"{'replaced':22}{'n':>5}  head  before  after   change")
+    for choice, (examples, mine) in chosen.items():
+        found[choice] = intervene(model, rows, table, examples, mine, config.n_examples, config.seed)
+        lengths[choice] = torch.bincount(examples.length, minlength=11)[1:11].tolist()
+        for condition, r in found[choice].items():
+            for layer, h in mine:
+                if (one := r.get(f"{layer}.{h}")) is None:
+                    print(f"{choice:22}{condition:22}{0:5}  {layer}.{h}   n/a: no such place in this text")
+                    continue
+                low, high = one["change_ci"]
+                print(f"{choice:22}{condition:22}{r['n']:5}  {layer}.{h}  {one['before']:6.2f} "
+                      f"{one['after']:6.2f}   {one['change']:+.3f} [{low:+.3f}, {high:+.3f}]")
+    write_json(folder / "intervention.json", {"conditions": found, "prefix_lengths": lengths,
+                                              "heads": [f"{layer}.{h}" for layer, h in heads]})
+    plot_intervention(found, heads, folder / "intervention.png")
+    plot_lengths(lengths, folder / "prefix_lengths.png")
+
+
+def study_features(config, model, tokenizer, saes, rows, table, asked, folder, n_shown=20):
+    """Every "X is next by induction" feature; one of them in full."""
+    classes, progress = table[rows], Progress(len(rows), "rows")
+    print("\nlooking for features ...", flush=True)
+    found, n_live, names = find_features(model, saes, rows, classes,
+                                         lambda n: progress(n, last=n == len(rows)))
+    rows, classes = rows[len(rows) // 2:], classes[len(rows) // 2:]
+    counts = {layer: sum(one["layer"] == layer for one in found) for layer in saes}
+    print("\"X is next by induction\" features: "
+          + ", ".join(f"layer {layer} {n} of {n_live[layer]} live" for layer, n in counts.items()))
+    print("share: of its activation, where X followed its token earlier; loss: change without it\n"
+          "feature   X             active    share   by token alone   rank of X   loss, X next / not")
+    for one in found:
+        one["X_text"] = tokenizer.decode([one["X"]])
+    shown = [(one["layer"], one["feature"], one["X"]) for one in found[:n_shown]]
+    for one, d, (layer, feature, X) in zip(found, details(model, saes, shown, rows, classes), shown):
+        one["downstream"] = r = downstream(model, saes[layer], layer, feature, X, rows, d, seed=config.seed)
+        loss = " / ".join("n/a" if change is None else f"{change:+.3f}"
+                          for change in (r["loss_if_X"], r["loss_if_not_X"]))
+        print(f"{layer}.{feature:<7} {one['X_text']!r:12} {one['n_active']:7} {one['share']:8.1%} "
+              f"{one['expected_share']:12.1%} {r['rank_of_X']:14}   {loss}")
+    result = {"n_live": n_live, "n_found": counts, "features": found}
+    write_json(folder / "features.json", result)
+    if asked[0] is None and not found:
+        print("none, so none is drawn; --feature draws one all the same")
+        return
+    layer, feature = (found[0]["layer"], found[0]["feature"]) if asked[0] is None else asked
+    X = int(names[layer][feature])
+    if X < 0:
+        raise UserError(f"feature {layer}.{feature} was never active where a token came again in these rows; "
+                        f"raise --n-rows, or name another with --feature.")
+    d, = details(model, saes, [(layer, feature, X)], rows, classes)
+    drawn = {"layer": layer, "feature": feature, "X": X, "X_text": tokenizer.decode([X]),
+             "precision_and_recall": precision_and_recall(d), "places": show_places(d, rows, tokenizer),
+             "downstream": downstream(model, saes[layer], layer, feature, X, rows, d, seed=config.seed)}
+    print_feature(drawn)
+    write_json(folder / "features.json", result | {"drawn": drawn})
+    plot_feature(d, f"{layer}.{feature}: {drawn['X_text']!r} is next by induction", folder / "feature.png")
+
+
+def print_feature(drawn):
+    """Precision, recall, what the feature does for X, and places in the text."""
+    print(f"\nfeature {drawn['layer']}.{drawn['feature']}: {drawn['X_text']!r} is next by induction")
+    print("activation over   precision            recall")
+    for r in drawn["precision_and_recall"]:
+        precision, recall = ("n/a" if r[name] is None else f"{r[name]:.1%} of {r[n]}"
+                             for name, n in (("precision", "n_over"), ("recall", "n_proxy")))
+        print(f"{r['level']:8.0%} of max   {precision:18}   {recall}")
+    for name, meaning in (("direct_logit", "adds to X's logit, directly"),
+                          ("loss_if_X", "loss without it, X next"), ("loss_if_not_X", "X not next")):
+        r = drawn["downstream"]
+        interval = "" if r[name] is None else " {:+.3f} [{:+.3f}, {:+.3f}]".format(r[name], *r[name + "_ci"])
+        print(f"{meaning:28}{interval or ' n/a'}, n = {r['n_' + name]}")
+    for kind, examples in drawn["places"].items():
+        print(kind + ":")
+        for e in examples:
+            print(f"  {e['f']:6.2f}  {e['text']}")
+
+
+# ---- figures ----
+
+def plot_heads(scores, path):
+    """Three scores of every head, on two texts."""
+    fig, axes = figure(12, 3, panels=6)
+    pairs = [(text, name) for text in scores for name in scores[text]]
+    for ax, (text, name) in zip(axes, pairs):
+        image = ax.imshow(scores[text][name], vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
+        ax.set_title(f"{name}\n{text}", fontsize=8)
+        ax.set_xlabel("head")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("layer")
+    fig.colorbar(image, ax=axes, label="mean attention")
+    save(fig, path)
+
+
+def plot_prefixes(curves, short, long, path):
+    """Fig. 4a and 19: every head in grey, the two heads picked in colour, with their intervals."""
+    fig, axes = figure(9, 3.6, panels=2)
+    for ax, values, label in ((axes[0], curves.attention, "attention to the token after the prefix"),
+                              (axes[1], curves.logit, "direct logit attribution of that token")):
+        mean = values.mean(0)
+        ax.plot(LENGTHS, mean.reshape(len(LENGTHS), -1), color="#c8c8c8", linewidth=0.8)
+        for (layer, h), colour, kind in zip((short, long), COLOURS, ("short prefix", "long prefix")):
+            low, high = bootstrap(lambda i: values[i, :, layer, h].mean(0), len(values))
+            ax.fill_between(LENGTHS, low, high, color=colour, alpha=0.25, linewidth=0)
+            ax.plot(LENGTHS, mean[:, layer, h], "o-", color=colour, markersize=4,
+                    label=f"{layer}.{h}, {kind}")
+        ax.set(xlabel="tokens that match (prefix length)", ylabel=label)
+    axes[0].set_ylim(0, 1)
+    axes[0].legend()
+    fig.suptitle("Prefix length on random tokens (Fig. 4a, 19)", fontsize=10)
+    save(fig, path)
+
+
+def plot_intervention(found, heads, path):
+    """Fig. 4b: attention before and after, for each choice of examples and condition."""
+    fig, axes = figure(11, 3.6, panels=len(found), sharey=True)
+    for ax, (choice, conditions) in zip(axes, found.items()):
+        mine = [(colour, f"{layer}.{h}") for colour, (layer, h) in zip(COLOURS, heads)
+                if any(f"{layer}.{h}" in r for r in conditions.values())]
+        for i, (colour, head) in enumerate(mine):
+            for j, one in enumerate(r.get(head) for r in conditions.values()):
+                for step, (name, alpha) in enumerate((("before", 0.45), ("after", 1.0)) if one else ()):
+                    at = j + (i - (len(mine) - 1) / 2) * 0.44 + (step - 0.5) * 0.2
+                    ax.bar(at, one[name], 0.19, color=colour, alpha=alpha,
+                           label=f"{head} {name}" if j == 0 else None)
+                    ax.vlines(at, *one[name + "_ci"], color="black", linewidth=1)
+        names = ["prefix cut\n(k-2)", "other token\n(k+2)", "prefix was 1\n(k-2)"]
+        ax.set_xticks(range(3), names, fontsize=8)
+        ax.set(title=f"examples {choice}", ylim=(0, 1), xlim=(-0.6, 2.6))
+        if mine:
+            ax.legend(fontsize=8, ncols=len(mine))
+    axes[0].set_ylabel("attention from query to key")
+    fig.suptitle("One token of real text replaced (Fig. 4b)", fontsize=10)
+    save(fig, path)
+
+
+def plot_lengths(lengths, path):
+    """How long the matching prefix is where heads attend, against where text repeats at all."""
+    fig, ax = figure(6, 3.6)
+    for (choice, counts), colour in zip(lengths.items(), ("#777777", *COLOURS)):
+        if sum(counts):
+            share = np.array(counts) / sum(counts)
+            ax.plot(range(1, len(counts) + 1), share, "o-", color=colour, markersize=4,
+                    label=f"{choice} (n = {sum(counts):,})")
+    ax.set(xlabel="tokens that match (prefix length)", ylabel="share of places", yscale="log",
+           title="Prefix lengths up to 10 in real text")
+    ax.legend(fontsize=8)
+    save(fig, path)
+
+
+def plot_feature(d, title, path):
+    """Fig. 2: the feature's activations split by proxy, as counts and weighted by activation."""
+    f, proxy = d.f[d.f > 0].cpu().numpy(), d.proxy[d.f > 0].cpu().numpy()
+    fig, axes = figure(9, 3.4, panels=2)
+    bins = np.linspace(0, f.max() if len(f) else 1, 31)
+    for ax, weighted, label in ((axes[0], False, "positions"), (axes[1], True, "positions x activation")):
+        parts = [f[proxy], f[~proxy]]
+        ax.hist(parts, bins, weights=parts if weighted else None, color=COLOURS[:2], histtype="stepfilled",
+                alpha=0.7, label=["X followed the token earlier", "it did not"])
+        ax.set(xlabel="activation", ylabel=label)
+    axes[0].set_yscale("log")
+    axes[0].set_title("specificity", fontsize=9)
+    axes[1].set_title("expected value", fontsize=9)
+    axes[0].legend(fontsize=8)
+    fig.suptitle(f"Feature {title} (Fig. 2)", fontsize=10)
+    save(fig, path)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,353 @@
+"""induction.py: literal sequences with literal answers, and hand-wired transformers whose heads need one, two
+and three matching tokens."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import induction as I
+import model as models
+import sae as S
+from conftest import ROOT
+
+
+class Words:
+    """A tokenizer whose tokens are given."""
+
+    def __init__(self, words):
+        self.words, self.bos, self.n_vocab = words, len(words) - 1, len(words)
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids)
+
+
+# ---- which tokens match ----
+
+
+def test_tokens_match_up_to_one_leading_space_and_case():
+    words = ["cat", " cat", " Cat", "CAT", "  cat", "\ufffd", " \ufffd", " ", "", "dog", "<bos>"]
+    table = I.fuzzy(Words(words)).tolist()
+    assert table[0] == table[1] == table[2] == table[3], "one leading space and case make no difference"
+    assert len({table[i] for i in (0, 4, 5, 6, 7, 8, 9)}) == 7, "two spaces, a lone one, broken bytes differ"
+    assert table[10] == -1, "BOS matches nothing"
+
+
+def test_prefix_lengths_by_hand():
+    #                        0  1  2  3  4  5  6  7  8    (class -1 is BOS; 5 6 7 comes twice, then 5 7)
+    classes = torch.tensor([[-1, 5, 6, 7, 9, 5, 6, 7, 5]])
+    L = I.prefix_lengths(classes)[0]
+    assert L[5, 2] == 1 and L[6, 3] == 2 and L[7, 4] == 3, "prefixes of one, two and three tokens"
+    assert L[8, 2] == 1 and L[8, 6] == 1, "5 stood at 1 and at 5"
+    assert L.sum() == 1 + 2 + 3 + 1 + 1, "nothing else matches"
+
+
+def test_a_prefix_does_not_reach_across_bos_and_bos_matches_nothing():
+    classes = torch.tensor([[-1, 4, 8, -1, 4, 8, -1]])
+    L = I.prefix_lengths(classes)[0]
+    assert L[4, 2] == 1 and L[5, 3] == 2 and L[6].sum() == 0
+
+
+def test_prefix_lengths_agree_with_a_loop():
+    classes = torch.randint(-1, 3, (4, 25), generator=torch.Generator().manual_seed(0))
+    L = I.prefix_lengths(classes)
+    for b in range(4):
+        for q in range(25):
+            for k in range(25):
+                n = 0
+                while (k <= q and k - 1 - n >= 0 and classes[b, q - n] == classes[b, k - 1 - n]
+                       and classes[b, q - n] >= 0):
+                    n += 1
+                assert L[b, q, k] == n, (b, q, k)
+
+
+def test_the_proxy_by_hand():
+    words = ["sk", " board", " Sk", "ate", " sk", "<bos>"]
+    table = I.fuzzy(Words(words))
+    tokens = torch.tensor([[5, 0, 1, 3, 2, 3, 4, 0]])                   # BOS sk board ate Sk ate _sk sk
+    board = lambda q: bool(I.followed_by(tokens, table[tokens], torch.tensor([0]), torch.tensor([q]),
+                                         torch.tensor([1])))
+    assert [board(q) for q in range(8)] == [False, False, False, False, True, False, True, True]
+    everywhere = I.proxy_everywhere(tokens, table[tokens], 1)
+    assert everywhere.tolist() == [[False, False, False, True, False, True, True]]
+
+
+def test_the_token_that_comes_by_following_itself():
+    tokens = torch.tensor([[9, 3, 3, 3]])
+    assert I.proxy_everywhere(tokens, tokens, 3).tolist() == [[False, True, True]], "k = q counts"
+
+
+# ---- a hand-wired transformer ----
+
+V, T, GAIN = 48, 40, 2.0        # tokens, positions, what an induction head writes for what it sees
+BOS = V - 1
+
+
+def wired(need=(1, 2, 3), sharpness=30.0, margin=(0.5, 0.1, 0.5)):
+    """Layer 0: heads that look 1, 2 and 3 tokens back and keep what they see beside the token. Layer 1: heads
+    that look for a key before which need[h] tokens match, and at BOS if there is none; they write GAIN times
+    the token there. LayerNorm is kept from doing anything by two large entries of opposite sign."""
+    H, d_head = 3, 3 * V + 1
+    d = H * d_head
+    model = models.GPT2(models.GPT2Config(2, H, d, 4, V, T, eps=1e-12)).double().requires_grad_(False)
+    token, back = torch.arange(V), [torch.arange(V) + V * (i + 1) for i in range(3)]
+    place = torch.arange(T) + 4 * V
+    dump, plus, minus = 4 * V + T, 4 * V + T + 1, 4 * V + T + 2
+    C = 1000.0
+    for parameter in model.parameters():
+        parameter.zero_()
+    model.wte.weight[token, token] = 1.0
+    model.wte.weight[:, dump] = -1.0                                    # every vector has mean 0
+    model.wpe.weight[torch.arange(T), place] = 1.0
+    model.wpe.weight[:, dump] = -1.0
+    model.wpe.weight[:, plus], model.wpe.weight[:, minus] = C, -C
+    for norm in (*(block.ln_1 for block in model.h), *(block.ln_2 for block in model.h), model.ln_f):
+        norm.weight.fill_((2 * C * C / d) ** 0.5)
+    for layer, block in enumerate(model.h):
+        W, W_O = block.attn.c_attn.weight, block.attn.c_proj.weight
+        W_Q, W_K, W_V = W[:, :d], W[:, d:2 * d], W[:, 2 * d:]
+        for h in range(H):
+            head = torch.arange(d_head) + h * d_head
+            beta = sharpness * d_head**0.5
+            W_V[token, head[:V]] = 1.0
+            if layer == 0:
+                n = torch.arange(T - h - 1)
+                W_Q[place[n + h + 1], head[n]] = beta
+                W_K[place[n], head[n]] = 1.0
+                W_O[head[:V], back[h]] = 1.0
+                W_O[head[:V], dump] = -1.0
+            else:
+                for i, (at_query, at_key) in enumerate(zip((token, back[0], back[1]), back)):
+                    if i < need[h]:
+                        W_Q[at_query, head[i * V:(i + 1) * V]] = beta
+                        W_K[at_key, head[i * V:(i + 1) * V]] = 1.0
+                W_Q[plus, head[-1]] = beta / C
+                W_K[token[BOS], head[-1]] = need[h] - margin[h]
+                W_O[head[:V], token] = GAIN
+                W_O[head[:V], dump] = -GAIN
+    return model
+
+
+TABLE = torch.tensor([*range(V - 1), -1])       # every token is its own class
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wired()
+
+
+def test_curves_of_heads_that_need_one_two_and_three_tokens(model):
+    curves = I.prefix_curves(model, BOS, TABLE, n=24)
+    attention = curves.attention.mean(0)[:, 1]                          # layer 1: (lengths,H)
+    expected = np.array([[p >= need for need in (1, 2, 3)] for p in I.LENGTHS]).astype(float)
+    np.testing.assert_allclose(attention, expected, atol=0.06)          # the second head's margin is small
+    np.testing.assert_allclose(attention[:, [0, 2]], expected[:, [0, 2]], atol=1e-3)
+    assert I.pick_heads(curves.attention) == ((1, 0), (1, 2))
+    # attending, a head writes GAIN to the token's logit, less the mean over V tokens; else it writes BOS's
+    logit = curves.logit.mean(0)[:, 1][:, [0, 2]]
+    np.testing.assert_allclose(logit, np.where(expected[:, [0, 2]], GAIN * (1 - 1 / V), -GAIN / V), atol=1e-2)
+
+
+def test_sequences_are_paired_and_differ_in_the_prefix_only():
+    base = torch.arange(30)[None].repeat(2, 1)
+    tokens, e1, e2 = I.grow_prefix(base, torch.tensor([10, 12]), torch.tensor([20, 25]))
+    for row in range(2):
+        for p in I.LENGTHS:
+            one, k, q = tokens[row * 10 + p], [10, 12][row], [20, 25][row]
+            assert (e1[row * 10 + p], e2[row * 10 + p]) == (k, q)
+            assert one[q - p + 1:q + 1].tolist() == list(range(k - p, k))
+            assert one[:q - p + 1].tolist() == list(range(q - p + 1))
+            assert one[q + 1:].tolist() == list(range(q + 1, 30))
+
+
+def text_with_prefixes(n=60):
+    """Rows of different tokens in which a prefix of 0 to 9 tokens comes twice."""
+    base = I.random_rows(wired(), BOS, TABLE, n, torch.Generator().manual_seed(1))
+    return I.grow_prefix(base, torch.full((n,), 14), torch.full((n,), 30))[0]
+
+
+def test_cutting_a_prefix_hurts_the_heads_that_need_it_and_the_controls_do_not(model):
+    tokens = text_with_prefixes()
+    examples = I.find_examples(tokens, TABLE[tokens])
+    assert set(examples.length.tolist()) == set(range(1, 10))
+    r = I.intervene(model, tokens, TABLE, examples, [(1, 0), (1, 1), (1, 2)], n=300)
+    def close(condition, head, before, after):
+        assert r[condition][head]["before"] == pytest.approx(before, abs=0.06), (condition, head)
+        assert r[condition][head]["after"] == pytest.approx(after, abs=0.06), (condition, head)
+
+    drawn = (examples.length[examples.length >= 2] >= 3).double().mean()
+    close("corrupt", "1.0", 1, 1)
+    close("corrupt", "1.1", 1, 0)
+    close("corrupt", "1.2", float(drawn), 0)
+    close("control, other token", "1.1", 1, 1)
+    assert r["control, other token"]["1.2"]["change"] == pytest.approx(0, abs=1e-3)
+    close("control, prefix 1", "1.0", 1, 1)
+    close("control, prefix 1", "1.2", 0, 0)
+
+
+def test_the_examples_of_a_head_are_those_it_attends_to(model):
+    tokens = text_with_prefixes(20)
+    for head, need in ((0, 1), (1, 2), (2, 3)):
+        lengths = I.find_examples(tokens, TABLE[tokens], model, (1, head)).length
+        assert lengths.min() == need and lengths.max() == 9
+
+
+def test_examples_have_one_key_room_before_it_and_copies_that_do_not_overlap():
+    classes = torch.tensor([[-1, 1, 2, 3, 4, 1, 2, 9, 4, 8],            # 4 1 | 2: q = 6, k = 3 has L = 2
+                            [-1, 7, 7, 7, 7, 7, 7, 7, 7, 7]])
+    found = I.find_examples(classes, classes)
+    places = {(b, q, k): L for b, q, k, L in zip(*(column.tolist() for column in found))}
+    # q = 5 has k = 2, too early; copies that overlap and queries with many keys do not count
+    assert places == {(0, 6, 3): 2, (0, 8, 5): 1}
+
+
+def test_a_replaced_token_matches_nothing_in_its_row():
+    tokens = text_with_prefixes(5)
+    examples = I.find_examples(tokens, TABLE[tokens])
+    rows = I.replaced(tokens, TABLE, examples, -2, torch.Generator().manual_seed(0))
+    at = torch.arange(len(rows))
+    assert ((rows != tokens[examples.row]).sum(1) == 1).all()
+    new = rows[at, examples.k - 2]
+    assert (new != BOS).all() and not (tokens[examples.row] == new[:, None]).any()
+    left = I.prefix_lengths(TABLE[rows])[at, examples.q, examples.k]
+    assert (left == 1).all(), "one token of the prefix is left"
+
+
+def test_head_scores_on_repeated_tokens(model):
+    rows = I.random_rows(model, BOS, TABLE, 8, torch.Generator().manual_seed(0), repeat=True)
+    scores = I.head_scores(model, rows, TABLE[rows])
+    # of the 19 repeats the first has one matching token and the second two
+    np.testing.assert_allclose(scores["induction"][1], [1, 18 / 19, 17 / 19], atol=0.06)
+    assert scores["previous"][0].argmax() == 0 and scores["previous"][0][0] > 0.97
+    assert scores["duplicate"].max() < 0.01 and scores["induction"][0].max() < 0.1
+
+
+# ---- features ----
+
+
+def wired_sae():
+    """One feature for every token X that head 1.0 may see: f = 1 where it sees X, written back as it was."""
+    d_in = 3 * (3 * V + 1)
+    sae = S.SAE(d_in, V).double().requires_grad_(False)
+    for parameter in sae.parameters():
+        parameter.zero_()
+    sae.W_enc[torch.arange(V), torch.arange(V)] = 1.0
+    sae.W_dec[torch.arange(V), torch.arange(V)] = 1.0
+    sae.b_enc.fill_(-0.5)
+    return sae
+
+
+def test_wired_induction_features_are_found_named_and_matter(model, monkeypatch):
+    monkeypatch.setattr(I, "N_ACTIVE", 4)
+    tokens = I.random_rows(model, BOS, TABLE, 400, torch.Generator().manual_seed(3))
+    tokens[:, 25:29] = tokens[:, 5:9]
+    sae = wired_sae()
+    found, n_live, names = I.find_features(model, {1: sae}, tokens, TABLE[tokens])
+    assert len(found) > 20, "most tokens are seen often enough"
+    for one in found:
+        assert one["X"] == one["feature"], "feature X fires where X is next by induction"
+        assert one["share"] == pytest.approx(1, abs=1e-6)
+    one = found[0]
+    X = one["X"]
+    d, = I.details(model, {1: sae}, [(1, X, X)], tokens, TABLE[tokens])
+    assert I.precision_and_recall(d)[0]["precision"] == 1.0
+    assert I.precision_and_recall(d)[0]["recall"] > 0.95
+    after = I.downstream(model, sae, 1, X, X, tokens, d)
+    assert after["rank_of_X"] == 1
+    # f = 0.5 where the head sees X, written times GAIN: that much of X's logit, less the mean over tokens
+    assert after["direct_logit"] == pytest.approx(0.5 * GAIN * (1 - 1 / V), abs=0.02)
+    assert after["loss_if_X"] is None or after["loss_if_X"] > 0.2
+    assert after["loss_if_not_X"] < 0
+
+
+class OneHot:
+    """A model whose z_cat says which token is there, and whether token 0 followed it earlier."""
+
+    class config:
+        d_vocab = 12
+
+    def z_cat_at(self, tokens, layers):
+        here = torch.nn.functional.one_hot(tokens, 12).float()
+        follows = torch.nn.functional.pad(I.proxy_everywhere(tokens, tokens, 0), (1, 0))
+        return {layer: torch.cat([here, follows[..., None].float()], -1) for layer in layers}
+
+
+def test_a_feature_of_the_current_token_is_no_induction_feature():
+    tokens = torch.randint(1, 11, (200, 60), generator=torch.Generator().manual_seed(0))
+    often = torch.rand(200, 30, generator=torch.Generator().manual_seed(1)) < 0.6
+    tokens[:, 1::2] = torch.where(often, 0, tokens[:, 1::2])            # 0 follows every token
+    tokens[:, 0] = 11
+    sae = S.SAE(13, 13).requires_grad_(False)
+    sae.W_enc.copy_(torch.eye(13))
+    sae.W_dec.copy_(torch.eye(13))
+    classes = torch.where(tokens == 11, -1, tokens)
+    naming, every = tokens[:100], torch.arange(1, 11)
+    f = sae.encode(OneHot().z_cat_at(naming, [0])[0][:, 1:])
+    row, q, feature = f.nonzero(as_tuple=True)
+    entries = I.Entries(row, q + 1, feature, f[row, q, feature])
+    names = I.name_next(naming, classes[:100], entries, 13)
+    assert names[12] == 0 and (names[1:11] == 0).all() and names[11] == -1
+    shares = I.tally(OneHot(), {0: sae}, tokens, classes, {0: names})[0]
+    expected = I.expected_share(OneHot(), sae, 0, tokens, classes, every, names[every])
+    torch.testing.assert_close(expected.double(), (shares.hit / shares.mass)[every], rtol=1e-4, atol=1e-6)
+    found, _, _ = I.find_features(OneHot(), {0: sae}, tokens, classes)
+    by_feature = {one["feature"]: one for one in found}
+    assert not set(by_feature) & set(range(12)), "a feature that reads the current token alone is not one"
+
+
+def test_the_strongest_entries_of_each_feature_are_kept():
+    generator = torch.Generator().manual_seed(0)
+    column = lambda high: torch.randint(high, (500,), generator=generator)
+    f = lambda: torch.rand(500, generator=generator)
+    blocks = [I.Entries(column(50), column(50), column(7), f()) for _ in range(3)]
+    kept = None
+    for block in blocks:
+        kept = I.strongest(kept, block, 5)
+    every = I.Entries(*map(torch.cat, zip(*blocks)))
+    for i in range(7):
+        best = every.f[every.feature == i].sort(descending=True).values[:5]
+        torch.testing.assert_close(kept.f[kept.feature == i], best)
+
+
+def test_a_feature_is_named_after_the_token_with_the_most_activation():
+    tokens = torch.tensor([[9, 1, 4, 1, 5, 1], [9, 2, 6, 2, 0, 0]])
+    entries = I.Entries(torch.tensor([0, 0, 1, 1]), torch.tensor([3, 5, 3, 1]), torch.tensor([0, 0, 0, 1]),
+                        torch.tensor([1.0, 1.0, 1.5, 3.0]))
+    # feature 0: after an earlier 1 came 4 (from both 1s: 2.0) and 5 (1.0); after an earlier 2 came 6 (1.5)
+    assert I.name_next(tokens, tokens, entries, 3).tolist() == [4, -1, -1]
+
+
+# ---- the program ----
+
+
+def run(*flags):
+    return subprocess.run([sys.executable, "induction.py", *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_program_writes_tables_json_and_figures(tmp_path):
+    done = run("--n-sequences", "6", "--n-examples", "10", "--n-rows", "80", "--feature", "2.100", "--saes",
+               "data/tiny", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tiny" / "induction"
+    for name in ("heads", "prefix", "intervention", "prefix_lengths"):
+        assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
+    prefix = json.loads((folder / "prefix.json").read_text())
+    assert np.array(prefix["attention"]).shape == (10, 4, 4) and prefix["n_sequences"] == 6
+    assert (folder / "features.json").is_file() and "short-prefix head" in done.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--feature", "two"), "--feature is written layer.feature"),
+    (("--feature", "9.1"), "layer 9 has no SAE"),
+    (("--feature", "2.99999"), "features 0 to"),
+    (("--n-sequences", "1"), "--n-sequences must be 2 or more"),
+    (("--corpus", "no-such-file.txt"), "no-such-file.txt"),
+    (("--model", "no-such-model"), "no-such-model"),
+])
+def test_mistakes_get_one_sentence(tmp_path, flags, words):
+    done = run(*flags, "--saes", "data/tiny", "--out", str(tmp_path))
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
