@@ -35,9 +35,9 @@ import model as models
 from attribution import head_logits
 from data import common
 from data.bpe import check_fits
-from data.common import (Progress, UserError, bootstrap, check_writable, field, mean_of, parse_flags,
+from data.common import (Progress, UserError, check_writable, field, mean_of, parse_flags,
                          pick_device, run_folder, write_json)
-from data.figures import COLOURS, figure, save
+from data.figures import plot_feature, plot_heads, plot_intervention, plot_lengths, plot_prefixes
 from data.sae_files import find_saes
 from sae import ablate, load_all
 
@@ -86,6 +86,7 @@ def followed_by(tokens, classes, row, q, X):                            # (B,T),
 # ---- heads ----
 
 
+@torch.no_grad()
 def head_scores(model, tokens, classes):                                # (B,T) each -> {score: (layers,H)}
     """Mean attention of every head at the queries that have something to look at.
 
@@ -100,7 +101,7 @@ def head_scores(model, tokens, classes):                                # (B,T) 
         follows = F.pad(duplicate, (1, 0))[..., :-1] & (k < q)
         targets = {"induction": follows, "previous": ((k == q - 1) & (k > 0)).expand_as(follows),
                    "duplicate": duplicate}
-        for layer, kept in layer_by_layer(model, part):
+        for layer, kept in model.layer_by_layer(part):
             for name, target in targets.items():
                 mass = (kept.pattern * target[:, None]).sum(-1)         # (B,H,q)
                 at = target.any(-1)                                     # (B,q)
@@ -115,16 +116,6 @@ def positions(tokens):                                                  # (B,T) 
     """Query and key positions, to compare with each other."""
     each = torch.arange(tokens.shape[1], device=tokens.device)
     return each[:, None], each[None]
-
-
-@torch.no_grad()
-def layer_by_layer(model, tokens, depth=None):
-    """Yields (layer, LayerCache) for the first `depth` layers in turn, so that one cache is held at a time.
-    """
-    x = model.embed(tokens)
-    for layer in range(depth or model.config.n_layers):
-        x, cache = model.through(x, keep=(layer,), layers=(layer,))
-        yield layer, cache[layer]
 
 
 def random_rows(model, bos, table, n, generator, repeat=False):         # -> (n,T)
@@ -170,7 +161,7 @@ def prefix_curves(model, bos, table, n=400, seed=0, say=lambda done: None):
     for rows in torch.arange(n, device=base.device).split(8):
         tokens, e1, e2 = grow_prefix(base[rows, :query[rows].max() + 1], key[rows], query[rows])
         at, seen, gathered = torch.arange(len(tokens), device=base.device), [], []
-        for layer, kept in layer_by_layer(model, tokens):
+        for layer, kept in model.layer_by_layer(tokens):
             seen.append(kept.pattern[at, :, e2, e1])                    # (B,H)
             scale = kept.scales["attn_out"][at, e2] if "attn_out" in kept.scales else 1.0
             gathered.append((kept.z_cat[at, e2], matrices[layer], scale))
@@ -239,7 +230,7 @@ def find_examples(tokens, classes, model=None, head=None):              # (B,T),
             at &= ((lengths > 0) & (k < q)).sum(-1, keepdim=True) == 1
         else:
             layer, h = head
-            *_, (_, kept) = layer_by_layer(model, tokens[part], layer + 1)
+            *_, (_, kept) = model.layer_by_layer(tokens[part], layer + 1)
             at &= kept.pattern[:, h] > ATTENDS
         row, query, key = at.nonzero(as_tuple=True)
         found.append(Examples(part[row], query, key, lengths[row, query, key]))
@@ -265,7 +256,7 @@ def attention_at(model, rows, examples, layers):                        # (n,T) 
     for part in torch.arange(len(rows), device=rows.device).split(32):
         at, q, k = torch.arange(len(part), device=rows.device), examples.q[part], examples.k[part]
         found.append(torch.stack([kept.pattern[at, :, q, k] for layer, kept in
-                                  layer_by_layer(model, rows[part], max(layers) + 1)
+                                  model.layer_by_layer(rows[part], max(layers) + 1)
                                   if layer in layers], 1).cpu())
     return torch.cat(found).numpy()
 
@@ -633,7 +624,7 @@ def study_prefixes(config, model, tokenizer, table, folder):            # -> (sh
              "short_head": f"{short[0]}.{short[1]}", "long_head": f"{long[0]}.{long[1]}",
              **statistics, "rise": rise, "rise_ci": rise_ci}
     write_json(folder / "prefix.json", found)
-    plot_prefixes(curves, short, long, folder / "prefix.png")
+    plot_prefixes(found, folder / "prefix.png")
     mean = curves.attention.mean(0)
     strong = [divmod(int(i), mean.shape[2]) for i in mean[max(LENGTHS)].argsort(axis=None)[::-1][:6]]
     print(f"\nattention to the token after the prefix, by prefix length; {config.n_sequences} random "
@@ -665,9 +656,9 @@ def study_intervention(config, model, rows, table, heads, folder):
                 low, high = one["change_ci"]
                 print(f"{choice:22}{condition:22}{r['n']:5}  {layer}.{h}  {one['before']:6.2f} "
                       f"{one['after']:6.2f}   {one['change']:+.3f} [{low:+.3f}, {high:+.3f}]")
-    write_json(folder / "intervention.json", {"conditions": found, "prefix_lengths": lengths,
-                                              "heads": [f"{layer}.{h}" for layer, h in heads]})
-    plot_intervention(found, heads, folder / "intervention.png")
+    names = [f"{layer}.{h}" for layer, h in heads]
+    write_json(folder / "intervention.json", {"heads": names, "conditions": found, "prefix_lengths": lengths})
+    plot_intervention(found, names, folder / "intervention.png")
     plot_lengths(lengths, folder / "prefix_lengths.png")
 
 
@@ -708,7 +699,9 @@ def study_features(config, model, tokenizer, saes, rows, table, asked, folder, n
              "downstream": downstream(model, saes[layer], layer, feature, X, rows, d, seed=config.seed)}
     print_feature(drawn)
     write_json(folder / "features.json", result | {"drawn": drawn})
-    plot_feature(d, f"{layer}.{feature}: {drawn['X_text']!r} is next by induction", folder / "feature.png")
+    active = d.f > 0
+    plot_feature(d.f[active].cpu().numpy(), d.proxy[active].cpu().numpy(),
+                 f"{layer}.{feature}: {drawn['X_text']!r} is next by induction", folder / "feature.png")
 
 
 def print_feature(drawn):
@@ -728,97 +721,6 @@ def print_feature(drawn):
         print(kind + ":")
         for e in examples:
             print(f"  {e['f']:6.2f}  {e['text']}")
-
-
-# ---- figures ----
-
-def plot_heads(scores, path):
-    """Three scores of every head, on two texts."""
-    fig, axes = figure(12, 3, panels=6)
-    pairs = [(text, name) for text in scores for name in scores[text]]
-    for ax, (text, name) in zip(axes, pairs):
-        image = ax.imshow(scores[text][name], vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
-        ax.set_title(f"{name}\n{text}", fontsize=8)
-        ax.set_xlabel("head")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.yaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_ylabel("layer")
-    fig.colorbar(image, ax=axes, label="mean attention")
-    save(fig, path)
-
-
-def plot_prefixes(curves, short, long, path):
-    """Fig. 4a and 19: every head in grey, the two heads picked in colour, with their intervals."""
-    fig, axes = figure(9, 3.6, panels=2)
-    for ax, values, label in ((axes[0], curves.attention, "attention to the token after the prefix"),
-                              (axes[1], curves.logit, "direct logit attribution of that token")):
-        mean = values.mean(0)
-        ax.plot(LENGTHS, mean.reshape(len(LENGTHS), -1), color="#c8c8c8", linewidth=0.8)
-        for (layer, h), colour, kind in zip((short, long), COLOURS, ("short prefix", "long prefix")):
-            low, high = bootstrap(lambda i: values[i, :, layer, h].mean(0), len(values))
-            ax.fill_between(LENGTHS, low, high, color=colour, alpha=0.25, linewidth=0)
-            ax.plot(LENGTHS, mean[:, layer, h], "o-", color=colour, markersize=4,
-                    label=f"{layer}.{h}, {kind}")
-        ax.set(xlabel="tokens that match (prefix length)", ylabel=label)
-    axes[0].set_ylim(0, 1)
-    axes[0].legend()
-    fig.suptitle("Prefix length on random tokens (Fig. 4a, 19)", fontsize=10)
-    save(fig, path)
-
-
-def plot_intervention(found, heads, path):
-    """Fig. 4b: attention before and after, for each choice of examples and condition."""
-    fig, axes = figure(11, 3.6, panels=len(found), sharey=True)
-    for ax, (choice, conditions) in zip(axes, found.items()):
-        mine = [(colour, f"{layer}.{h}") for colour, (layer, h) in zip(COLOURS, heads)
-                if any(f"{layer}.{h}" in r for r in conditions.values())]
-        for i, (colour, head) in enumerate(mine):
-            for j, one in enumerate(r.get(head) for r in conditions.values()):
-                for step, (name, alpha) in enumerate((("before", 0.45), ("after", 1.0)) if one else ()):
-                    at = j + (i - (len(mine) - 1) / 2) * 0.44 + (step - 0.5) * 0.2
-                    ax.bar(at, one[name], 0.19, color=colour, alpha=alpha,
-                           label=f"{head} {name}" if j == 0 else None)
-                    ax.vlines(at, *one[name + "_ci"], color="black", linewidth=1)
-        names = ["prefix cut\n(k-2)", "other token\n(k+2)", "prefix was 1\n(k-2)"]
-        ax.set_xticks(range(3), names, fontsize=8)
-        ax.set(title=f"examples {choice}", ylim=(0, 1), xlim=(-0.6, 2.6))
-        if mine:
-            ax.legend(fontsize=8, ncols=len(mine))
-    axes[0].set_ylabel("attention from query to key")
-    fig.suptitle("One token of real text replaced (Fig. 4b)", fontsize=10)
-    save(fig, path)
-
-
-def plot_lengths(lengths, path):
-    """How long the matching prefix is where heads attend, against where text repeats at all."""
-    fig, ax = figure(6, 3.6)
-    for (choice, counts), colour in zip(lengths.items(), ("#777777", *COLOURS)):
-        if sum(counts):
-            share = np.array(counts) / sum(counts)
-            ax.plot(range(1, len(counts) + 1), share, "o-", color=colour, markersize=4,
-                    label=f"{choice} (n = {sum(counts):,})")
-    ax.set(xlabel="tokens that match (prefix length)", ylabel="share of places", yscale="log",
-           title="Prefix lengths up to 10 in real text")
-    ax.legend(fontsize=8)
-    save(fig, path)
-
-
-def plot_feature(d, title, path):
-    """Fig. 2: the feature's activations split by proxy, as counts and weighted by activation."""
-    f, proxy = d.f[d.f > 0].cpu().numpy(), d.proxy[d.f > 0].cpu().numpy()
-    fig, axes = figure(9, 3.4, panels=2)
-    bins = np.linspace(0, f.max() if len(f) else 1, 31)
-    for ax, weighted, label in ((axes[0], False, "positions"), (axes[1], True, "positions x activation")):
-        parts = [f[proxy], f[~proxy]]
-        ax.hist(parts, bins, weights=parts if weighted else None, color=COLOURS[:2], histtype="stepfilled",
-                alpha=0.7, label=["X followed the token earlier", "it did not"])
-        ax.set(xlabel="activation", ylabel=label)
-    axes[0].set_yscale("log")
-    axes[0].set_title("specificity", fontsize=9)
-    axes[1].set_title("expected value", fontsize=9)
-    axes[0].legend(fontsize=8)
-    fig.suptitle(f"Feature {title} (Fig. 2)", fontsize=10)
-    save(fig, path)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,13 @@ class Transformer(nn.Module):
             x = x + attn_out + mlp_out
         return x, cache
 
+    def layer_by_layer(self, tokens, depth=None):                       # (B,T) -> (layer, LayerCache), ...
+        """What the first `depth` layers (None: all) compute, in turn, so that one cache is held at a time."""
+        x = self.embed(tokens)
+        for layer in range(self.config.n_layers if depth is None else depth):
+            x, cache = self.through(x, keep=(layer,), layers=(layer,))
+            yield layer, cache[layer]
+
     def z_cat_at(self, tokens, layers, edit_z=None):                    # (B,T) -> {layer: (B,T,D)}
         """z_cat of some layers and nothing more: stops in the middle of the last one, builds no pattern."""
         edit_z = edit_z or {}

@@ -35,8 +35,8 @@ import data
 import model as models
 from data.bpe import check_fits
 from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
-                         fast_bfloat16, field, parse_flags, pick_device, pick_dtype, run, run_folder,
-                         write_json)
+                         fast_bfloat16, field, keep_freed_memory, parse_flags, pick_device, pick_dtype, run,
+                         run_folder, write_json)
 from data.weights import read_tensors
 from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_gradient, resample,
                  sparse_step, splice)
@@ -116,7 +116,7 @@ def train(config):
     step, n_steps = first_step, config.n_tokens // config.batch_size
     progress, log = Progress(config.n_tokens, "tokens"), Log(folder, config, first_step)
 
-    with deferred_interrupt() as interrupted:
+    with deferred_interrupt() as interrupted, keep_freed_memory():
         for batches in source.batches(first_step):
             for layer, learner in learners.items():
                 learn(learner, batches[layer], step, config, layer)

@@ -25,7 +25,6 @@ class UserError(Exception):
 def run(main):
     """Run a program's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
     """
-    keep_freed_memory()
     try:
         main()
     except UserError as error:
@@ -34,14 +33,28 @@ def run(main):
         sys.exit(_say(stop if str(stop) else "stopped.", 130))
 
 
+@contextlib.contextmanager
 def keep_freed_memory():
-    """Let freed tensors stay with the process. By default glibc returns every large block to the system,
-    which clears each page again at the next use: a fifth of the time of a training step. Does nothing where
-    the C library is another."""
-    with contextlib.suppress(OSError, AttributeError):
+    """A block, or a function that this decorates, in which freed tensors stay with the process.
+
+    By default glibc returns every large block of memory to the system, which clears each page again at the
+    next use: a fifth of the time of a training step. A loop asks for the same sizes over and over, so little
+    is wasted; work of ever other sizes would leave holes. Does nothing where the C library is another.
+    """
+    try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)                 # M_MMAP_MAX: no block is too large for the heap
-        libc.mallopt(-1, 2**31 - 1)         # M_TRIM_THRESHOLD: the heap does not shrink
+        set_limit, give_back = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        yield
+        return
+    set_limit(-4, 0)                        # M_MMAP_MAX: no block is too large for the heap
+    set_limit(-1, 2**31 - 1)                # M_TRIM_THRESHOLD: the heap does not shrink
+    try:
+        yield
+    finally:
+        set_limit(-4, 65536)                # glibc's defaults
+        set_limit(-1, 128 * 1024)
+        give_back(0)
 
 
 def _say(message, code):

@@ -1,4 +1,7 @@
-"""What the figures of all programs share."""
+"""The figures of the studies: each function takes what a study found, as it stands in its JSON, and saves one
+PNG."""
+
+import numpy as np
 
 from data.common import atomic
 
@@ -19,3 +22,210 @@ def save(fig, path):
     with atomic(path) as temporary:
         fig.savefig(temporary, dpi=130, format="png")
     plt.close(fig)
+
+
+# ---- the induction study ----
+
+def plot_heads(scores, path):
+    """Three scores of every head, on two texts."""
+    fig, axes = figure(12, 3, panels=6)
+    pairs = [(text, name) for text in scores for name in scores[text]]
+    for ax, (text, name) in zip(axes, pairs):
+        image = ax.imshow(scores[text][name], vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
+        ax.set_title(f"{name}\n{text}", fontsize=8)
+        ax.set_xlabel("head")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("layer")
+    fig.colorbar(image, ax=axes, label="mean attention")
+    save(fig, path)
+
+
+def plot_prefixes(found, path):
+    """Fig. 4a and 19: every head in grey, the two heads picked in colour, with their intervals."""
+    lengths, (fig, axes) = found["prefix_lengths"], figure(9, 3.6, panels=2)
+    for ax, name, label in ((axes[0], "attention", "attention to the token after the prefix"),
+                            (axes[1], "logit", "direct logit attribution of that token")):
+        mean, (low, high) = np.array(found[name]), np.array(found[name + "_ci"])        # (lengths,layers,H)
+        ax.plot(lengths, mean.reshape(len(lengths), -1), color="#c8c8c8", linewidth=0.8)
+        for kind, colour in zip(("short", "long"), COLOURS):
+            layer, h = map(int, found[kind + "_head"].split("."))
+            ax.fill_between(lengths, low[:, layer, h], high[:, layer, h], color=colour, alpha=0.25, lw=0)
+            ax.plot(lengths, mean[:, layer, h], "o-", color=colour, markersize=4,
+                    label=f"{layer}.{h}, {kind} prefix")
+        ax.set(xlabel="tokens that match (prefix length)", ylabel=label)
+    axes[0].set_ylim(0, 1)
+    axes[0].legend()
+    fig.suptitle("Prefix length on random tokens (Fig. 4a, 19)", fontsize=10)
+    save(fig, path)
+
+
+def plot_intervention(found, heads, path):
+    """Fig. 4b: attention before and after, for each choice of examples and condition."""
+    fig, axes = figure(11, 3.6, panels=len(found), sharey=True)
+    for ax, (choice, conditions) in zip(axes, found.items()):
+        mine = [(colour, head) for colour, head in zip(COLOURS, heads)
+                if any(head in r for r in conditions.values())]
+        for i, (colour, head) in enumerate(mine):
+            for j, one in enumerate(r.get(head) for r in conditions.values()):
+                for step, (name, alpha) in enumerate((("before", 0.45), ("after", 1.0)) if one else ()):
+                    at = j + (i - (len(mine) - 1) / 2) * 0.44 + (step - 0.5) * 0.2
+                    ax.bar(at, one[name], 0.19, color=colour, alpha=alpha,
+                           label=f"{head} {name}" if j == 0 else None)
+                    ax.vlines(at, *one[name + "_ci"], color="black", linewidth=1)
+        names = ["prefix cut\n(k-2)", "other token\n(k+2)", "prefix was 1\n(k-2)"]
+        ax.set_xticks(range(3), names, fontsize=8)
+        ax.set(title=f"examples {choice}", ylim=(0, 1), xlim=(-0.6, 2.6))
+        if mine:
+            ax.legend(fontsize=8, ncols=len(mine))
+    axes[0].set_ylabel("attention from query to key")
+    fig.suptitle("One token of real text replaced (Fig. 4b)", fontsize=10)
+    save(fig, path)
+
+
+def plot_lengths(lengths, path):
+    """How long the matching prefix is where heads attend, against where text repeats at all."""
+    fig, ax = figure(6, 3.6)
+    for (choice, counts), colour in zip(lengths.items(), ("#777777", *COLOURS)):
+        if sum(counts):
+            share = np.array(counts) / sum(counts)
+            ax.plot(range(1, len(counts) + 1), share, "o-", color=colour, markersize=4,
+                    label=f"{choice} (n = {sum(counts):,})")
+    ax.set(xlabel="tokens that match (prefix length)", ylabel="share of places", yscale="log",
+           title="Prefix lengths up to 10 in real text")
+    ax.legend(fontsize=8)
+    save(fig, path)
+
+
+def plot_feature(f, proxy, title, path):
+    """Fig. 2: a feature's activations split by proxy, as counts and weighted by activation."""
+    fig, axes = figure(9, 3.4, panels=2)
+    bins = np.linspace(0, f.max() if len(f) else 1, 31)
+    for ax, weighted, label in ((axes[0], False, "positions"), (axes[1], True, "positions x activation")):
+        parts = [f[proxy], f[~proxy]]
+        ax.hist(parts, bins, weights=parts if weighted else None, color=COLOURS[:2], histtype="stepfilled",
+                alpha=0.7, label=["X followed the token earlier", "it did not"])
+        ax.set(xlabel="activation", ylabel=label)
+    axes[0].set_yscale("log")
+    axes[0].set_title("specificity", fontsize=9)
+    axes[1].set_title("expected value", fontsize=9)
+    axes[0].legend(fontsize=8)
+    fig.suptitle(f"Feature {title} (Fig. 2)", fontsize=10)
+    save(fig, path)
+
+
+# ---- the IOI study ----
+
+
+def plot_effects(panels, path):
+    """One number for every head: {title: (layers,H)}, the first in logits, the others as parts of the clean
+    less the source run and on one scale."""
+    fig, axes = figure(12, 3.2, panels=len(panels))
+    whole = max(abs(np.array(values)).max() for values in list(panels.values())[1:])
+    for i, (ax, (title, values)) in enumerate(zip(axes, panels.items())):
+        most = max(whole if i else abs(np.array(values)).max(), 1e-9)
+        image = ax.imshow(values, vmin=-most, vmax=most, cmap="RdBu", origin="lower", aspect="auto")
+        ax.set(title=title, xlabel="head")
+        ax.title.set_size(9)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        fig.colorbar(image, ax=ax, label="part of clean - source" if i else "logits")
+    axes[0].set_ylabel("layer")
+    save(fig, path)
+
+
+COLUMNS = {"previous token": 0, "duplicate token": 1, "induction": 1, "S-inhibition": 2, "name mover": 3,
+           "negative name mover": 3}
+
+
+def plot_circuit(found, at_end, at_S2, path):
+    """{role: [(layer, head)]}: heads by the position at which they act (columns) and layer (rows), with the
+    effect of patching them; arrows from each column to the next that has heads."""
+    n_layers, (fig, ax) = len(at_end), figure(8.5, 1.4 + 0.75 * min(len(at_end), 8))
+    spots = {column: [] for column in range(4)}
+    for role, heads in found.items():
+        for layer, h in heads:
+            column, effect = COLUMNS[role], at_end[layer, h]
+            effect = at_S2[layer, h] if column == 1 else effect
+            beside = sum(int(y) == layer for _, y in spots[column])
+            x, y = column + 0.36 * (beside % 2), layer + 0.3 * (beside // 2)
+            label = f"{layer}.{h}" + (f"  {effect:+.0%}" if column else "")
+            box = {"boxstyle": "round", "color": COLOURS[column], "alpha": 0.6 if "negative" in role else 1.0}
+            ax.annotate(label, (x, y), ha="center", va="center", fontsize=8, color="white", bbox=box)
+            spots[column].append((x, y))
+    columns = [column for column in range(4) if spots[column]]
+    for left, right in zip(columns, columns[1:]):
+        for x, y in spots[left]:
+            for x2, y2 in spots[right]:
+                if int(y2) > int(y):
+                    ax.annotate("", (x2 - 0.16, y2), (x + 0.16, y), zorder=0,
+                                arrowprops={"arrowstyle": "->", "color": "#bbbbbb", "linewidth": 0.8})
+    names = ["previous token\n(at S1+1)", "duplicate token,\ninduction (at S2)", "S-inhibition\n(at the end)",
+             "name movers\n(at the end)"]
+    ax.set_xticks(np.arange(4) + 0.18, names)
+    ax.set(ylabel="layer", xlim=(-0.4, 3.8), ylim=(-0.6, n_layers - 0.2), yticks=range(n_layers),
+           title="Heads with a role, and what patching them does to the logit difference")
+    ax.title.set_size(10)
+    save(fig, path)
+
+
+def plot_ablations(places, path):
+    """Fig. 16: the features that the logit difference hangs on most, by order of names, beside the errors."""
+    fig, axes = figure(11, 4, panels=2, sharey=True)
+    for ax, (place, r) in zip(axes, places.items()):
+        at = np.arange(len(r["features"]))
+        for order, colour, side in zip(("ABBA", "BABA"), COLOURS, (-0.2, 0.2)):
+            ax.bar(at + side, [one[order] for one in r["features"]], 0.38, color=colour, label=order)
+        for i, one in enumerate(r["features"]):
+            ax.vlines(i, *one["effect_ci"], color="black", linewidth=1)
+        errors = np.arange(len(r["error"])) + len(at) + 0.6
+        ax.bar(errors, [mean for mean, _ in r["error"].values()], 0.6, color="#999999",
+               label="SAE error removed")
+        ax.set_xticks([*at, *errors], [f"{one['layer']}.{one['feature']}" for one in r["features"]]
+                      + [f"error {layer}" for layer in r["error"]], rotation=75, fontsize=7)
+        ax.axhline(0, color="black", linewidth=0.5)
+        ax.set_title(f"removed at {place}", fontsize=10)
+    axes[0].set_ylabel("change of the logit difference")
+    axes[0].legend(fontsize=8)
+    fig.suptitle("Features of the IOI circuit (Fig. 16); lines: 95% interval of the mean over all prompts",
+                 fontsize=10)
+    save(fig, path)
+
+
+def plot_signal(found, layers, path):
+    """Fig. 5 and 14: recovered logit difference by source, for both orders of names."""
+    fig, ax = figure(9, 4)
+    shown = {name: r for name, r in found.items() if r["recovered"] is not None}
+    for i, (name, r) in enumerate(shown.items()):
+        for order, colour, side in zip(("ABBA", "BABA"), COLOURS, (-0.2, 0.2)):
+            if r[order] is not None:
+                ax.bar(i + side, r[order], 0.38, color=colour, label=order if i == 0 else None)
+                ax.vlines(i + side, *r[order + "_ci"], color="black", linewidth=1)
+    ax.axhline(0, color="black", linewidth=0.5)
+    ax.set_xticks(range(len(shown)), [name.replace(", ", ",\n") for name in shown], rotation=35, ha="right",
+                  fontsize=8)
+    ax.set_ylabel("recovered logit difference")
+    ax.set_title(f"z_cat of layers {' and '.join(map(str, layers))} at S2 from another prompt (Fig. 5, 14)",
+                 fontsize=10)
+    if shown:
+        ax.legend()
+    save(fig, path)
+
+
+def plot_cells(cells, path):
+    """Side against position."""
+    fig, ax = figure(6, 3.6)
+    for i, side in enumerate(("same side", "other side")):
+        for j, position in enumerate(("same", "2 tokens", "a sentence")):
+            r = cells.get(f"{side}, {position}", {"recovered": None})
+            if r["recovered"] is not None:
+                ax.bar(j + (i - 0.5) * 0.4, r["recovered"], 0.38, color=COLOURS[i],
+                       label=side if j == 0 else None)
+                ax.vlines(j + (i - 0.5) * 0.4, *r["recovered_ci"], color="black", linewidth=1)
+    ax.axhline(0, color="black", linewidth=0.5)
+    ax.set_xticks(range(3), ["same position", "moved by 2 tokens", "moved by a sentence"])
+    ax.set(ylabel="recovered logit difference", title="Side of the connector and position of S1")
+    ax.title.set_size(10)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    save(fig, path)

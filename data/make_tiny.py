@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 import model as models
 from data import bpe, text
-from data.common import (Progress, UserError, atomic, bootstrap, fast_bfloat16, field, parse_flags,
-                         pick_device, read_json, run, write_json)
+from data.common import (Progress, UserError, atomic, bootstrap, fast_bfloat16, field, keep_freed_memory,
+                         parse_flags, pick_device, read_json, run, write_json)
 from data.stories import held_out_prompts
 from data.weights import read_tensors
 
@@ -104,6 +104,7 @@ def training_rows(config, tokenizer, start):
             start = end
 
 
+@keep_freed_memory()
 def train(config, tokenizer, folder):
     """The loop: rows -> loss -> AdamW, with a checkpoint and a quick report now and then -> the model."""
     device = pick_device(config.device)
