@@ -401,8 +401,8 @@ def proxy_everywhere(tokens, classes, X):                               # (B,T) 
 
 @torch.no_grad()
 def find_features(model, saes, tokens, classes, say=lambda done: None):
-    """Every "X is next by induction" feature -> list of dicts, those of the largest share first; {layer:
-    number of features active in the second half}; {layer: (d_sae,) the token X that each feature has}.
+    """Every "X is next by induction" feature -> list of dicts, those whose share exceeds the expected one most
+    first; {layer: number of features active in the second half}; {layer: (d_sae,) the X of each feature}.
 
     X is named on the first half of the rows (by the 32 strongest activations), the rest is measured on the
     second half: a feature counts if it is active at 100 positions or more, if at least half of its activation
@@ -426,7 +426,7 @@ def find_features(model, saes, tokens, classes, say=lambda done: None):
         found += [{"layer": layer, "feature": i, "X": x, "share": float(share[i]), "expected_share": e,
                    "n_active": int(t.n[i]), "n_hit": int(t.n_hit[i])}
                   for i, x, e in zip(chosen.tolist(), X.tolist(), expected.tolist()) if share[i] >= LIFT * e]
-    return sorted(found, key=lambda one: -one["share"]), n_live, names
+    return sorted(found, key=lambda one: one["expected_share"] - one["share"]), n_live, names
 
 
 class Detail(NamedTuple):
@@ -530,7 +530,7 @@ def show_places(d, tokens, tokenizer, n=5, seed=0):                     # -> {ki
 class InductionConfig:
     model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
     saes: str = field("", "folder with SAEs, kissane, gemma-scope; else the run in --out, else the shipped")
-    feature: str = field("", "the feature to draw, as layer.feature; empty: the one with the largest share")
+    feature: str = field("", "the feature to draw, as layer.feature; empty: the first of those found")
     corpus: str = field("python", "real text, of which held-out rows are read: see train.py")
     n_sequences: int = field(400, "random sequences for each prefix length (the paper: 400)")
     n_examples: int = field(300, "places in real text where a token is replaced, for each condition")

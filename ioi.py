@@ -181,21 +181,21 @@ class Base(NamedTuple):
 
 
 @torch.no_grad()
-def base_run(model, prompts, targets=None):                             # -> Base
-    """targets: Prompts whose names the logit difference is of; the prompts' own if None."""
-    resid, z = [], []
-    for _, kept in model.layer_by_layer(prompts.tokens):
-        resid.append(kept.resid_pre)
-        z.append(kept.z_cat)
-    final = kept.resid_pre + kept.attn_out + kept.mlp_out
-    return Base(resid, z, logit_difference(model, final, prompts, targets))
+def base_run(model, prompts):                                           # -> Base
+    """The run without an edit, layer by layer."""
+    x, resid, z = model.embed(prompts.tokens), [], []
+    for layer in range(model.config.n_layers):
+        resid.append(x)
+        # an edit that only looks: the run is then, bit for bit, the one that `edited` changes
+        x, _ = model.through(x, {layer: lambda z_cat: z.append(z_cat) or z_cat}, layers=(layer,))
+    return Base(resid, z, logit_difference(model, x, prompts))
 
 
-def logit_difference(model, final, prompts, targets=None):              # (N,T,d_model) -> (N,)
+def logit_difference(model, final, prompts):                            # (N,T,d_model) -> (N,)
     """logit[IO] - logit[S] at the end."""
-    at, names = torch.arange(len(final), device=final.device), targets or prompts
+    at = torch.arange(len(final), device=final.device)
     logits = model.unembed(final[at, prompts.pos["end"]]).float()
-    return logits[at, names.io] - logits[at, names.s]
+    return logits[at, prompts.io] - logits[at, prompts.s]
 
 
 @torch.no_grad()

@@ -20,10 +20,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import sys
 import time
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,11 @@ from data.bpe import check_fits
 from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
                          fast_bfloat16, field, keep_freed_memory, parse_flags, pick_device, pick_dtype, run,
                          run_folder, write_json)
+from data.figures import plot_training
+from data.team import Team, join
 from data.weights import read_tensors
 from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_gradient, resample,
                  sparse_step, splice)
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 DEAD_WINDOW = 1_000_000     # a feature is dead if it fired on none of the last so many training activations
 CHECKPOINT_EVERY = 500      # steps: what a power cut can cost
@@ -100,26 +100,27 @@ class Learner:
 
 
 def train(config):
-    """Train, evaluate, write everything -> {layer: metrics}. Raises UserError for what the user can mend."""
-    device = pick_device(config.device)
+    """Train, evaluate, write everything -> {layer: metrics}, {} in a process that torchrun started and that
+    does not lead. Raises UserError for what the user can mend."""
+    team, device = join(), pick_device(config.device)
     model = models.load(config.model, device, pick_dtype(config.dtype))
     tokenizer = data.tokenizer(config.model)
     layers = config.layers or tuple(range(model.config.n_layers))
     folder = run_folder(config.out, config.model)
-    check(config, model, tokenizer, layers, folder)
+    check(config, model, tokenizer, layers, folder, team)
     held_out = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows))
     held_out = held_out.to(device)
     if config.saes:
         return measure(config, model, held_out, folder)
-    source, begun = Source(model, tokenizer, config, layers, device), time.monotonic()
+    source, begun = Source(model, tokenizer, config, layers, device, team), time.monotonic()
     first_step, learners = start(config, source, folder)
     step, n_steps = first_step, config.n_tokens // config.batch_size
-    progress, log = Progress(config.n_tokens, "tokens"), Log(folder, config, first_step)
+    progress, log = Progress(config.n_tokens, "tokens"), Log(folder, config, first_step, team)
 
     with deferred_interrupt() as interrupted, keep_freed_memory():
         for batches in source.batches(first_step):
             for layer, learner in learners.items():
-                learn(learner, batches[layer], step, config, layer)
+                learn(learner, batches[layer], step, config, layer, team)
             step += 1
             if step in resampling_steps(config):
                 for layer, learner in learners.items():
@@ -130,8 +131,8 @@ def train(config):
             progress(step * config.batch_size,
                      "L0 by layer: " + "  ".join(f"{one.l0:.1f}" for one in learners.values()))
             log(step, learners)
-            stop = interrupted()
-            if stop or step % CHECKPOINT_EVERY == 0:
+            stop = team.any(interrupted())
+            if team.leads and (stop or step % CHECKPOINT_EVERY == 0):
                 save_checkpoint(folder, config, step, learners)
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step}; --resume goes on from there.")
@@ -141,7 +142,7 @@ def train(config):
                         f"{step * config.batch_size} and another --out.")
     speed = (step - first_step) * config.batch_size / (time.monotonic() - begun)
     progress(step * config.batch_size, last=True)
-    return finish(config, model, held_out, learners, folder, speed)
+    return finish(config, model, held_out, learners, folder, speed) if team.leads else {}
 
 
 def per_layer(value, layers):
@@ -167,7 +168,7 @@ def preset(config):
             "resample_every": 25_000, "resample_times": 4, "n_ctx": 128, "corpus": "c4"}
 
 
-def check(config, model, tokenizer, layers, folder):
+def check(config, model, tokenizer, layers, folder, team):
     """Raise UserError for settings that cannot work, before any time is spent."""
     if bad := [layer for layer in layers if not 0 <= layer < model.config.n_layers]:
         raise UserError(f"--layers {bad[0]} is out of range: this model has layers 0 to "
@@ -190,6 +191,9 @@ def check(config, model, tokenizer, layers, folder):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1.")
     if config.seed < 0 or config.lr <= 0 or min(l1.values()) < 0 or not 0 <= config.decay <= 1:
         raise UserError("--lr must be above 0, --seed and --l1 at least 0, and --decay between 0 and 1.")
+    if team.size > 1 and config.batch_size < 32 * team.size:
+        raise UserError(f"--batch-size {config.batch_size} is too small for {team.size} processes; give "
+                        f"{32 * team.size} or more.")
     if config.n_tokens < config.batch_size:
         raise UserError(f"--n-tokens {config.n_tokens} is less than one batch of {config.batch_size}; raise "
                         f"it or lower --batch-size.")
@@ -204,10 +208,14 @@ def check(config, model, tokenizer, layers, folder):
 # ---- one step ----
 
 
-def learn(learner, z, step, config, layer):                             # z (B,D)
+def learn(learner, z, step, config, layer, team=Team()):                # z (B,D), or a team's share of it
     """One layer's part of a step, in place: loss, gradients, projection, Adam, unit norm, counts."""
     sae, optimizer, z = learner.sae, learner.optimizer, z / learner.scale
     result = step_of(learner, z)(sae, z, learner.l1 * min(1.0, (step + 1) / config.warmup))
+    if team.size > 1:                                   # from means over shares to the mean over the batch
+        for mean in (result.mse, result.sparsity, *result.gradients.values()):
+            mean *= len(z) / config.batch_size
+        team.sum(result.mse, result.sparsity, result.fired, *result.gradients.values())
     if not math.isfinite(result.mse + result.sparsity):
         raise UserError(f"the loss of layer {layer} is not finite at step {step}; the last checkpoint is "
                         f"kept; start again with a lower --lr and another --out.")
@@ -220,7 +228,7 @@ def learn(learner, z, step, config, layer):                             # z (B,D
     normalise_decoder(sae)
     learner.fired += result.fired
     learner.last_fired[result.fired > 0] = (step + 1) * config.batch_size
-    learner.l0 = float(result.fired.sum()) / len(z)
+    learner.l0 = float(result.fired.sum()) / config.batch_size
     learner.mse, learner.sparsity = float(result.mse), float(result.sparsity)
 
 
@@ -249,10 +257,11 @@ def resampling_steps(config):
 
 
 class Source:
-    """Batches of all layers' activations, block by block. Everything depends on seed and step alone."""
+    """Batches of all layers' activations, block by block. Everything depends on seed and step alone. In a
+    team, each process has the activations of its own rows of a block, and its share of each batch."""
 
-    def __init__(self, model, tokenizer, config, layers, device):
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+    def __init__(self, model, tokenizer, config, layers, device, team=Team()):
+        self.model, self.tokenizer, self.config, self.team = model, tokenizer, config, team
         self.layers, self.device, self.z, self.number = layers, device, None, None
         per_row, D = config.n_ctx - 1, model.config.n_heads * model.config.d_head
         in_memory = config.block_mib * 2**20 // (per_row * D * 4 * len(layers))
@@ -273,7 +282,8 @@ class Source:
             for i in range(place, self.n_filled // size):
                 if step == n_steps:
                     return
-                index = order[i * size:(i + 1) * size].to(self.device)
+                _, index = self.team.share(order[i * size:(i + 1) * size], self.config.n_ctx - 1)
+                index = index.to(self.device)
                 yield {layer: self.z[layer][index] for layer in self.layers}
                 step += 1
             if step == n_steps:
@@ -281,21 +291,29 @@ class Source:
             number, place = number + 1, 0
 
     def fill(self, tokens, number):                     # (R,T), with fewer rows where the text ends
-        """Run the model on block `number` and keep z_cat, but not BOS's: self.z is {layer: (N,D)}, of which
-        the first n_filled rows count."""
+        """Run the model on block `number` and keep z_cat, but not BOS's: self.z is {layer: (N,D)} of this
+        process's rows; the block has n_filled activations in all."""
+        self.n_filled, self.number = len(tokens) * (self.config.n_ctx - 1), number
+        tokens = tokens[self.team.rank::self.team.size]
         if self.z is None:
-            shape = (self.n_rows, self.config.n_ctx - 1, self.model.config.n_heads * self.model.config.d_head)
+            shape = (math.ceil(self.n_rows / self.team.size), self.config.n_ctx - 1,
+                     self.model.config.n_heads * self.model.config.d_head)
             self.rows = {layer: torch.empty(shape, device=self.device) for layer in self.layers}
             self.z = {layer: rows.flatten(0, 1) for layer, rows in self.rows.items()}
         for i in range(0, len(tokens), 64):
             found = z_cat(self.model, tokens[i:i + 64].to(self.device), self.layers)
             for layer in self.layers:
                 self.rows[layer][i:i + len(tokens[i:i + 64])] = found[layer][:, 1:]
-        self.n_filled, self.number = len(tokens) * (self.config.n_ctx - 1), number
 
     def sample(self, layer):
-        """Up to 8192 activations of the block at hand: what dead features are drawn from."""
-        return self.z[layer][:self.n_filled][:: max(1, self.n_filled // 8192)]
+        """Some 8192 activations of the block at hand, the same in all processes: what dead features are drawn
+        from."""
+        index = torch.arange(0, self.n_filled, max(1, self.n_filled // 8192))
+        mine, kept = self.team.share(index, self.config.n_ctx - 1)
+        z = torch.zeros(len(index), self.z[layer].shape[1], device=self.device)
+        z[mine.to(self.device)] = self.z[layer][kept.to(self.device)]
+        self.team.sum(z)
+        return z
 
     def _blocks(self, number):
         return data.rows(self.config.corpus, self.tokenizer, "train", self.config.n_ctx, self.n_rows,
@@ -325,6 +343,8 @@ def start(config, source, folder):
                                   torch.zeros_like(sae.b_dec.data), torch.ones((), device=source.device))
     if config.resume:
         return load_checkpoint(folder, config, learners), learners
+    if source.team.size > 1:                            # everybody begins with the same, from the whole block
+        source = Source(source.model, source.tokenizer, config, source.layers, source.device)
     begun = time.monotonic()
     source.fill(next(source._blocks(0)), 0)
     seconds_per_token = (time.monotonic() - begun) / source.n_filled
@@ -433,15 +453,17 @@ def load_checkpoint(folder, config, learners):
 class Log:
     """log.jsonl: a line every so many steps, with what training.png shows."""
 
-    def __init__(self, folder, config, first_step):
+    def __init__(self, folder, config, first_step, team):
         self.path, self.every = folder / "log.jsonl", max(1, config.n_tokens // config.batch_size // 200)
-        self.config = config
+        self.config, self.silent = config, not team.leads
+        if self.silent:
+            return
         lines = self.path.read_text().splitlines(keepends=True) if first_step and self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]         # the last may have been cut short
         self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
 
     def __call__(self, step, learners):
-        if step % self.every:
+        if self.silent or step % self.every:
             return
         line = {"step": step, "tokens": step * self.config.batch_size,
                 "lr": learning_rate(step - 1, self.config)}
@@ -598,30 +620,9 @@ def table(metrics):
     return "\n".join(lines)
 
 
-def plot_training(log, densities, path):
-    """Four panels: error, L0, dead features over training; how often features fire. One line per layer."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    colours = dict(zip(densities, plt.colormaps["viridis"](np.linspace(0, 0.9, len(densities)))))
-    tokens = [line["tokens"] / 1e6 for line in log]
-    panels = (("mse", "squared error per token, in units of training"),
-              ("l0", "L0: active features per token"), ("dead", "share of dead features"))
-    for axis, (key, label) in zip(axes.flat, panels):
-        for layer, colour in colours.items():
-            axis.plot(tokens, [line[f"L{layer}"][key] for line in log], color=colour, linewidth=1,
-                      label=f"layer {layer}")
-        axis.set(xlabel="training activations (millions)", ylabel=label, ylim=(0, None))
-    for layer, density in densities.items():
-        counts, edges = torch.histogram(density.clamp_min(1e-7).log10().float(), bins=50, range=(-7.0, 0.0))
-        axes[1, 1].stairs(counts.numpy(), edges.numpy(), color=colours[layer], label=f"layer {layer}")
-    axes[1, 1].set(xlabel="share of tokens on which a feature fires", ylabel="features", xticks=range(-7, 1),
-                   xticklabels=["never", *(f"$10^{{{k}}}$" for k in range(-6, 0)), "1"])
-    axes[0, 0].legend()
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
-
-
 def main():
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")              # of several processes one speaks
     train(parse_flags(TrainConfig, __doc__, preset=preset))
 
 

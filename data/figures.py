@@ -1,7 +1,7 @@
-"""The figures of the studies: each function takes what a study found, as it stands in its JSON, and saves one
-PNG."""
+"""The figures: each function takes what a program found, as it stands in its JSON, and saves one PNG."""
 
 import numpy as np
+import torch
 
 from data.common import atomic
 
@@ -9,11 +9,13 @@ COLOURS = ("#0b62a4", "#d1611f", "#3a7d44", "#8a5aa8")      # told apart by colo
 
 
 def figure(width, height, panels=1, **options):
-    """A figure of so many inches, with panels side by side -> (figure, axes). Needs no display."""
+    """A figure of so many inches with panels side by side, or (rows, columns) of them -> (figure, axes). Needs
+    no display."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt.subplots(1, panels, figsize=(width, height), constrained_layout=True, **options)
+    rows, columns = panels if isinstance(panels, tuple) else (1, panels)
+    return plt.subplots(rows, columns, figsize=(width, height), constrained_layout=True, **options)
 
 
 def save(fig, path):
@@ -22,6 +24,31 @@ def save(fig, path):
     with atomic(path) as temporary:
         fig.savefig(temporary, dpi=130, format="png")
     plt.close(fig)
+
+
+# ---- training ----
+
+
+def plot_training(log, densities, path):
+    """Four panels: error, L0, dead features over training; how often features fire. One line per layer."""
+    import matplotlib.pyplot as plt
+    fig, axes = figure(11, 7.5, panels=(2, 2))
+    colours = dict(zip(densities, plt.colormaps["viridis"](np.linspace(0, 0.9, len(densities)))))
+    tokens = [line["tokens"] / 1e6 for line in log]
+    panels = (("mse", "squared error per token, in units of training"),
+              ("l0", "L0: active features per token"), ("dead", "share of dead features"))
+    for axis, (key, label) in zip(axes.flat, panels):
+        for layer, colour in colours.items():
+            axis.plot(tokens, [line[f"L{layer}"][key] for line in log], color=colour, linewidth=1,
+                      label=f"layer {layer}")
+        axis.set(xlabel="training activations (millions)", ylabel=label, ylim=(0, None))
+    for layer, density in densities.items():
+        counts, edges = torch.histogram(density.clamp_min(1e-7).log10().float(), bins=50, range=(-7.0, 0.0))
+        axes[1, 1].stairs(counts.numpy(), edges.numpy(), color=colours[layer], label=f"layer {layer}")
+    axes[1, 1].set(xlabel="share of tokens on which a feature fires", ylabel="features", xticks=range(-7, 1),
+                   xticklabels=["never", *(f"$10^{{{k}}}$" for k in range(-6, 0)), "1"])
+    axes[0, 0].legend()
+    save(fig, path)
 
 
 # ---- the induction study ----
@@ -207,8 +234,9 @@ def plot_signal(found, layers, path):
     ax.set_ylabel("recovered logit difference")
     ax.set_title(f"z_cat of layers {' and '.join(map(str, layers))} at S2 from another prompt (Fig. 5, 14)",
                  fontsize=10)
+    ax.margins(y=0.2)
     if shown:
-        ax.legend()
+        ax.legend(ncols=2)
     save(fig, path)
 
 

@@ -1,50 +1,248 @@
-"""Speed and memory, each row against another way of doing the same, in one run.
+"""Speed and memory, side by side in one run, against sae-lens, transformer-lens and transformers.
 
-    python tests/benchmark.py
+    pip install torch==2.13.0 && pip install -r tests/requirements-peers.txt
+    python tests/benchmark.py [steps, 50 if not given]
+
+Every line is measured in a process of its own. Steps start from the same weights and see the same batches: a
+planted dictionary, of which each input is a sum of 25 rows, and a bias at which about 25 features are active,
+as late in training. "peak" is the memory of the process above what it had before the work began.
 """
 
-import subprocess
+import multiprocessing
+import resource
 import sys
+import time
+import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-def in_a_process(setup, work):
-    """Peak memory above what `setup` left, in MiB, and seconds that `work` takes, in a process of its own."""
-    script = f"""
-import resource, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-{setup}
-before, begun = peak(), time.perf_counter()
-{work}
-print(peak() - before, time.perf_counter() - begun)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return map(float, done.stdout.split())
+def peak():
+    """MiB that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def dfa():
-    """DFA of one feature for a batch of GPT-2 Small's size: ours, and through the (B,H,q,k,d_head) tensor of
-    implementations that multiply pattern and values first and sum over d_head last."""
-    setup = """
-import torch, attribution
-B, T, H, d_head = 8, 128, 12, 64
-pattern, v, w = torch.rand(B, H, T, T), torch.randn(B, T, H, d_head), torch.randn(H * d_head)
-attribution.dfa(pattern[:1, :, :2, :2], v[:1, :2], w)
-"""
-    ours = "found = attribution.dfa(pattern, v, w)"
-    theirs = """
-moved = pattern[..., None] * v.permute(0, 2, 1, 3)[:, :, None]
-found = (moved * w.unflatten(0, (H, d_head))[:, None, None]).sum(-1)
-"""
-    memory, seconds = in_a_process(setup, ours)
-    memory_theirs, seconds_theirs = in_a_process(setup, theirs)
-    print(f"DFA, 8 rows of 128 tokens, 12 heads of 64:   {memory:8.0f} MiB {seconds:8.3f} s")
-    print(f"the same through (B,H,q,k,d_head):           {memory_theirs:8.0f} MiB {seconds_theirs:8.3f} s   "
-          f"{memory_theirs / memory:.0f} x the memory, {seconds_theirs / seconds:.0f} x the time")
+def in_a_process(work, *args):
+    """What work(*args) returns: (seconds, something, peak in MiB)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, args)
+
+
+# ---- one step of SAE training ----
+
+L1, LR = 0.05, 3e-4
+
+
+def planted(d_in, d_sae, batch_size, n_batches=4):
+    """W_dec (d_sae,d_in), b_enc, and batches for which about 25 features are active."""
+    import torch
+    generator = torch.Generator().manual_seed(0)
+    W = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
+    batches = []
+    for _ in range(n_batches):
+        which = torch.randint(d_sae, (batch_size, 25), generator=generator)
+        size = 0.5 + torch.rand(batch_size, 25, generator=generator)
+        batches.append(torch.nn.functional.embedding_bag(which, W, per_sample_weights=size, mode="sum"))
+    pre = batches[0] @ W.T
+    return W, -pre.flatten()[:2**24].kthvalue(int((1 - 25 / d_sae) * min(pre.numel(), 2**24))).values, batches
+
+
+def ours(d_in, d_sae, batch_size, steps):
+    import torch
+
+    import train
+    from sae import SAE
+    W, bias, batches = planted(d_in, d_sae, batch_size)
+    sae = SAE(d_in, d_sae).requires_grad_(False)
+    sae.W_dec.copy_(W)
+    sae.W_enc.copy_(W.T)
+    sae.b_enc.fill_(bias)
+    sae.requires_grad_(True)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=(0.0, 0.9999), fused=True)
+    zeros = torch.zeros(d_sae, dtype=torch.int64)
+    learner = train.Learner(sae, optimizer, L1, zeros, zeros.clone(), 25.0, torch.zeros(d_in), torch.ones(()))
+    config = train.TrainConfig(batch_size=batch_size, lr=LR, warmup=1, decay=0.0, n_tokens=10**9)
+    with train.keep_freed_memory():
+        return timed(lambda i: train.learn(learner, batches[i % len(batches)], i, config, 0), steps,
+                     lambda: learner.mse + L1 * learner.sparsity)
+
+
+def saelens(d_in, d_sae, batch_size, steps, autocast):
+    import torch
+    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+    W, bias, batches = planted(d_in, d_sae, batch_size)
+    sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=L1))
+    with torch.no_grad():
+        sae.W_dec.copy_(W)
+        sae.W_enc.copy_(W.T)
+        sae.b_enc.fill_(bias)
+        sae.b_dec.zero_()
+    config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=batch_size, lr=LR,
+                              adam_beta1=0.0, adam_beta2=0.9999, autocast=autocast)
+    trainer, last = SAETrainer(config, sae, iter(())), []
+
+    def step(i):
+        last[:] = [trainer.step(batches[i % len(batches)])]
+        trainer.n_training_steps += 1
+
+    return timed(step, steps, lambda: float(last[0].loss))
+
+
+def timed(step, steps, loss):
+    """Seconds per step after two steps to warm up, the last loss, peak memory."""
+    begun_with = peak()
+    for i in range(2):
+        step(i)
+    begun = time.perf_counter()
+    for i in range(2, 2 + steps):
+        step(i)
+    return (time.perf_counter() - begun) / steps, loss(), peak() - begun_with
+
+
+def encoder_product(d_in, d_sae, batch_size, steps):
+    """The one product that a step cannot do without, in bfloat16 where the processor has it."""
+    import torch
+
+    from data.common import fast_bfloat16
+    kind = torch.bfloat16 if fast_bfloat16(torch.device("cpu")) else torch.float32
+    x, W = torch.randn(batch_size, d_in, dtype=kind), torch.randn(d_in, d_sae, dtype=kind)
+    return timed(lambda i: x @ W, steps, lambda: 0.0)
+
+
+def compare_steps(d_in, d_sae, batch_size, steps):
+    """-> seconds of a step: ours, sae-lens float32, sae-lens bfloat16."""
+    print(f"\n{f'step {d_in} -> {d_sae}, batch {batch_size}, {steps} steps':44} {'s/step':>9} {'ratio':>7}   "
+          f"{'loss':>9} {'peak':>9}")
+    size = (d_in, d_sae, batch_size, steps)
+    rows = {"ours": in_a_process(ours, *size),
+            "sae-lens, float32 (its default)": in_a_process(saelens, *size, False),
+            "sae-lens, bfloat16 autocast": in_a_process(saelens, *size, True),
+            "the encoder's product alone": in_a_process(encoder_product, *size)}
+    first, loss_of_first = rows["ours"][:2]
+    for name, (seconds, loss, memory) in rows.items():
+        shown = f"{loss:9.4f}" if loss else "         "
+        print(f"{name:44} {seconds:9.4f} {seconds / first:7.2f} x {shown} {memory:9,.0f} MiB", flush=True)
+    losses = [loss for _, loss, _ in rows.values() if loss]
+    print(f"losses differ by {(max(losses) - min(losses)) / loss_of_first:.2%}")
+    return [seconds for seconds, _, _ in rows.values()][:3]
+
+
+# ---- z_cat of a model of GPT-2 Small's size, layer 5 ----
+
+ROWS, LAYER = 16, 5
+
+
+def z_cat_ours(bfloat16):
+    import torch
+
+    import model as models
+    model = models.GPT2(models.GPT2Config(12, 12, 768, 3072, 50257, 1024)).requires_grad_(False)
+    tokens = torch.randint(50257, (ROWS, 128), generator=torch.Generator().manual_seed(0))
+
+    def work(i):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return model.z_cat_at(tokens, [LAYER])
+
+    return timed(work, 3, lambda: 0.0)
+
+
+def z_cat_transformers(bfloat16):
+    """The whole model, with a hook on the layer's output projection that keeps its input."""
+    import torch
+    import transformers
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().requires_grad_(False)
+    model = model.to(torch.bfloat16) if bfloat16 else model
+    kept = []
+    model.transformer.h[LAYER].attn.c_proj.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    tokens = torch.randint(50257, (ROWS, 128), generator=torch.Generator().manual_seed(0))
+    return timed(lambda i: (kept.clear(), model(tokens)), 3, lambda: 0.0)
+
+
+def z_cat_transformer_lens(stop):
+    """Its cache of hook_z; stop: after the layer, which is its fastest way."""
+    import torch
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    model = HookedTransformer(HookedTransformerConfig(
+        n_layers=12, n_heads=12, d_model=768, d_head=64, d_mlp=3072, d_vocab=50257, n_ctx=1024,
+        act_fn="gelu_new", normalization_type="LN", device="cpu")).requires_grad_(False)
+    tokens = torch.randint(50257, (ROWS, 128), generator=torch.Generator().manual_seed(0))
+    name = f"blocks.{LAYER}.attn.hook_z"
+    return timed(lambda i: model.run_with_cache(tokens, names_filter=name,
+                                                stop_at_layer=LAYER + 1 if stop else None), 3, lambda: 0.0)
+
+
+def compare_z_cat():
+    """-> tokens/s of ours in bfloat16, transformer-lens, transformer-lens stopped."""
+    what = f"z_cat of layer {LAYER}, GPT-2 Small's size, {ROWS} rows"
+    print(f"\n{what:48} {'tokens/s':>10} {'ratio':>7}   {'peak':>9}")
+    rows = {"ours, float32": in_a_process(z_cat_ours, False),
+            "ours, bfloat16": in_a_process(z_cat_ours, True),
+            "transformers, float32": in_a_process(z_cat_transformers, False),
+            "transformers, bfloat16": in_a_process(z_cat_transformers, True),
+            "transformer-lens (its default)": in_a_process(z_cat_transformer_lens, False),
+            "transformer-lens, stopped at the layer": in_a_process(z_cat_transformer_lens, True)}
+    speeds = {name: ROWS * 128 / seconds for name, (seconds, _, _) in rows.items()}
+    for name, speed in speeds.items():
+        against = speeds["ours, float32" if "bfloat16" not in name else "ours, bfloat16"]
+        print(f"{name:48} {speed:10,.0f} {against / speed:7.2f} x {rows[name][2]:9,.0f} MiB", flush=True)
+    return speeds["ours, bfloat16"], *list(speeds.values())[4:]
+
+
+# ---- attribution ----
+
+
+def dfa_ours():
+    import attribution
+    pattern, v, w = attention()
+    return timed(lambda i: attribution.dfa(pattern, v, w), 1, lambda: 0.0)
+
+
+def dfa_through_the_large_tensor():
+    """As in implementations that multiply pattern and values first, and sum over d_head last."""
+    pattern, v, w = attention()
+
+    def work(i):
+        moved = pattern[..., None] * v.permute(0, 2, 1, 3)[:, :, None]                  # (B,H,q,k,d_head)
+        return (moved * w.unflatten(0, (12, 64))[:, None, None]).sum(-1)
+
+    return timed(work, 1, lambda: 0.0)
+
+
+def attention(B=8, T=128, H=12, d_head=64):
+    import torch
+    return torch.rand(B, H, T, T), torch.randn(B, T, H, d_head), torch.randn(H * d_head)
+
+
+def compare_dfa():
+    rows = {"ours": in_a_process(dfa_ours),
+            "through (B,H,q,k,d_head)": in_a_process(dfa_through_the_large_tensor)}
+    print(f"{'DFA, 8 rows of 128 tokens, 12 heads of 64':44} {'s':>9} {'ratio':>7}   {'peak':>9}")
+    for name, (seconds, _, memory) in rows.items():
+        print(f"{name:44} {seconds:9.4f} {seconds / rows['ours'][0]:7.0f} x {memory:9,.0f} MiB")
+
+
+def main():
+    warnings.filterwarnings("ignore")
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 50
+    compare_dfa()
+    try:
+        import sae_lens  # noqa: F401
+        import transformer_lens  # noqa: F401
+    except ImportError:
+        print("\nthe other rows take: pip install -r tests/requirements-peers.txt")
+        return
+    speeds = compare_z_cat()
+    compare_steps(256, 4096, 4096, steps)
+    seconds = compare_steps(768, 24576, 4096, steps)
+    whole = [4096 / speed + step for speed, step in zip((speeds[0], speeds[1], speeds[2]), seconds)]
+    print("\nGPT-2-sized model to layer 5 and SAE 768 -> 24576, per batch: sums of the figures above\n"
+          f"ours, bfloat16 products {whole[0]:.2f} s; transformer-lens and sae-lens at their defaults "
+          f"{whole[1]:.2f} s, {whole[1] / whole[0]:.1f} x; stopped at the layer, autocast {whole[2]:.2f} s, "
+          f"{whole[2] / whole[0]:.1f} x")
 
 
 if __name__ == "__main__":
-    dfa()
+    main()

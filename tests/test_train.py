@@ -20,6 +20,7 @@ import train as T
 from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, random_gemma, random_gpt2
 from data import common
 from data.common import UserError
+from data.team import Team
 from data.weights import TINY
 
 SHORT = T.TrainConfig(layers=(0, 2), d_sae=128, n_tokens=12_000, batch_size=256, warmup=10, resample_every=10,
@@ -369,3 +370,33 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words)
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr, result.stderr
     assert all(word in result.stderr for word in words), result.stderr
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+# ---- several processes ----
+
+
+def test_two_processes_give_the_result_of_one(tmp_path):
+    """Eight steps: later, Adam's division by tiny second moments makes different roundings different steps."""
+    flags = ("--layers 0,2 --d-sae 128 --n-tokens 2048 --batch-size 256 --warmup 4 --n-eval-rows 8 --block-mib "
+             "8 --out").split()
+    for folder, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2",
+                                                "--standalone"])):
+        done = subprocess.run([sys.executable, *start, "train.py", *flags, tmp_path / folder], cwd=ROOT,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written to") == 1, "one process speaks"
+    for layer in (0, 2):
+        one, two = (S.SAE.load(tmp_path / folder / "tiny" / f"L{layer}" / "sae.safetensors")
+                    for folder in ("one", "two"))
+        for (name, a), b in zip(one.state_dict().items(), two.state_dict().values()):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_shares_of_a_batch_are_disjoint_and_whole():
+    index = torch.randperm(7 * 5)[:20]
+    teams = [Team(rank, 3) for rank in range(3)]
+    shares = [team.share(index, 5) for team in teams]
+    assert torch.cat([mine for mine, _ in shares]).sort().values.tolist() == list(range(20))
+    for team, (mine, kept) in zip(teams, shares):
+        rows = torch.arange(35).view(7, 5)[team.rank::3].flatten()      # what the process keeps
+        assert torch.equal(rows[kept], index[mine])

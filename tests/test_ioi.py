@@ -1,0 +1,353 @@
+"""ioi.py: where everything stands in a prompt, that patches do what they say, and that the parts add up."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import ioi
+import sae as S
+from attribution import children, trace_run
+from conftest import ROOT, random_gpt2
+from data.common import UserError
+from data.stories import HELD_OUT_NAMES, is_held_out
+from data.weights import TINY
+
+N = 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.tokenizer("tiny")
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer):
+    return ioi.draw_prompts(N, HELD_OUT_NAMES, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tokenizer, words):
+    """(prompts, base) of the plain prompts, and the same of those with the other name at S2."""
+    prompts, source = ioi.build(words, tokenizer), ioi.build(ioi.other_giver(words), tokenizer)
+    return prompts, ioi.base_run(tiny, prompts), source, ioi.base_run(tiny, source)
+
+
+@pytest.fixture(scope="module")
+def saes(tiny):
+    return S.load_all(TINY, tiny)
+
+
+# ---- prompts ----
+
+
+def test_every_named_position_holds_what_its_name_says(words, tokenizer):
+    for change in (list, ioi.flipped, ioi.other_giver, ioi.with_filler):
+        changed = change(words)
+        prompts = ioi.build(changed, tokenizer)
+        token = lambda name, i, back=0: tokenizer.decode([prompts.tokens[i, prompts.pos[name][i] - back]])
+        for i, one in enumerate(changed):
+            assert prompts.tokens[i, 0] == tokenizer.bos
+            assert token("S2", i) == token("S1", i) == " " + one.s and token("IO", i) == " " + one.io
+            assert token("connector", i) == one.connector and token("end", i) == " to"
+            assert token("S1+1", i, back=1) == " " + one.s
+            first, second = (one.io, one.s) if one.order == "ABBA" else (one.s, one.io)
+            text = tokenizer.decode(prompts.tokens[i, 1:prompts.pos["end"][i] + 1])
+            assert f" {first} and {second} " in text and text.endswith(f" {one.object} to")
+            # the prompt as pieces is the prompt as a text
+            assert tokenizer.encode(text) == prompts.tokens[i, 1:prompts.pos["end"][i] + 1].tolist()
+
+
+def test_prompts_cover_every_template_in_both_orders_and_names_differ(words):
+    assert {(one.template, one.order) for one in words} == {(t, o) for t in range(len(ioi.TEMPLATES))
+                                                            for o in ioi.ORDERS}
+    assert all(one.io != one.s for one in words)
+
+
+def test_prompts_depend_on_the_seed_alone(tokenizer, words):
+    assert ioi.draw_prompts(N, HELD_OUT_NAMES, tokenizer) == words
+    assert ioi.draw_prompts(N, HELD_OUT_NAMES[::-1], tokenizer) == words
+    assert ioi.draw_prompts(N, HELD_OUT_NAMES, tokenizer, seed=1) != words
+
+
+def test_tiny_never_saw_these_forms():
+    for _, scene, giving in ioi.TEMPLATES:
+        between, verb = scene[-1] + " ", giving.split(" a ")[0].split(" the ")[0].strip()
+        assert is_held_out(between, verb), (between, verb)
+
+
+def test_flips_change_what_they_say_and_nothing_else(words, tokenizer):
+    prompts, other = ioi.build(words, tokenizer), ioi.build(ioi.other_giver(words), tokenizer)
+    differ = prompts.tokens != other.tokens
+    assert (differ.sum(1) == 1).all() and differ[torch.arange(N), prompts.pos["S2"]].all()
+    assert torch.equal(other.io, prompts.s) and torch.equal(other.s, prompts.io)
+    for one, flip in zip(words, ioi.flipped(words)):
+        assert (flip.io, flip.s) == (one.io, one.s) and flip.order != one.order
+    for one, new in zip(words, ioi.with_other_names(words, HELD_OUT_NAMES)):
+        assert len({one.io, one.s, new.io, new.s}) == 4 and new.order == one.order
+
+
+def test_side_and_position_are_separated(words, tokenizer):
+    fillers = [f for f in ioi.FILLERS if len(tokenizer.encode(" " + ioi.longer(f)))
+               == len(tokenizer.encode(" " + f)) + 2]
+    assert fillers, "tiny's vocabulary has a filler that grows by two tokens"
+    fillers = (fillers * N)[:N]
+
+    def at(changed, position):
+        pos = ioi.build(ioi.placed(changed, fillers, position), tokenizer).pos
+        return pos["S1"], pos["S2"] - pos["S1"]
+
+    base = at(words, "same")
+    flip = at(ioi.flipped(words), "same")
+    assert torch.equal(base[0], flip[0]) and torch.equal(base[1], flip[1]), "side changes, position does not"
+    moved, both = at(words, "2 tokens"), at(ioi.flipped(words), "2 tokens")
+    assert ((moved[0] - base[0]).abs() == 2).all() and ((moved[1] - base[1]).abs() == 2).all()
+    assert torch.equal((both[0] - base[0]).abs(), (moved[0] - base[0]).abs())
+    far = at(words, "a sentence")
+    assert (far[0] < base[0] - 3).all() and (far[1] > base[1] + 3).all()
+
+
+def test_names_that_do_not_serve_are_named(tokenizer):
+    with pytest.raises(UserError, match="Bartholomew.*tokens"):
+        ioi.draw_prompts(10, [*HELD_OUT_NAMES, "Bartholomew"], tokenizer)
+    with pytest.raises(UserError, match="four different names"):
+        ioi.draw_prompts(10, ["Mary", "John", "Mary"], tokenizer)
+
+
+# ---- patches ----
+
+
+def test_patching_nothing_gives_the_base_run_bit_for_bit(tiny, run):
+    prompts, base, *_ = run
+    S2 = prompts.pos["S2"]
+    own = {layer: ioi.put(ioi.at_place(base.z[layer], prompts, "S2"), S2) for layer in range(4)}
+    assert torch.equal(ioi.edited(tiny, base, prompts, {}), base.ld)
+    assert torch.equal(ioi.edited(tiny, base, prompts, own), base.ld)
+
+
+def test_patching_every_layer_at_the_end_gives_the_sources_logits(tiny, run):
+    prompts, base, source, source_run = run
+    patch = {layer: ioi.put(ioi.at_place(source_run.z[layer], source, "end"), prompts.pos["end"])
+             for layer in range(4)}
+    # the same last token at the same place: all that differs at the end came through z_cat
+    torch.testing.assert_close(ioi.edited(tiny, base, prompts, patch), -source_run.ld, rtol=1e-4, atol=1e-4)
+
+
+def test_an_edit_of_one_row_leaves_the_others_bit_equal(tiny, run):
+    prompts, base, source, source_run = run
+    values = ioi.at_place(base.z[1], prompts, "S2").clone()
+    values[3] = 0
+    ld = ioi.edited(tiny, base, prompts, {1: ioi.put(values, prompts.pos["S2"])})
+    others = torch.arange(N) != 3
+    assert torch.equal(ld[others], base.ld[others]) and ld[3] != base.ld[3]
+
+
+def test_effects_of_heads_by_brute_force(tiny, run):
+    prompts, base, source, source_run = run
+    c = ioi.circuit(tiny, prompts, source, base, source_run)
+    logits, cache = tiny(prompts.tokens, keep=range(4))
+    _, theirs = tiny(source.tokens, keep=range(4))
+    rows, end = torch.arange(N), prompts.pos["end"]
+    d = tiny.config.d_head
+
+    def ld(edit_z):
+        at_end = tiny(prompts.tokens, edit_z)[0][rows, end]
+        return (at_end[rows, prompts.io] - at_end[rows, prompts.s]).numpy()
+
+    for layer, h in ((0, 3), (1, 2), (3, 0)):
+        def patch(z, place):
+            z = z.clone()
+            for i in range(N):
+                at = prompts.pos[place][i]
+                z[i, at, h * d:(h + 1) * d] = theirs[layer].z_cat[i, source.pos[place][i], h * d:(h + 1) * d]
+            return z
+
+        def freeze(later):
+            def edit(z):
+                z = z.clone()
+                z[rows, end] = cache[later].z_cat[rows, end]
+                return z
+            return edit
+
+        clean = ld({})
+        for place, found in (("S2", c.at_S2), ("end", c.at_end)):
+            patched = ld({layer: lambda z: patch(z, place)})
+            np.testing.assert_allclose(found[:, layer, h], patched - clean, atol=2e-4)
+        frozen = {later: freeze(later) for later in range(layer + 1, 4)}
+        np.testing.assert_allclose(c.direct[:, layer, h],
+                                   ld({layer: lambda z: patch(z, "end")} | frozen) - clean, atol=2e-4)
+    pattern = cache[2].pattern[rows, :, end, prompts.pos["IO"]]
+    np.testing.assert_allclose(c.attention["end -> IO"][:, 2], pattern, atol=1e-6)
+
+
+def test_roles_follow_the_rule():
+    none = np.zeros((2, 3))
+    attention = {f"{q} -> {k}": none.copy() for q, k in ioi.LOOKS}
+    direct, at_end, at_S2 = none.copy(), none.copy(), none.copy()
+    attention["end -> IO"][1] = 0.5
+    direct[1] = (-0.3, 0.2, -0.01)          # moves, moves the other way, too little
+    at_end[1] = direct[1]
+    attention["end -> S2"][0, :2] = 0.4
+    at_end[0] = (-0.2, -0.2, -0.2)
+    direct[0] = (-0.1, -0.18, 0)            # through later heads, mostly directly, does not look at S2
+    attention["S2 -> S1"][0, 0] = attention["S2 -> S1+1"][0, 1] = attention["S1+1 -> S1"][0, 2] = 0.3
+    at_S2[0, 0], at_S2[0, 1] = -0.06, 0.07
+    assert ioi.roles(attention, direct, at_end, at_S2) == {
+        "name mover": [(1, 0)], "negative name mover": [(1, 1)], "S-inhibition": [(0, 0)],
+        "duplicate token": [(0, 0)], "induction": [(0, 1)], "previous token": [(0, 2)]}
+
+
+# ---- features ----
+
+
+def test_removing_a_feature_removes_its_decoder_row_at_its_own_place(tiny, run, saes):
+    prompts, base, *_ = run
+    found = ioi.remove_features(tiny, saes[1], 1, prompts, base, "S2")
+    z = ioi.at_place(base.z[1], prompts, "S2")
+    f = saes[1].encode(z)
+    assert len(found.row) == int((f > 0).sum()), "every active feature of every prompt, once"
+    for n in (0, len(found.row) // 2, len(found.row) - 1):
+        i, j = int(found.row[n]), int(found.feature[n])
+        values = z.clone()
+        values[i] -= f[i, j] * saes[1].W_dec[j]
+        ld = ioi.edited(tiny, base, prompts, {1: ioi.put(values, prompts.pos["S2"])})
+        assert float(found.change[n]) == pytest.approx(float(ld[i] - base.ld[i]), abs=1e-4)
+
+
+def test_removing_the_error_leaves_the_reconstruction(tiny, run, saes):
+    prompts, base, *_ = run
+    change = ioi.remove_error(tiny, saes[0], 0, prompts, base, "end")
+    def spliced_there(z):
+        z = z.clone()
+        for i in range(N):
+            z[i, prompts.pos["end"][i]] = saes[0](z[i, prompts.pos["end"][i]])
+        return z
+    expected = ioi.edited(tiny, base, prompts, {0: spliced_there}) - base.ld
+    torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ranking_counts_prompts_without_the_feature_as_no_effect():
+    words = [SimpleNamespace(order=order, template=0) for order in ("ABBA", "BABA", "ABBA", "BABA")]
+    effects = {2: ioi.FeatureEffects(torch.tensor([0, 2, 1]), torch.tensor([7, 7, 5]), torch.ones(3),
+                                     torch.tensor([-1.0, -3.0, 0.5]))}
+    first, second = ioi.rank_features(effects, SimpleNamespace(words=words), 5)
+    assert (first["feature"], first["effect"], first["ABBA"], first["BABA"]) == (7, -1.0, -2.0, 0.0)
+    assert (second["feature"], second["effect"], second["n_active"]) == (5, 0.125, 1)
+
+
+def test_what_a_feature_reads_sums_to_the_feature(tiny, run, saes):
+    prompts, base, *_ = run
+    f = saes[0].encode(ioi.at_place(base.z[0], prompts, "end"))
+    feature = int(f.sum(0).argmax())
+    for order, shares in ioi.reads(tiny, saes[0], 0, feature, prompts, base, "end").items():
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-4), order
+    feature = int(saes[3].encode(ioi.at_place(base.z[3], prompts, "end")).sum(0).argmax())
+    shares = ioi.reads_further(tiny, saes, 3, feature, prompts, base, "end", n=1)
+    row = int(saes[3].encode(ioi.at_place(base.z[3], prompts, "end"))[:, feature].argmax())
+    traced = trace_run(tiny, saes, prompts.tokens[row, :prompts.pos["end"][row] + 1])
+    found = children(traced, 3, int(prompts.pos["end"][row]), feature)
+    constants = float(found.value[found.part < 0].sum()) / found.pre
+    assert sum(share for *_, share in shares) + constants == pytest.approx(1, abs=1e-3)
+
+
+def test_the_pairs_of_a_contrast_sum_to_the_score(tiny, run, saes):
+    prompts, *_ = run
+    score, pairs = ioi.why_io(tiny, saes, (3, 0), prompts, n=3)
+    assert sum(value for *_, value in pairs) == pytest.approx(score, abs=1e-3)
+    _, cache = tiny(prompts.tokens[:3], keep=(3,))
+    rows = torch.arange(3)
+    log = cache[3].pattern[rows, 0, prompts.pos["end"][:3]].log()
+    expected = (log[rows, prompts.pos["IO"][:3]] - log[rows, prompts.pos["S1"][:3]]).mean()
+    assert score == pytest.approx(float(expected), abs=1e-3), "a difference of scores is one of log attention"
+
+
+# ---- the signal ----
+
+
+def test_recovered_is_1_for_the_base_run_0_for_zero_and_none_without_a_difference():
+    generator = torch.Generator().manual_seed(0)
+    clean, zero = 3 + torch.randn(50, generator=generator), torch.randn(50, generator=generator)
+    assert ioi.recovered(clean, clean, zero) == (1.0, [1.0, 1.0])
+    assert ioi.recovered(zero, clean, zero) == (0.0, [0.0, 0.0])
+    value, (low, high) = ioi.recovered((clean + zero) / 2, clean, zero)
+    assert value == pytest.approx(0.5) and low <= value <= high
+    assert ioi.recovered(clean, zero, torch.randn(50, generator=generator)) == (None, None)
+
+
+def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(tiny, run):
+    prompts, base, *_ = run
+    assert torch.equal(ioi.patch_S2(tiny, prompts, base, base, prompts, [0, 1]), base.ld)
+    found = ioi.baselines(tiny, prompts, base, [1])
+    rows, S2 = torch.arange(N), prompts.pos["S2"]
+
+    def brute(edit):
+        at_end = tiny(prompts.tokens, {1: edit})[0][rows, prompts.pos["end"]]
+        return at_end[rows, prompts.io] - at_end[rows, prompts.s]
+
+    def zero(z):
+        z = z.clone()
+        z[rows, S2] = 0
+        return z
+
+    torch.testing.assert_close(found["zero"], brute(zero), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["zero everywhere"], brute(torch.zeros_like), rtol=1e-4, atol=1e-4)
+
+
+def test_the_frequent_word_is_the_nearest_in_count():
+    class Words:
+        words, n_vocab = [" and", " or", " of", "of", " 7", " the"], 6
+        decode = lambda self, ids: self.words[ids[0]]
+        single = lambda self, text: self.words.index(text)
+
+    rows = torch.tensor([[0] * 5 + [1] * 5 + [2] * 4 + [3] * 5 + [4] * 5 + [5] * 9])
+    assert ioi.frequent_word(rows, Words(), (" and", " or")) == " of"
+
+
+# ---- the program ----
+
+
+def program(*flags):
+    return subprocess.run([sys.executable, "ioi.py", *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_program_writes_tables_json_and_figures(tmp_path):
+    done = program("--n-prompts", "20", "--saes", "data/tiny", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tiny" / "ioi"
+    for name in ("heads", "circuit", "features", "signal", "side_and_position"):
+        assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
+    assert json.loads((folder / "signal.json").read_text())["sources"]["itself"]["recovered"] == 1.0
+    assert (folder / "qk.json").is_file() and (folder / "circuit.json").is_file()
+    assert "does not do the task" not in done.stdout
+
+
+def test_a_model_that_cannot_do_the_task_is_said_to_be_so(tmp_path):
+    folder = tmp_path / "random"
+    random_gpt2(folder, n_layer=2, n_head=2, n_embd=16, vocab_size=4096, n_positions=60)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(TINY / name, folder / name)
+    for layer in range(2):
+        (folder / f"L{layer}").mkdir()
+        S.SAE(16, 24).save(folder / f"L{layer}" / "sae.safetensors")
+    done = program("--model", str(folder), "--saes", str(folder), "--n-prompts", "20", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "does not do the task" in done.stdout and "nan" not in done.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--names", "Mary,John,Paul,Bartholomew"), "' Bartholomew' is"),
+    (("--names", "Mary"), "--names takes four"),
+    (("--n-prompts", "4"), "--n-prompts must be 20 or more"),
+    (("--corpus", "no-such-file.txt"), "no-such-file.txt"),
+    (("--saes", "no-such-folder"), "no-such-folder"),
+])
+def test_mistakes_get_one_sentence(tmp_path, flags, words):
+    done = program("--saes", "data/tiny", *flags, "--out", str(tmp_path))
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
