@@ -9,8 +9,8 @@ An induction head at a query looks for the same token earlier in the text, and a
     heads          induction, previous-token and duplicate-token score of every head
     prefix         one random row, its prefix grown from 0 to 9 tokens with key and query in place: attention
                    to X, and direct logit attribution of X, for every head
-    intervention   real text: the token at k-2 replaced, so that 1 token of the prefix is left. Controls: the
-                   token at k+2 replaced instead; the token at k-2 where only 1 token matched to begin with
+    intervention   held-out text: the token at k-2 replaced, so that 1 token of the prefix is left. Controls:
+                   the token at k+2 replaced instead; that at k-2 where only 1 token matched to begin with
     features       SAE features that fire where X followed the current token earlier: "X is next by induction"
 
     python induction.py                     all four on the shipped model, as tables, JSON and figures in
@@ -43,7 +43,7 @@ from sae import ablate, load_all
 
 LENGTHS = range(10)             # prefix lengths of the paired protocol
 ATTENDS = 0.3                   # attention above which a head counts as attending (Fig. 4b)
-SHARE, LIFT, N_ACTIVE = 0.5, 2.0, 100    # what makes a feature an induction feature: see `find_features`
+SHARE, EXCESS, N_ACTIVE = 0.5, 0.25, 100    # what makes a feature an induction feature: see `find_features`
 REPORTED = {"prefix": "5.1 below 0.3 for short prefixes, over 0.7 for long ones; 5.5 already 0.7 for short",
             "intervention": "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43"}
 
@@ -96,12 +96,12 @@ def head_scores(model, tokens, classes):                                # (B,T) 
     total, count = {}, {}
     for part in torch.arange(len(tokens), device=tokens.device).split(16):
         own = classes[part]
-        part, (q, k) = tokens[part], positions(tokens)
+        q, k = positions(tokens)
         duplicate = (own[:, :, None] == own[:, None]) & (own >= 0)[:, None] & (k < q)
         follows = F.pad(duplicate, (1, 0))[..., :-1] & (k < q)
-        targets = {"induction": follows, "previous": ((k == q - 1) & (k > 0)).expand_as(follows),
-                   "duplicate": duplicate}
-        for layer, kept in model.layer_by_layer(part):
+        previous = (k == q - 1) & (k > 0) & (own >= 0)[:, None]
+        targets = {"induction": follows, "previous": previous, "duplicate": duplicate}
+        for layer, kept in model.layer_by_layer(tokens[part]):
             for name, target in targets.items():
                 mass = (kept.pattern * target[:, None]).sum(-1)         # (B,H,q)
                 at = target.any(-1)                                     # (B,q)
@@ -168,9 +168,8 @@ def prefix_curves(model, bos, table, n=400, seed=0, say=lambda done: None):
         final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[at, e2]
         direction = model.logit_directions(tokens[at, e1]) / model.final_scale(final)
         made = [head_logits(z, m, direction, scale) for z, m, scale in gathered]
-        shape = (len(rows), len(LENGTHS), -1)
-        attention.append(torch.stack(seen, 1).flatten(1).unflatten(0, shape[:2]).cpu().numpy())
-        logit.append(torch.stack(made, 1).flatten(1).unflatten(0, shape[:2]).cpu().numpy())
+        attention.append(torch.stack(seen, 1).cpu().numpy())            # (B,layers,H)
+        logit.append(torch.stack(made, 1).cpu().numpy())
         say(int(rows[-1]) + 1)
     heads = (len(matrices), model.config.n_heads)
     return PrefixCurves(*(np.concatenate(found).reshape(n, len(LENGTHS), *heads)
@@ -215,23 +214,24 @@ class Examples(NamedTuple):
 
 
 @torch.no_grad()
-def find_examples(tokens, classes, model=None, head=None):              # (B,T), (B,T) -> Examples
+def find_examples(tokens, classes, model=None, head=None, unique=True):         # (B,T), (B,T) -> Examples
     """Places where a prefix of 1 or more tokens matches.
 
-    By text alone: the query has exactly one such key, so that no head's attention is divided. Given a head:
-    every place where that head's attention is over 0.3, as in the paper. In both, k >= 3 (a token before the
-    prefix that is not BOS can be replaced) and the two copies of the prefix do not overlap.
+    By text alone: where the query has exactly one such key, so that no head's attention is divided (all
+    places if not unique). Given a head: where that head's attention is over 0.3, as in the paper. In all, k
+    is 3 or more, the token at k-2 is not BOS, and the two copies of the prefix do not overlap.
     """
     found = []
     for part in torch.arange(len(tokens), device=tokens.device).split(16):
         lengths, (q, k) = prefix_lengths(classes[part]), positions(tokens)
+        lengths = lengths * (k < q)
         at = (lengths > 0) & (k >= 3) & (k + lengths <= q + 1) & (classes[part] >= 0).roll(2, 1)[:, None]
-        if model is None:
-            at &= ((lengths > 0) & (k < q)).sum(-1, keepdim=True) == 1
-        else:
-            layer, h = head
-            *_, (_, kept) = model.layer_by_layer(tokens[part], layer + 1)
-            at &= kept.pattern[:, h] > ATTENDS
+        if model is not None:
+            for _, kept in model.layer_by_layer(tokens[part], head[0] + 1):
+                attends = kept.pattern[:, head[1]] > ATTENDS            # of the last one, in the end
+            at &= attends
+        elif unique:
+            at &= (lengths > 0).sum(-1, keepdim=True) == 1
         row, query, key = at.nonzero(as_tuple=True)
         found.append(Examples(part[row], query, key, lengths[row, query, key]))
     return Examples(*map(torch.cat, zip(*found)))
@@ -264,17 +264,16 @@ def attention_at(model, rows, examples, layers):                        # (n,T) 
 def intervene(model, tokens, table, examples, heads, n, seed=0):      # -> {condition: {...}}
     """Attention of the heads before and after one token is replaced.
 
-    corrupt: k-2, prefix 2 or longer. control, other token: k+2, the same examples, where k+2 is not in the
-    prefix at the query. control, prefix 1: k-2, prefix exactly 1. At most n examples each, drawn at random;
-    intervals over rows.
+    corrupt: k-2, prefix 2 or longer. control, other token: k+2, the same examples; in both, k+2 stands before
+    the prefix that ends at the query, and is not BOS. control, prefix 1: k-2, prefix exactly 1. At most n
+    examples each, drawn at random; intervals over rows.
     """
     generator, layers, results = torch.Generator().manual_seed(seed), sorted({l for l, _ in heads}), {}
-    long, one = examples.pick(examples.length >= 2), examples.pick(examples.length == 1)
+    later = tokens[examples.row, (examples.k + 2).clamp_max(tokens.shape[1] - 1)]
+    room = (examples.k + 2 <= examples.q - examples.length) & (table[later] >= 0)
     draw = lambda e: e.pick(torch.randperm(len(e.q), generator=generator)[:n].to(e.q.device))
-    long, one = draw(long), draw(one)
-    # two tokens after the key, and before the prefix that ends at the query begins
-    other = long.pick(long.k + 2 <= long.q - long.length)
-    for name, chosen, offset in (("corrupt", long, -2), ("control, other token", other, 2),
+    long, one = draw(examples.pick((examples.length >= 2) & room)), draw(examples.pick(examples.length == 1))
+    for name, chosen, offset in (("corrupt", long, -2), ("control, other token", long, 2),
                                  ("control, prefix 1", one, -2)):
         results[name] = {"n": len(chosen.q), "n_rows": len(chosen.row.unique())}
         if not len(chosen.q):
@@ -360,31 +359,35 @@ class Tally(NamedTuple):
 
 def tally(model, saes, tokens, classes, names, say=lambda done: None):  # -> {layer: Tally}
     """Where the features are active, and how much of that where their token followed earlier."""
-    zeros = lambda sae: torch.zeros(sae.d_sae, dtype=torch.float64, device=tokens.device)
+    zeros = lambda sae: torch.zeros(sae.d_sae, dtype=torch.float64)     # on the CPU: MPS has no float64
     tallies = {layer: Tally(*(zeros(sae) for _ in Tally._fields)) for layer, sae in saes.items()}
     for layer, (row, q, feature, f) in active_entries(model, saes, tokens, say):
-        hit = followed_by(tokens, classes, row, q, names[layer][feature]).double()
-        for total, each in zip(tallies[layer], (torch.ones_like(hit), f.double(), hit, hit * f)):
+        parts = zip(*(column.split(2**16) for column in (row, q, names[layer][feature])))
+        hit = torch.cat([followed_by(tokens, classes, *part) for part in parts] or [f > 0]).cpu().double()
+        feature, f = feature.cpu(), f.cpu().double()
+        for total, each in zip(tallies[layer], (torch.ones_like(hit), f, hit, hit * f)):
             total.index_add_(0, feature, each)
     return tallies
 
 
-def expected_share(model, sae, layer, tokens, classes, features, X):    # (m,), (m,) -> (m,)
+def expected_share(model, sae, layer, tokens, classes, features, X, others, its_classes):       # -> (m,)
     """The share of a feature's activation that would fall where X followed earlier if it depended on the
     current token alone: sum over tokens of (activation at that token) * (how often X followed it earlier).
 
-    A feature that reads nothing but the current token has exactly this share, and its lift is 1.
+    features, X (m,). How often is counted in `others`, rows that are not those measured: with a token that is
+    rare, its own hits would otherwise be what is expected. A feature that reads nothing but the current token
+    has this share, up to the difference of the two texts.
     """
-    n = int(classes.max()) + 2                                          # class -1 is BOS
+    n = int(max(classes.max(), its_classes.max())) + 2                  # class -1 is BOS
     mass, rate = (sae.b_enc.new_zeros(n, len(features)) for _ in range(2))
-    count = torch.bincount(classes[:, 1:].flatten() + 1, minlength=n).clamp_min(1)
+    count = torch.bincount(its_classes[:, 1:].flatten() + 1, minlength=n).clamp_min(1)
     for part in torch.arange(len(tokens), device=tokens.device).split(32):
         f = sae.encode(model.z_cat_at(tokens[part], [layer])[layer][:, 1:])[..., features]
         mass.index_add_(0, classes[part, 1:].flatten() + 1, f.flatten(0, 1))
     for one in X.unique().tolist():
-        has = (tokens == one).any(1).nonzero()[:, 0]
-        proxy = proxy_everywhere(tokens[has], classes[has], one)
-        times = torch.bincount(classes[has, 1:][proxy] + 1, minlength=n)
+        has = (others == one).any(1).nonzero()[:, 0]
+        proxy = proxy_everywhere(others[has], its_classes[has], one)
+        times = torch.bincount(its_classes[has, 1:][proxy] + 1, minlength=n)
         rate[:, X == one] = (times / count)[:, None].to(rate.dtype)
     return (mass * rate).sum(0) / mass.sum(0)
 
@@ -396,18 +399,18 @@ def proxy_everywhere(tokens, classes, X):                               # (B,T) 
         row, q = torch.meshgrid(part, torch.arange(1, tokens.shape[1], device=tokens.device), indexing="ij")
         hits = followed_by(tokens, classes, row.flatten(), q.flatten(), torch.full_like(row, X).flatten())
         found.append(hits.view(row.shape))
-    return torch.cat(found) if found else tokens[:, 1:] < 0
+    return torch.cat(found)
 
 
 @torch.no_grad()
 def find_features(model, saes, tokens, classes, say=lambda done: None):
-    """Every "X is next by induction" feature -> list of dicts, those whose share exceeds the expected one most
-    first; {layer: number of features active in the second half}; {layer: (d_sae,) the X of each feature}.
+    """Every "X is next by induction" feature -> list of dicts, first those whose share is most above the
+    expected one; {layer: number of features active in the second half}; {layer: (d_sae,) each one's X}.
 
     X is named on the first half of the rows (by the 32 strongest activations), the rest is measured on the
-    second half: a feature counts if it is active at 100 positions or more, if at least half of its activation
-    is where X followed the current token (or its variant) earlier, and if that is at least twice what the
-    current token alone would give (`expected_share`).
+    second half: a feature counts if it is active at 100 positions or more, if half of its activation or more
+    is where X followed the current token (or its variant) earlier, and if that share is 0.25 or more above
+    what the current token alone would give (`expected_share`).
     """
     naming, measuring = tokens[:len(tokens) // 2], tokens[len(tokens) // 2:]
     names, best, its_classes = {}, {}, classes[len(naming):]
@@ -422,10 +425,12 @@ def find_features(model, saes, tokens, classes, say=lambda done: None):
         share = t.hit / t.mass.clamp_min(1e-30)
         chosen = ((t.n >= N_ACTIVE) & (share >= SHARE)).nonzero()[:, 0]
         X = names[layer][chosen]
-        expected = expected_share(model, saes[layer], layer, measuring, its_classes, chosen, X)
-        found += [{"layer": layer, "feature": i, "X": x, "share": float(share[i]), "expected_share": e,
-                   "n_active": int(t.n[i]), "n_hit": int(t.n_hit[i])}
-                  for i, x, e in zip(chosen.tolist(), X.tolist(), expected.tolist()) if share[i] >= LIFT * e]
+        expected = expected_share(model, saes[layer], layer, measuring, its_classes, chosen, X, naming,
+                                  classes[:len(naming)])
+        of_layer = [{"layer": layer, "feature": i, "X": x, "share": float(share[i]), "expected_share": e,
+                     "n_active": int(t.n[i]), "n_hit": int(t.n_hit[i])}
+                    for i, x, e in zip(chosen.tolist(), X.tolist(), expected.tolist())]
+        found += [one for one in of_layer if one["share"] >= one["expected_share"] + EXCESS]
     return sorted(found, key=lambda one: one["expected_share"] - one["share"]), n_live, names
 
 
@@ -442,9 +447,10 @@ def details(model, saes, wanted, tokens, classes):      # [(layer, feature, X)] 
     found, layers = [[] for _ in wanted], sorted({layer for layer, _, _ in wanted})
     for part in tokens.split(32):
         z = model.z_cat_at(part, layers)
-        f = {layer: saes[layer].encode(z[layer][:, 1:-1]) for layer in layers}
         for each, (layer, feature, _) in zip(found, wanted):
-            each.append(f[layer][..., feature].clone())                 # a copy, so that f itself can go
+            sae = saes[layer]
+            pre = (z[layer][:, 1:-1] - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
+            each.append(pre * (pre > sae.threshold[feature]))
     return [Detail(torch.cat(f), proxy_everywhere(tokens, classes, X)[:, :-1], tokens[:, 2:] == X)
             for f, (_, _, X) in zip(found, wanted)]
 
@@ -557,6 +563,9 @@ def main():
     check_writable(folder)
     T = min(128, model.config.n_ctx)
     rows = next(data.rows(config.corpus, tokenizer, "held-out", T, config.n_rows, repeat_share=0.0))
+    if len(rows) < 16:
+        raise UserError(f"--corpus {config.corpus} gave {len(rows)} held-out rows, and 16 are needed; give "
+                        f"more text, or raise --n-rows.")
     rows, table = rows.to(device), fuzzy(tokenizer).to(device)
     study_heads(config, model, tokenizer, rows, table, folder)
     heads = study_prefixes(config, model, tokenizer, table, folder)
@@ -639,7 +648,9 @@ def study_prefixes(config, model, tokenizer, table, folder):            # -> (sh
 
 def study_intervention(config, model, rows, table, heads, folder):
     """The prefix cut to one token in real text, with both controls, on three choices of examples."""
-    classes, found, lengths = table[rows], {}, {}
+    classes, found = table[rows], {}
+    everywhere = find_examples(rows, classes, unique=False).length.clamp_max(10)
+    lengths = {"everywhere": torch.bincount(everywhere, minlength=11)[1:].tolist()}
     chosen = {"by text alone": (find_examples(rows, classes), heads)}
     for layer, h in heads:
         chosen[f"where {layer}.{h} attends"] = find_examples(rows, classes, model, (layer, h)), [(layer, h)]
@@ -647,7 +658,7 @@ def study_intervention(config, model, rows, table, heads, folder):
           f"{'replaced':22}{'n':>5}  head  before  after   change")
     for choice, (examples, mine) in chosen.items():
         found[choice] = intervene(model, rows, table, examples, mine, config.n_examples, config.seed)
-        lengths[choice] = torch.bincount(examples.length, minlength=11)[1:11].tolist()
+        lengths[choice] = torch.bincount(examples.length.clamp_max(10), minlength=11)[1:].tolist()
         for condition, r in found[choice].items():
             for layer, h in mine:
                 if (one := r.get(f"{layer}.{h}")) is None:
@@ -695,18 +706,20 @@ def study_features(config, model, tokenizer, saes, rows, table, asked, folder, n
                         f"raise --n-rows, or name another with --feature.")
     d, = details(model, saes, [(layer, feature, X)], rows, classes)
     drawn = {"layer": layer, "feature": feature, "X": X, "X_text": tokenizer.decode([X]),
+             "found": any((one["layer"], one["feature"]) == (layer, feature) for one in found),
              "precision_and_recall": precision_and_recall(d), "places": show_places(d, rows, tokenizer),
              "downstream": downstream(model, saes[layer], layer, feature, X, rows, d, seed=config.seed)}
     print_feature(drawn)
     write_json(folder / "features.json", result | {"drawn": drawn})
     active = d.f > 0
     plot_feature(d.f[active].cpu().numpy(), d.proxy[active].cpu().numpy(),
-                 f"{layer}.{feature}: {drawn['X_text']!r} is next by induction", folder / "feature.png")
+                 f"{layer}.{feature}, named after {drawn['X_text']!r}", folder / "feature.png")
 
 
 def print_feature(drawn):
     """Precision, recall, what the feature does for X, and places in the text."""
-    print(f"\nfeature {drawn['layer']}.{drawn['feature']}: {drawn['X_text']!r} is next by induction")
+    print(f"\nfeature {drawn['layer']}.{drawn['feature']}, named after {drawn['X_text']!r}, "
+          + ("one of those found" if drawn["found"] else "not one of those found: it does not meet the rule"))
     print("activation over   precision            recall")
     for r in drawn["precision_and_recall"]:
         precision, recall = ("n/a" if r[name] is None else f"{r[name]:.1%} of {r[n]}"

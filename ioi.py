@@ -99,12 +99,15 @@ def draw_prompts(n, names, tokenizer, seed=0):                          # -> lis
     Places and objects are those that are one token in this vocabulary. Raises UserError for a name that is
     not, and for fewer than four names.
     """
-    if len(set(names)) < 4:
+    if len(set(names)) < 4 or "" in names:
         raise UserError("--names takes four different names or more, with commas between them.")
     for name in names:
         tokenizer.single(" " + name)
     places, objects = ([word for word in words if len(tokenizer.encode(" " + word)) == 1]
                        for words in (PLACES, OBJECTS))
+    if not places or not objects:
+        raise UserError("no place or no object of the templates is one token in this model's vocabulary; the "
+                        "study takes a model that knows such words.")
     rng, prompts = random.Random(f"ioi {seed}"), []
     for i in range(n):
         io, s = rng.sample(sorted(set(names)), 2)
@@ -277,6 +280,8 @@ def circuit(model, prompts, source, base, source_run, say=lambda done: None):
     return Circuit(attention, dla, stack(effects["direct"]), stack(effects["end"]), stack(effects["S2"]))
 
 
+ROLES = ("name mover", "negative name mover", "S-inhibition", "duplicate token", "induction",
+         "previous token")
 ATTENDS, MATTERS = 0.2, 0.05    # least attention, and least effect as a part of LD_clean - LD_source
 
 
@@ -289,7 +294,7 @@ def roles(attention, direct, at_end, at_S2):            # {look: (L,H)}, (L,H) x
     S-inhibition         looks from the end at S2, and in all has 5% more than directly: through later heads
     duplicate token      looks from S2 at S1, and patched at S2 has 5% or more
     induction            looks from S2 at S1+1, and patched at S2 has 5% or more
-    previous token       looks from S1+1 at S1 (the patch cannot reach it)
+    previous token       looks from S1+1 at S1: by attention alone, since the patch cannot reach it
     To look is an attention of 0.2 or more.
     """
     looks = {look: at >= ATTENDS for look, at in attention.items()}
@@ -342,6 +347,7 @@ def rank_features(effects, prompts, n_top):                             # {layer
     """The features with the largest mean effect over all prompts, with intervals, and by order of names."""
     N, ranked = len(prompts.words), []
     is_abba = np.array([one.order == "ABBA" for one in prompts.words])
+    of_template = np.array([one.template for one in prompts.words])
     for layer, e in effects.items():
         total = e.change.new_zeros(int(e.feature.max()) + 1 if len(e.feature) else 0)
         total.index_add_(0, e.feature, e.change)
@@ -352,9 +358,8 @@ def rank_features(effects, prompts, n_top):                             # {layer
         mine = e.feature == i
         change[e.row[mine].cpu().numpy()] = e.change[mine].cpu().numpy()
         mean, interval = mean_of(change)
-        by_order = {order: mean_of(change[is_abba == (order == "ABBA")])[0] for order in ORDERS}
-        by_template = {t: mean_of(change[[one.template == t for one in prompts.words]])[0]
-                       for t in range(len(TEMPLATES))}
+        by_order = {order: float(change[is_abba == (order == "ABBA")].mean()) for order in ORDERS}
+        by_template = {t: float(change[of_template == t].mean()) for t in np.unique(of_template).tolist()}
         found.append({"layer": layer, "feature": i, "n_active": int(mine.sum()), "effect": mean,
                       "effect_ci": interval, **by_order, "by_template": by_template})
     return found
@@ -370,47 +375,62 @@ def role_of(k, pos, row):
     return "else"
 
 
-@torch.no_grad()
-def reads(model, sae, layer, feature, prompts, base, place, n=32):      # -> {order: {role: share}}
-    """DFA of a feature by what stands at the source, in the n prompts of each order where it is most active:
-    sum over prompts, as a share of the sum of its activations. With its own bias the shares sum to 1."""
-    f = sae.encode(at_place(base.z[layer], prompts, place))[:, feature]
-    *_, (_, kept) = model.layer_by_layer(prompts.tokens, layer + 1)
-    found = {}
+def most_active(sae, layer, feature, prompts, base, place, n=8):        # -> {order: (m,) prompts}, f (N,)
+    """The prompts of each order in which a feature is most active at the place, n of them at most."""
+    f, found = sae.encode(at_place(base.z[layer], prompts, place))[:, feature], {}
     for order in ORDERS:
         mine = torch.tensor([one.order == order for one in prompts.words], device=f.device)
         rows = torch.where(mine, f, 0).argsort(descending=True)[:n]
-        rows, sums = rows[(f * mine)[rows] > 0], {}
-        for row in rows.tolist():
-            q, one = int(prompts.pos[place][row]), slice(row, row + 1)
-            by_source = dfa(kept.pattern[one], kept.v[one], sae.W_enc[:, feature])[0, :, q].sum(0)
-            for k, value in enumerate(by_source[:q + 1].tolist()):
+        found[order] = rows[(f * mine)[rows] > 0]
+    return found, f
+
+
+@torch.no_grad()
+def reads(model, sae, layer, feature, prompts, base, place):            # -> {order: {role: share}}
+    """DFA of a feature by what stands at the source, in the prompts of each order where it is most active:
+    sum over prompts, as a share of the sum of its activations.
+
+    The constant part of the values, model.value_bias, says nothing about sources: it is counted with the
+    feature's own bias. With "bias" the shares sum to 1.
+    """
+    found, (rows_of, f) = {}, most_active(sae, layer, feature, prompts, base, place)
+    w, constant = sae.W_enc[:, feature], model.value_bias(layer)
+    for order, rows in rows_of.items():
+        sums = {}
+        if len(rows):
+            for _, kept in model.layer_by_layer(prompts.tokens[rows], layer + 1):
+                pass                                                    # the last one is the layer's
+            moved = dfa(kept.pattern, kept.v - constant.unflatten(0, kept.v.shape[2:]), w)        # (B,H,q,k)
+            bias = float(feature_bias(sae)[feature] + constant @ w) * len(rows)
+            sums["bias"] = bias / float(f[rows].sum())
+        for i, row in enumerate(rows.tolist()):
+            q = int(prompts.pos[place][row])
+            for k, value in enumerate(moved[i, :, q, :q + 1].sum(0).tolist()):
                 role = role_of(k, prompts.pos, row)
-                sums[role] = sums.get(role, 0) + value
-            sums["bias"] = sums.get("bias", 0) + float(feature_bias(sae)[feature])
-        found[order] = {role: value / float(f[rows].sum()) for role, value in sums.items()}
+                sums[role] = sums.get(role, 0) + value / float(f[rows].sum())
+        found[order] = sums
     return found
 
 
 @torch.no_grad()
-def reads_further(model, saes, layer, feature, prompts, base, place, n=8):      # -> [(role, writer, share)]
-    """One step of recursive DFA: what was written at the sources, and by whom, in the n prompts in which the
-    feature is most active, as shares of the sum of its activations; strongest first."""
-    f = saes[layer].encode(at_place(base.z[layer], prompts, place))[:, feature]
-    rows = f.argsort(descending=True)[:n]
-    rows, sums = rows[f[rows] > 0], {}
-    for row in rows.tolist():
-        run = trace_run(model, saes, prompts.tokens[row, :int(prompts.pos["end"][row]) + 1])
-        found = children(run, layer, int(prompts.pos[place][row]), feature)
-        written = found.part >= 0
-        total = found.value.new_zeros(len(run.parts.kind))
-        total.index_add_(0, found.part[written], found.value[written])
-        for i in total.nonzero()[:, 0].tolist():
-            kind, l, j = int(run.parts.kind[i]), int(run.parts.layer[i]), int(run.parts.feature[i])
-            key = role_of(int(run.parts.position[i]), prompts.pos, row), name_part(KINDS[kind], l, j)
-            sums[key] = sums.get(key, 0) + float(total[i])
-    shares = [(*key, value / float(f[rows].sum())) for key, value in sums.items()]
-    return sorted(shares, key=lambda one: -abs(one[2]))
+def reads_further(model, saes, layer, feature, prompts, base, place):   # -> {order: {(role, writer): share}}
+    """One step of recursive DFA, in the same prompts and units as `reads`: what was written at the sources,
+    and by whom; the constants together are ("bias", "")."""
+    found, (rows_of, f) = {}, most_active(saes[layer], layer, feature, prompts, base, place)
+    for order, rows in rows_of.items():
+        sums = {}
+        for row in rows.tolist():
+            run = trace_run(model, saes, prompts.tokens[row, :int(prompts.pos["end"][row]) + 1])
+            below = children(run, layer, int(prompts.pos[place][row]), feature)
+            columns = [column.tolist() for column in run.parts[:4]]     # kind, layer, position, feature
+            for part, value in zip(below.part.tolist(), below.value.tolist()):
+                key = "bias", ""
+                if part >= 0:
+                    kind, l, k, j = (column[part] for column in columns)
+                    key = role_of(k, prompts.pos, row), name_part(KINDS[kind], l, j)
+                sums[key] = sums.get(key, 0) + value / float(f[rows].sum())
+        found[order] = sums
+    return found
 
 
 # ---- the " and" signal (Fig. 5, 14) ----
@@ -418,11 +438,11 @@ def reads_further(model, saes, layer, feature, prompts, base, place, n=8):      
 
 def recovered(patched, clean, zero):                                    # (N,) each -> value | None, interval
     """(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means, with its bootstrap interval over
-    prompts; None where LD_clean - LD_zero is not told apart from 0."""
+    prompts; None where LD_clean - LD_zero is not clearly above 0."""
     patched, clean, zero = (x.cpu().double().numpy() for x in (patched, clean, zero))
     ratio = lambda i: (patched[i] - zero[i]).mean() / (clean[i] - zero[i]).mean()
-    low, high = mean_of(clean - zero)[1]
-    if low <= 0 <= high:
+    low, _ = mean_of(clean - zero)[1]
+    if low <= 0:
         return None, None
     return float(ratio(np.arange(len(clean)))), bootstrap(ratio, len(clean))
 
@@ -464,8 +484,8 @@ POSITIONS = ("same", "2 tokens", "a sentence")
 def placed(words, fillers, position):
     """The prompts with fillers set so that S1 stands where `position` says. "same": at one position and one
     distance from S2 for both orders of names (S1 is two tokens later in ABBA, so BABA has two tokens more in
-    front and two less in the middle). "2 tokens": these two the other way round. "a sentence": all in the
-    middle."""
+    front and two less in the middle). "2 tokens": these two the other way round, so that S1 moves on in one
+    order and back in the other: a cell is a mean over both. "a sentence": all in the middle."""
     moved = []
     for one, short in zip(words, fillers):
         long = longer(short)
@@ -551,16 +571,19 @@ def main():
         raise UserError(f"--n-prompts must be 20 or more for intervals, not {config.n_prompts}.")
     names = [name.strip() for name in config.names.split(",")]
     words = draw_prompts(config.n_prompts, names, tokenizer, config.seed)
-    longest = placed(words, FILLERS * config.n_prompts, "a sentence")
+    longest = max(FILLERS, key=lambda filler: len(tokenizer.encode(" " + filler)))
+    longest = placed(words, [longest] * len(words), "a sentence")
     model.check_length(build(longest, tokenizer).tokens.shape[1])
     saes = load_all(find_saes(config.saes, config.out, config.model), model, device=device)
+    T = min(128, model.config.n_ctx)
+    text = next(data.rows(config.corpus, tokenizer, "held-out", T, 512))
     folder = run_folder(config.out, config.model) / "ioi"
     check_writable(folder)
     prompts = build(words, tokenizer, device)
     study = Study(config, model, tokenizer, names, folder, prompts, base_run(model, prompts))
     movers, layers = study_circuit(study)
     study_saes(study, saes)
-    study_signal(study, layers)
+    study_signal(study, layers, frequent_word(text, tokenizer, CONNECTORS))
     study_qk(study, saes, movers)
     print(f"\nwritten to {folder}/")
 
@@ -584,14 +607,18 @@ def study_circuit(study):                               # -> [(layer, head)], [l
         print("this model does not do the task; what follows describes its heads all the same")
     source, source_run = study.run(other_giver(prompts.words))
     source_ld = -source_run.ld.cpu().numpy()                            # IO and S have changed roles
-    whole = float(ld.mean() - source_ld.mean())
+    whole, told_apart = float(ld.mean() - source_ld.mean()), mean_of(ld - source_ld)[1][0] > 0
+    if not told_apart:
+        whole = 1.0                                                     # effects stay in logits
     progress = Progress(model.config.n_layers, "layers")
     c = circuit(model, prompts, source, base, source_run,
                 lambda done: progress(done, last=done == model.config.n_layers))
     share = {name: getattr(c, name).mean(0) / whole for name in ("direct", "at_end", "at_S2")}      # (L,H)
     attention = {look: at.mean(0) for look, at in c.attention.items()}
-    found = roles(attention, **share)
-    print(f"with the other name at S2: {in_words(source_ld)}; effects: parts of the difference, {whole:.2f}")
+    found = roles(attention, **share) if told_apart else {role: [] for role in ROLES}
+    print(f"with the other name at S2: {in_words(source_ld)}; effects: " + (
+        f"parts of the difference, {whole:.2f}" if told_apart else "in logits, and no roles, since the two "
+        "are not told apart"))
     print("head    direct logit   patched at the end: directly   in all   patched at S2   looks at")
     order = np.argsort(-sum(map(abs, share.values())), axis=None)[:12]
     for head in (divmod(int(i), model.config.n_heads) for i in order):
@@ -610,7 +637,9 @@ def study_circuit(study):                               # -> [(layer, head)], [l
     write_json(study.folder / "circuit.json", {
         "logit_difference": mean_of(ld), "source": mean_of(source_ld), "accuracy": mean_of(ld > 0),
         "roles": found, "attention": {look: at.tolist() for look, at in attention.items()},
-        "layers_at_S2": at_S2.tolist(), **{name: mean_of(getattr(c, name)) for name in ("dla", *share)}})
+        "clean_less_source": whole if told_apart else None,
+        "layers_at_S2_as_share": at_S2.tolist(),
+        **{name: mean_of(getattr(c, name)) for name in ("dla", *share)}})
     plot_effects({"direct logit attribution": c.dla.mean(0), "patched at the end, directly": share["direct"],
                   "patched at the end": share["at_end"], "patched at S2": share["at_S2"]},
                  study.folder / "heads.png")
@@ -654,23 +683,24 @@ def study_place(study, saes, place, n_shown=12, n_read=5):
     for one in ranked[:n_read]:
         layer, i = one["layer"], one["feature"]
         one["reads"] = reads(model, saes[layer], layer, i, *at)
-        one["reads_further"] = reads_further(model, saes, layer, i, *at)[:8]
+        further = reads_further(model, saes, layer, i, *at)
+        one["reads_further"] = {order: sorted(([*key, x] for key, x in shares.items() if key[1]),
+                                              key=lambda item: -abs(item[2]))[:8]
+                                for order, shares in further.items()}
         print(f"{layer}.{i} reads, in shares of its activation")
         for order, by_role in one["reads"].items():
             best = sorted(by_role.items(), key=lambda item: -abs(item[1]))[:5]
             print(f"  {order}  " + ("  ".join(f"{role} {x:+.0%}" for role, x in best) or "never active"))
-        print("  written there by  " + "  ".join(f"{writer} at {role} {x:+.0%}" for role, writer, x
-                                                 in one["reads_further"][:5]))
+            if best:
+                print("        written by  " + "  ".join(f"{writer} at {role} {x:+.0%}" for role, writer, x
+                                                         in one["reads_further"][order][:4]))
     return {"n_removed": n_removed, "features": ranked,
             "error": {layer: mean_of(change) for layer, change in errors.items()}}
 
 
-def study_signal(study, layers):
+def study_signal(study, layers, frequent):
     """What z_cat at S2 tells the later layers: noising, connectors, side and position."""
     model, prompts, base, words = study.model, study.prompts, study.base, study.prompts.words
-    T = min(128, model.config.n_ctx)
-    text = next(data.rows(study.config.corpus, study.tokenizer, "held-out", T, 512))
-    frequent = frequent_word(text, study.tokenizer, CONNECTORS)
     connectors = [c for c in (*CONNECTORS[1:], frequent) if len(study.tokenizer.encode(c)) == 1]
     others = with_other_names(words, study.names, study.config.seed)
     noisy = with_filler(others, study.config.seed)

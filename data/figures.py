@@ -9,8 +9,8 @@ COLOURS = ("#0b62a4", "#d1611f", "#3a7d44", "#8a5aa8")      # told apart by colo
 
 
 def figure(width, height, panels=1, **options):
-    """A figure of so many inches with panels side by side, or (rows, columns) of them -> (figure, axes). Needs
-    no display."""
+    """A figure of so many inches with panels side by side, or (rows, columns) of them -> (figure, axes).
+    Needs no display."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -106,7 +106,7 @@ def plot_intervention(found, heads, path):
         if mine:
             ax.legend(fontsize=8, ncols=len(mine))
     axes[0].set_ylabel("attention from query to key")
-    fig.suptitle("One token of real text replaced (Fig. 4b)", fontsize=10)
+    fig.suptitle("One token of held-out text replaced (Fig. 4b)", fontsize=10)
     save(fig, path)
 
 
@@ -119,7 +119,7 @@ def plot_lengths(lengths, path):
             ax.plot(range(1, len(counts) + 1), share, "o-", color=colour, markersize=4,
                     label=f"{choice} (n = {sum(counts):,})")
     ax.set(xlabel="tokens that match (prefix length)", ylabel="share of places", yscale="log",
-           title="Prefix lengths up to 10 in real text")
+           title="Prefix lengths in held-out text (10: 10 or more)")
     ax.legend(fontsize=8)
     save(fig, path)
 
@@ -174,8 +174,8 @@ def plot_circuit(found, at_end, at_S2, path):
         for layer, h in heads:
             column, effect = COLUMNS[role], at_end[layer, h]
             effect = at_S2[layer, h] if column == 1 else effect
-            beside = sum(int(y) == layer for _, y in spots[column])
-            x, y = column + 0.36 * (beside % 2), layer + 0.3 * (beside // 2)
+            beside = sum(int(y + 0.01) == layer for _, y in spots[column])
+            x, y = column + 0.36 * (beside % 2), layer + 0.9 * (beside // 2) / (1 + len(heads) // 2)
             label = f"{layer}.{h}" + (f"  {effect:+.0%}" if column else "")
             box = {"boxstyle": "round", "color": COLOURS[column], "alpha": 0.6 if "negative" in role else 1.0}
             ax.annotate(label, (x, y), ha="center", va="center", fontsize=8, color="white", bbox=box)
@@ -191,7 +191,7 @@ def plot_circuit(found, at_end, at_S2, path):
              "name movers\n(at the end)"]
     ax.set_xticks(np.arange(4) + 0.18, names)
     ax.set(ylabel="layer", xlim=(-0.4, 3.8), ylim=(-0.6, n_layers - 0.2), yticks=range(n_layers),
-           title="Heads with a role, and what patching them does to the logit difference")
+           title="Heads with a role, and what patching them does to the logit difference; arrows: order only")
     ax.title.set_size(10)
     save(fig, path)
 
@@ -252,8 +252,9 @@ def plot_cells(cells, path):
                 ax.vlines(j + (i - 0.5) * 0.4, *r["recovered_ci"], color="black", linewidth=1)
     ax.axhline(0, color="black", linewidth=0.5)
     ax.set_xticks(range(3), ["same position", "moved by 2 tokens", "moved by a sentence"])
+    ax.margins(y=0.25)
     ax.set(ylabel="recovered logit difference", title="Side of the connector and position of S1")
     ax.title.set_size(10)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend()
+        ax.legend(ncols=2)
     save(fig, path)

@@ -197,11 +197,12 @@ def test_the_examples_of_a_head_are_those_it_attends_to(model):
 
 def test_examples_have_one_key_room_before_it_and_copies_that_do_not_overlap():
     classes = torch.tensor([[-1, 1, 2, 3, 4, 1, 2, 9, 4, 8],            # 4 1 | 2: q = 6, k = 3 has L = 2
-                            [-1, 7, 7, 7, 7, 7, 7, 7, 7, 7]])
+                            [-1, 7, 7, 7, 7, 7, 7, 7, 7, 7],
+                            [-1, 1, 2, 5, 3, 4, 6, 5, 5, 8]])           # q = 8 looks at 4, not at itself
     found = I.find_examples(classes, classes)
     places = {(b, q, k): L for b, q, k, L in zip(*(column.tolist() for column in found))}
     # q = 5 has k = 2, too early; copies that overlap and queries with many keys do not count
-    assert places == {(0, 6, 3): 2, (0, 8, 5): 1}
+    assert places == {(0, 6, 3): 2, (0, 8, 5): 1, (2, 7, 4): 1, (2, 8, 4): 1}
 
 
 def test_a_replaced_token_matches_nothing_in_its_row():
@@ -259,7 +260,7 @@ def test_wired_induction_features_are_found_named_and_matter(model, monkeypatch)
     assert after["rank_of_X"] == 1
     # f = 0.5 where the head sees X, written times GAIN: that much of X's logit, less the mean over tokens
     assert after["direct_logit"] == pytest.approx(0.5 * GAIN * (1 - 1 / V), abs=0.02)
-    assert after["loss_if_X"] is None or after["loss_if_X"] > 0.2
+    assert after["loss_if_X"] > 0.2
     assert after["loss_if_not_X"] < 0
 
 
@@ -291,11 +292,12 @@ def test_a_feature_of_the_current_token_is_no_induction_feature():
     names = I.name_next(naming, classes[:100], entries, 13)
     assert names[12] == 0 and (names[1:11] == 0).all() and names[11] == -1
     shares = I.tally(OneHot(), {0: sae}, tokens, classes, {0: names})[0]
-    expected = I.expected_share(OneHot(), sae, 0, tokens, classes, every, names[every])
+    expected = I.expected_share(OneHot(), sae, 0, tokens, classes, every, names[every], tokens, classes)
     torch.testing.assert_close(expected.double(), (shares.hit / shares.mass)[every], rtol=1e-4, atol=1e-6)
     found, _, _ = I.find_features(OneHot(), {0: sae}, tokens, classes)
-    by_feature = {one["feature"]: one for one in found}
-    assert not set(by_feature) & set(range(12)), "a feature that reads the current token alone is not one"
+    assert (shares.n[1:11] > I.N_ACTIVE).all() and (shares.hit / shares.mass)[1:11].max() > I.SHARE
+    assert [one["feature"] for one in found] == [12], "the proxy is one, the current token alone is not"
+    assert found[0]["share"] == 1.0
 
 
 def test_the_strongest_entries_of_each_feature_are_kept():
@@ -336,7 +338,23 @@ def test_the_program_writes_tables_json_and_figures(tmp_path):
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
     prefix = json.loads((folder / "prefix.json").read_text())
     assert np.array(prefix["attention"]).shape == (10, 4, 4) and prefix["n_sequences"] == 6
-    assert (folder / "features.json").is_file() and "short-prefix head" in done.stdout
+    drawn = json.loads((folder / "features.json").read_text())["drawn"]
+    assert (drawn["layer"], drawn["feature"]) == (2, 100) and (folder / "feature.png").is_file()
+    assert "short-prefix head" in done.stdout
+
+
+def test_places_show_the_token_at_which_the_feature_is_active():
+    words = [" a", " b", " c", " d", "<bos>"]
+    tokens = torch.tensor([[4, 0, 1, 0, 2, 3, 3]])
+    d = I.Detail(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]), torch.tensor([[False, False, True, False, True]]),
+                 torch.zeros(1, 5, dtype=torch.bool))
+    shown = I.show_places(d, tokens, Words(words))
+    texts = {kind: [place["text"] for place in places] for kind, places in shown.items()}
+    assert texts == {"active, X followed earlier": ["<bos> a b\u27e8 a\u27e9 c d"],
+                     "active, X did not follow earlier": ["<bos> a b a\u27e8 c\u27e9 d d"],
+                     "silent, X followed earlier": ["<bos> a b a c\u27e8 d\u27e9 d"]}
+    table = I.precision_and_recall(d, (0.0, 0.75))
+    assert [(r["n_over"], r["precision"], r["recall"]) for r in table] == [(2, 0.5, 0.5), (1, 1.0, 0.5)]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -345,6 +363,7 @@ def test_the_program_writes_tables_json_and_figures(tmp_path):
     (("--feature", "2.99999"), "features 0 to"),
     (("--n-sequences", "1"), "--n-sequences must be 2 or more"),
     (("--corpus", "no-such-file.txt"), "no-such-file.txt"),
+    (("--n-rows", "8"), "8 held-out rows, and 16 are needed"),
     (("--model", "no-such-model"), "no-such-model"),
 ])
 def test_mistakes_get_one_sentence(tmp_path, flags, words):

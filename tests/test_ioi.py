@@ -13,7 +13,6 @@ import torch
 import data
 import ioi
 import sae as S
-from attribution import children, trace_run
 from conftest import ROOT, random_gpt2
 from data.common import UserError
 from data.stories import HELD_OUT_NAMES, is_held_out
@@ -117,6 +116,8 @@ def test_names_that_do_not_serve_are_named(tokenizer):
     with pytest.raises(UserError, match="Bartholomew.*tokens"):
         ioi.draw_prompts(10, [*HELD_OUT_NAMES, "Bartholomew"], tokenizer)
     with pytest.raises(UserError, match="four different names"):
+        ioi.draw_prompts(10, ["Mary", "John", "Paul", "Tom", ""], tokenizer)
+    with pytest.raises(UserError, match="four different names"):
         ioi.draw_prompts(10, ["Mary", "John", "Mary"], tokenizer)
 
 
@@ -182,6 +183,16 @@ def test_effects_of_heads_by_brute_force(tiny, run):
         frozen = {later: freeze(later) for later in range(layer + 1, 4)}
         np.testing.assert_allclose(c.direct[:, layer, h],
                                    ld({layer: lambda z: patch(z, "end")} | frozen) - clean, atol=2e-4)
+    # heads, embeddings, MLPs and biases together, along the direction, are the logit difference
+    final = cache[3].resid_pre + cache[3].attn_out + cache[3].mlp_out
+    direction = tiny.logit_directions(prompts.io) - tiny.logit_directions(prompts.s)
+    direction = direction / tiny.final_scale(final[rows, end])
+    others = tiny.embed(prompts.tokens)[rows, end]
+    for layer, kept in cache.items():
+        others = others + kept.mlp_out[rows, end] + tiny.head_matrices(layer).b_O
+    names = tiny.wte.weight[prompts.io] - tiny.wte.weight[prompts.s]
+    rest = (others * direction).sum(-1) + names @ tiny.ln_f.bias
+    np.testing.assert_allclose(c.dla.sum((1, 2)) + rest.numpy(), clean, atol=2e-3)
     pattern = cache[2].pattern[rows, :, end, prompts.pos["IO"]]
     np.testing.assert_allclose(c.attention["end -> IO"][:, 2], pattern, atol=1e-6)
 
@@ -241,19 +252,17 @@ def test_ranking_counts_prompts_without_the_feature_as_no_effect():
     assert (second["feature"], second["effect"], second["n_active"]) == (5, 0.125, 1)
 
 
-def test_what_a_feature_reads_sums_to_the_feature(tiny, run, saes):
+def test_what_a_feature_reads_sums_to_the_feature_and_so_do_its_writers(tiny, run, saes):
     prompts, base, *_ = run
-    f = saes[0].encode(ioi.at_place(base.z[0], prompts, "end"))
-    feature = int(f.sum(0).argmax())
-    for order, shares in ioi.reads(tiny, saes[0], 0, feature, prompts, base, "end").items():
-        assert sum(shares.values()) == pytest.approx(1, abs=1e-4), order
     feature = int(saes[3].encode(ioi.at_place(base.z[3], prompts, "end")).sum(0).argmax())
-    shares = ioi.reads_further(tiny, saes, 3, feature, prompts, base, "end", n=1)
-    row = int(saes[3].encode(ioi.at_place(base.z[3], prompts, "end"))[:, feature].argmax())
-    traced = trace_run(tiny, saes, prompts.tokens[row, :prompts.pos["end"][row] + 1])
-    found = children(traced, 3, int(prompts.pos["end"][row]), feature)
-    constants = float(found.value[found.part < 0].sum()) / found.pre
-    assert sum(share for *_, share in shares) + constants == pytest.approx(1, abs=1e-3)
+    by_role = ioi.reads(tiny, saes[3], 3, feature, prompts, base, "end")
+    by_writer = ioi.reads_further(tiny, saes, 3, feature, prompts, base, "end")
+    for order in ioi.ORDERS:
+        assert sum(by_role[order].values()) == pytest.approx(1, abs=1e-4), order
+        sums = {}
+        for (role, _), share in by_writer[order].items():
+            sums[role] = sums.get(role, 0) + share
+        assert sums == pytest.approx(by_role[order], abs=1e-3), "DFA by role is the sum over writers"
 
 
 def test_the_pairs_of_a_contrast_sum_to_the_score(tiny, run, saes):
@@ -297,6 +306,14 @@ def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(t
 
     torch.testing.assert_close(found["zero"], brute(zero), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["zero everywhere"], brute(torch.zeros_like), rtol=1e-4, atol=1e-4)
+
+    def mean(z):
+        z, values = z.clone(), torch.stack([z[i, S2[i]] for i in range(N)]).mean(0)
+        for i in range(N):
+            z[i, S2[i]] = values
+        return z
+
+    torch.testing.assert_close(found["mean"], brute(mean), rtol=1e-4, atol=1e-4)
 
 
 def test_the_frequent_word_is_the_nearest_in_count():
