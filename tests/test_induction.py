@@ -330,7 +330,7 @@ def run(*flags):
 
 
 def test_the_program_writes_tables_json_and_figures(tmp_path):
-    done = run("--n-sequences", "6", "--n-examples", "10", "--n-rows", "80", "--feature", "2.100", "--saes",
+    done = run("--n-sequences", "6", "--n-examples", "10", "--n-rows", "80", "--feature", "3.1187", "--saes",
                "data/tiny", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny" / "induction"
@@ -339,7 +339,7 @@ def test_the_program_writes_tables_json_and_figures(tmp_path):
     prefix = json.loads((folder / "prefix.json").read_text())
     assert np.array(prefix["attention"]).shape == (10, 4, 4) and prefix["n_sequences"] == 6
     drawn = json.loads((folder / "features.json").read_text())["drawn"]
-    assert (drawn["layer"], drawn["feature"]) == (2, 100) and (folder / "feature.png").is_file()
+    assert (drawn["layer"], drawn["feature"]) == (3, 1187) and (folder / "feature.png").is_file()
     assert "short-prefix head" in done.stdout
 
 
