@@ -153,8 +153,9 @@ def check_writable(folder):
     """Make the folder. Raises UserError now, rather than in an hour, if nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        probe = folder / f".writable.{os.getpid()}"                     # of its own, should several processes try
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out.") from error
 
