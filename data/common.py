@@ -153,7 +153,7 @@ def check_writable(folder):
     """Make the folder. Raises UserError now, rather than in an hour, if nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"                     # of its own, should several processes try
+        probe = folder / f".writable.{os.getpid()}"         # its own, should several processes try
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -81,7 +81,7 @@ def saelens(d_in, d_sae, batch_size, steps, autocast):
         sae.b_enc.fill_(bias)
         sae.b_dec.zero_()
     config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=batch_size, lr=LR,
-                              adam_beta1=0.0, adam_beta2=0.9999, autocast=autocast)
+                              lr_end=LR, adam_beta1=0.0, adam_beta2=0.9999, autocast=autocast)
     trainer, last = SAETrainer(config, sae, iter(())), []
 
     def step(i):
