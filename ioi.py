@@ -219,6 +219,7 @@ def put(values, at):                                                    # (N,D),
 
 
 def at_place(z, prompts, place):                                        # (N,T,D) -> (N,D)
+    """z at a named position, which is each prompt's own."""
     return z[torch.arange(len(z), device=z.device), prompts.pos[place]]
 
 
@@ -589,6 +590,7 @@ def main():
 
 
 def in_words(values, form="+.2f"):                                      # (N,) -> "mean [low, high]"
+    """A mean over prompts with its 95% interval."""
     mean, (low, high) = mean_of(values)
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
