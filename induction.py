@@ -52,7 +52,7 @@ REPORTED = {"prefix": "5.1 below 0.3 for short prefixes, over 0.7 for long ones;
 
 def fuzzy(tokenizer):                                                   # -> (n_vocab,)
     """A class for every token: tokens that differ in one leading space or in case share one. BOS has class
-    -1, and so has what is not text by itself (a part of a character) its own class."""
+    -1; a token that is no text by itself (part of a character) has a class of its own."""
     numbers, classes = {}, []
     for i in range(tokenizer.n_vocab):
         text = tokenizer.decode([i])

@@ -53,6 +53,7 @@ def plot_training(log, densities, path):
 
 # ---- the induction study ----
 
+
 def plot_heads(scores, path):
     """Three scores of every head, on two texts."""
     fig, axes = figure(12, 3, panels=6)
