@@ -57,6 +57,12 @@ def dfa(pattern, v, w_enc):                         # (B,H,q,k), (B,k,H,d_head),
     return pattern * torch.einsum("bkhd,hd->bhk", v, w)[:, :, None]     # d_head first: no (B,q,k,D) tensor
 
 
+def dfa_at(pattern, v, w_enc, q):           # (H,q,k), (k,H,d_head), (m,D), (m,) -> (m,H,k)
+    """DFA of m features (rows of W_enc^T), each at its own query, in one prompt."""
+    reads = torch.einsum("khd,mhd->mhk", v, w_enc.unflatten(1, (v.shape[1], -1)))
+    return pattern[:, q].transpose(0, 1) * reads
+
+
 def feature_bias(sae):                                                  # -> (d_sae,)
     """b_enc[i] - b_dec . W_enc[:,i]: with DFA summed over heads and sources, the pre-activation."""
     return sae.b_enc - sae.b_dec @ sae.W_enc

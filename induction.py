@@ -38,8 +38,10 @@ from data.bpe import check_fits
 from data.common import (Progress, UserError, check_writable, field, mean_of, parse_flags,
                          pick_device, run_folder, write_json)
 from data.figures import plot_feature, plot_heads, plot_intervention, plot_lengths, plot_prefixes
+from data.keep import Keeper
 from data.sae_files import find_saes
-from sae import ablate, load_all
+from data.text import fuzzy
+from sae import ablate, active_entries, load_all
 
 LENGTHS = range(10)             # prefix lengths of the paired protocol
 ATTENDS = 0.3                   # attention above which a head counts as attending (Fig. 4b)
@@ -48,18 +50,6 @@ REPORTED = {"prefix": "5.1 below 0.3 for short prefixes, over 0.7 for long ones;
             "intervention": "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43"}
 
 # ---- which tokens match ----
-
-
-def fuzzy(tokenizer):                                                   # -> (n_vocab,)
-    """A class for every token: tokens that differ in one leading space or in case share one. BOS has class
-    -1; a token that is no text by itself (part of a character) has a class of its own."""
-    numbers, classes = {}, []
-    for i in range(tokenizer.n_vocab):
-        text = tokenizer.decode([i])
-        text = text[1:] if text[:1] == " " and len(text) > 1 else text
-        key = i if "\ufffd" in text else text.lower()
-        classes.append(-1 if i == tokenizer.bos else numbers.setdefault(key, len(numbers)))
-    return torch.tensor(classes)
 
 
 def prefix_lengths(classes):                                            # (B,T) -> (B,q,k)
@@ -293,37 +283,6 @@ def intervene(model, tokens, table, examples, heads, n, seed=0):      # -> {cond
 # ---- "X is next by induction" features (Fig. 2) ----
 
 
-class Entries(NamedTuple):
-    """Active features, one entry for each place and feature."""
-    row: Tensor             # (n,)
-    q: Tensor               # (n,)
-    feature: Tensor         # (n,)
-    f: Tensor               # (n,)
-
-
-@torch.no_grad()
-def active_entries(model, saes, tokens, say=lambda done: None):
-    """Yields (layer, Entries) for blocks of rows, position 0 left out; `row` counts through all of tokens."""
-    first = 0
-    for part in tokens.split(32):
-        for layer, z in model.z_cat_at(part, list(saes)).items():
-            f = saes[layer].encode(z[:, 1:])
-            row, q, feature = f.nonzero(as_tuple=True)
-            yield layer, Entries(row + first, q + 1, feature, f[row, q, feature])
-        first += len(part)
-        say(first)
-
-
-def strongest(kept, new, n):                                            # Entries, Entries -> Entries
-    """The n strongest entries of each feature, of two lists together."""
-    both = Entries(*(torch.cat(pair) for pair in zip(kept, new))) if kept else new
-    order = torch.from_numpy(np.lexsort((-both.f.cpu().numpy(), both.feature.cpu().numpy())))
-    both = Entries(*(column[order.to(column.device)] for column in both))
-    start = torch.searchsorted(both.feature, both.feature)              # where the feature's entries begin
-    few = torch.arange(len(start), device=start.device) - start < n
-    return Entries(*(column[few] for column in both))
-
-
 def name_next(tokens, classes, entries, d_sae):                         # -> (d_sae,)
     """For each feature the token that followed earlier occurrences of the current token most often, weighted
     by activation; -1 where there is none."""
@@ -413,11 +372,13 @@ def find_features(model, saes, tokens, classes, say=lambda done: None):
     what the current token alone would give (`expected_share`).
     """
     naming, measuring = tokens[:len(tokens) // 2], tokens[len(tokens) // 2:]
-    names, best, its_classes = {}, {}, classes[len(naming):]
+    names, its_classes = {}, classes[len(naming):]
+    best = {layer: Keeper(32, sae.d_sae) for layer, sae in saes.items()}
     for layer, entries in active_entries(model, saes, naming, say):
-        best[layer] = strongest(best.get(layer), entries, 32)
+        best[layer].add(entries, entries.feature, entries.f)
     for layer, sae in saes.items():
-        names[layer] = name_next(naming, classes[:len(naming)], best[layer], sae.d_sae)
+        named = name_next(naming.cpu(), classes[:len(naming)].cpu(), best[layer].best()[0], sae.d_sae)
+        names[layer] = named.to(tokens.device)
     found, n_live = [], {}
     later = lambda done: say(len(naming) + done)
     for layer, t in tally(model, saes, measuring, its_classes, names, later).items():

@@ -269,6 +269,49 @@ def resample(sae, optimizer, dead, z, generator):
         state["exp_avg_sq"][index] = mean.expand_as(state["exp_avg_sq"][index])
 
 
+# ---- where features are active ----
+
+
+class Entries(NamedTuple):
+    """Active features, one entry for each place and feature."""
+    row: Tensor             # (n,)
+    q: Tensor               # (n,) position
+    feature: Tensor         # (n,)
+    f: Tensor               # (n,) activation
+
+
+@torch.no_grad()
+def active_entries(model, saes, tokens, say=lambda done: None):
+    """Yields (layer, Entries) for blocks of rows, position 0 left out; `row` counts through all of tokens
+    (R,T)."""
+    first = 0
+    for part in tokens.split(32):
+        for layer, z in model.z_cat_at(part, list(saes)).items():
+            row, q, feature, f = active(saes[layer], z[:, 1:])
+            yield layer, Entries(row + first, q + 1, feature, f)
+        first += len(part)
+        say(first)
+
+
+@torch.no_grad()
+def active(sae, z):                                     # (B,T,d_in) -> Entries
+    """encode(z) without its zeros."""
+    T = z.shape[1]
+    z = z.flatten(0, 1).to(sae.b_dec.dtype)
+    if z.device.type == "cpu" and z.dtype == torch.float32:     # no (B*T,d_sae) tensor in float32
+        x = z - sae.b_dec
+        crow, feature = candidates(sae, x)
+        f = product_at(crow, feature, x, sae.W_enc) + sae.b_enc[feature]
+        over = f > sae.threshold[feature]
+        place = torch.repeat_interleave(torch.arange(len(z)), crow.diff())[over]
+        feature, f = feature[over], f[over]
+    else:
+        encoded = sae.encode(z)
+        place, feature = encoded.nonzero(as_tuple=True)
+        f = encoded[place, feature]
+    return Entries(place // T, place % T, feature, f)
+
+
 # ---- edits: functions from z_cat to z_cat, for model(tokens, edit_z={layer: edit}) ----
 
 

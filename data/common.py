@@ -279,3 +279,12 @@ def mean_of(values, rows=None, samples=1000):                           # (n,...
     counts = np.bincount(group)
     mean = lambda i: sums[i].sum(0) / counts[i].sum()
     return values.mean(0).tolist(), bootstrap(mean, len(sums), samples)
+
+
+def wilson(k, n):
+    """95% interval of a share of which k of n were seen (Wilson 1927): also where all or none were."""
+    if n == 0:
+        return None
+    z, p = 1.959964, k / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]

@@ -5,7 +5,7 @@ documents are packed into rows with BOS between them. The corpus "python" is the
 was trained on, and every machine that can run this project has it: the Python sources, docstrings and manuals
 of the standard library, torch, numpy and matplotlib, read where they are installed; with short stories
 (data/stories.py) between them, and with passages that repeat inside a row, on which induction can be learnt
-and measured. Other text comes from data/corpus.py.
+and measured. Other text comes from data/corpus.py. `fuzzy` says which tokens count as the same.
 """
 
 import hashlib
@@ -166,3 +166,15 @@ def _long_lines(text):
 def _shared(text, trained):
     lines = _long_lines(text)
     return sum(line in trained for line in lines) / max(len(lines), 1)
+
+
+def fuzzy(tokenizer):                                                   # -> (n_vocab,)
+    """A class for every token: tokens that differ in one leading space or in case share one. BOS has class
+    -1; a token that is no text by itself (part of a character) has a class of its own."""
+    numbers, classes = {}, []
+    for i in range(tokenizer.n_vocab):
+        text = tokenizer.decode([i])
+        text = text[1:] if text[:1] == " " and len(text) > 1 else text
+        key = i if "\ufffd" in text else text.lower()
+        classes.append(-1 if i == tokenizer.bos else numbers.setdefault(key, len(numbers)))
+    return torch.tensor(classes)

@@ -288,7 +288,7 @@ def test_a_feature_of_the_current_token_is_no_induction_feature():
     naming, every = tokens[:100], torch.arange(1, 11)
     f = sae.encode(OneHot().z_cat_at(naming, [0])[0][:, 1:])
     row, q, feature = f.nonzero(as_tuple=True)
-    entries = I.Entries(row, q + 1, feature, f[row, q, feature])
+    entries = S.Entries(row, q + 1, feature, f[row, q, feature])
     names = I.name_next(naming, classes[:100], entries, 13)
     assert names[12] == 0 and (names[1:11] == 0).all() and names[11] == -1
     shares = I.tally(OneHot(), {0: sae}, tokens, classes, {0: names})[0]
@@ -300,23 +300,9 @@ def test_a_feature_of_the_current_token_is_no_induction_feature():
     assert found[0]["share"] == 1.0
 
 
-def test_the_strongest_entries_of_each_feature_are_kept():
-    generator = torch.Generator().manual_seed(0)
-    column = lambda high: torch.randint(high, (500,), generator=generator)
-    f = lambda: torch.rand(500, generator=generator)
-    blocks = [I.Entries(column(50), column(50), column(7), f()) for _ in range(3)]
-    kept = None
-    for block in blocks:
-        kept = I.strongest(kept, block, 5)
-    every = I.Entries(*map(torch.cat, zip(*blocks)))
-    for i in range(7):
-        best = every.f[every.feature == i].sort(descending=True).values[:5]
-        torch.testing.assert_close(kept.f[kept.feature == i], best)
-
-
 def test_a_feature_is_named_after_the_token_with_the_most_activation():
     tokens = torch.tensor([[9, 1, 4, 1, 5, 1], [9, 2, 6, 2, 0, 0]])
-    entries = I.Entries(torch.tensor([0, 0, 1, 1]), torch.tensor([3, 5, 3, 1]), torch.tensor([0, 0, 0, 1]),
+    entries = S.Entries(torch.tensor([0, 0, 1, 1]), torch.tensor([3, 5, 3, 1]), torch.tensor([0, 0, 0, 1]),
                         torch.tensor([1.0, 1.0, 1.5, 3.0]))
     # feature 0: after an earlier 1 came 4 (from both 1s: 2.0) and 5 (1.0); after an earlier 2 came 6 (1.5)
     assert I.name_next(tokens, tokens, entries, 3).tolist() == [4, -1, -1]

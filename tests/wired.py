@@ -1,0 +1,136 @@
+"""Hand-wired transformers whose heads do known jobs, text for them, and SAEs trained on their z_cat.
+
+A token belongs to one of four kinds, and text is made of stretches of one kind. A head of layer 1 does one,
+two or four jobs, each at the query tokens of some kinds; a job is where the head looks:
+
+    before          the token before the query
+    itself          the query's own position
+    after a copy    keys that stand after an earlier copy of the query's token (induction)
+    copy            earlier copies of the query's token
+    set             earlier tokens of a set: every second token of the same kinds
+
+Where a job finds nothing, the head looks at BOS. Layer 0 has one head that tells every position which token
+stands before it. LayerNorm is kept from doing anything by two large entries of opposite sign.
+"""
+
+import random
+
+import torch
+
+import model as models
+import train
+from sae import SAE
+
+N, T, H, KINDS = 48, 48, 4, 4           # tokens besides BOS, positions, heads, kinds of tokens
+BOS, V = N, N + 1
+JOBS = ("before", "itself", "after a copy", "copy", "set")
+POSITIONAL = ("before", "itself")
+MATCH, PLACE, NOTHING, NEVER = 60.0, 20.0, 40.0, 200.0      # scores: a match beats BOS, BOS beats a place
+
+
+def draw_jobs(n_jobs, rng):
+    """Jobs of one head -> list of (job, kinds of tokens); at most one of them by position."""
+    while True:
+        jobs = [rng.choice(JOBS) for _ in range(n_jobs)]
+        by_place = sum(job in POSITIONAL for job in jobs)
+        if by_place <= 1 and all(jobs.count(job) == 1 for job in set(jobs) - {"set"}):
+            break
+    kinds = list(range(KINDS))
+    rng.shuffle(kinds)
+    share = KINDS // n_jobs
+    return [(job, sorted(kinds[i * share:(i + 1) * share])) for i, job in enumerate(jobs)]
+
+
+def tokens_of(kinds):
+    """The tokens of some kinds: token t is of kind t % KINDS."""
+    return [t for t in range(N) if t % KINDS in kinds]
+
+
+@torch.no_grad()
+def wire(heads):
+    """A model whose layer 1 has these heads, each a list of (job, kinds)."""
+    d_head = 2 * V + T + 1
+    d = H * d_head
+    model = models.GPT2(models.GPT2Config(2, H, d, 4, V, T, eps=1e-12)).requires_grad_(False)
+    token, before, place = torch.arange(V), torch.arange(V) + V, torch.arange(T) + 2 * V
+    kind, dump, plus, minus = (2 * V + T + i for i in (0, KINDS, KINDS + 1, KINDS + 2))
+    C = 1000.0
+    for parameter in model.parameters():
+        parameter.zero_()
+    model.wte.weight[token, token] = 1.0
+    model.wte.weight[torch.arange(N), kind + torch.arange(N) % KINDS] = 1.0     # tokens of a kind are alike
+    model.wte.weight[:, dump] = -model.wte.weight.sum(1)                        # every vector has mean 0
+    model.wpe.weight[torch.arange(T), place] = 1.0
+    model.wpe.weight[:, dump] = -1.0
+    model.wpe.weight[:, plus], model.wpe.weight[:, minus] = C, -C
+    for norm in (*(block.ln_1 for block in model.h), *(block.ln_2 for block in model.h), model.ln_f):
+        norm.weight.fill_((2 * C * C / d) ** 0.5)
+    scale = d_head**0.5
+    first, second = (block.attn for block in model.h)
+    n = torch.arange(T - 1)
+    first.c_attn.weight[place[n + 1], 2 * V + n] = MATCH * scale                # query: the place before mine
+    first.c_attn.weight[place[n], d + 2 * V + n] = 1.0
+    first.c_attn.weight[token, 2 * d + token] = 1.0
+    first.c_proj.weight[token, before] = 1.0
+    first.c_proj.weight[token, dump] = -1.0
+    for h, jobs in enumerate(heads):
+        W_Q, W_K, W_V = (second.c_attn.weight[:, i * d + h * d_head:i * d + (h + 1) * d_head] for i in range(3))
+        at_token, at_before, at_place, at_bos = torch.arange(V), torch.arange(V) + V, torch.arange(T) + 2 * V, -1
+        W_K[token, at_token] = 1.0
+        W_K[before, at_before] = 1.0
+        W_K[place, at_place] = 1.0
+        W_K[token[BOS], at_bos] = 1.0
+        W_V[token, at_token] = 1.0
+        second.c_proj.weight[h * d_head + token, token] = 1.0
+        second.c_proj.weight[h * d_head + token, dump] = -1.0
+        if "itself" not in [job for job, _ in jobs]:            # a copy is not the token itself
+            W_Q[place, at_place] = -NEVER * scale
+        for job, kinds in jobs:
+            mine = torch.tensor(tokens_of(kinds))
+            if job == "before":
+                W_Q[place[n + 1], at_place[n]] = PLACE * scale
+            elif job == "itself":
+                W_Q[place, at_place] = PLACE * scale
+            elif job == "after a copy":
+                W_Q[mine, at_before[mine]] = MATCH * scale
+            elif job == "copy":
+                W_Q[mine, at_token[mine]] = MATCH * scale
+            else:
+                W_Q[mine[:, None], at_token[mine[::2]]] = MATCH * scale
+            if job not in POSITIONAL:
+                W_Q[mine, at_bos] = NOTHING * scale
+    return model
+
+
+def text(n_rows, seed):                                         # -> (n_rows,T)
+    """Rows of stretches of 8 to 16 tokens of one kind."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n_rows):
+        row = [BOS]
+        while len(row) < T:
+            some = tokens_of([rng.randrange(KINDS)])
+            row += [rng.choice(some) for _ in range(rng.randint(8, 16))]
+        rows.append(row[:T])
+    return torch.tensor(rows)
+
+
+@torch.no_grad()
+def z_cat(model, tokens, layer=1):                              # (R,T) -> (R*(T-1),D)
+    return torch.cat([model.z_cat_at(part, [layer])[layer][:, 1:].flatten(0, 1) for part in tokens.split(64)])
+
+
+def train_sae(z, d_sae=256, l1=0.1, n_steps=600, seed=0):
+    """An SAE of some activations, by the steps of train.py."""
+    config = train.TrainConfig(batch_size=512, n_tokens=512 * n_steps, warmup=50, decay=0.3, seed=seed)
+    sae = SAE(z.shape[1], d_sae)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.0, 0.9999), fused=True)
+    zeros = torch.zeros(d_sae, dtype=torch.int64)
+    learner = train.Learner(sae, optimizer, l1, zeros, zeros.clone(), float(d_sae),
+                            torch.zeros(z.shape[1]), torch.ones(()))
+    train.initialise(learner, z, config, train.generator(seed, "start"))
+    order = torch.randperm(len(z), generator=train.generator(seed, "order"))
+    for step in range(n_steps):
+        batch = order[torch.arange(step * 512, (step + 1) * 512) % len(z)]
+        train.learn(learner, z[batch], step, config, 1)
+    return sae.rescale(learner.scale).requires_grad_(False)
