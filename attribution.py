@@ -24,9 +24,7 @@ Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_h
 whatever was written to the residual stream, one row for each position and writer.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,10 +33,10 @@ from torch import Tensor, nn
 
 import data
 import model as models
-from data import common
+from data import common, pages
 from data.bpe import check_fits
-from data.common import (UserError, atomic, bootstrap, check_writable, field, parse_flags, pick_device,
-                         run_folder, write_json)
+from data.common import (UserError, bootstrap, check_writable, field, parse_flags, pick_device, run_folder,
+                         write_json)
 from data.sae_files import find_saes
 from sae import ablate, load_all
 
@@ -487,13 +485,9 @@ def main():
     if not config.page:
         return
     print("\nwriting a page to look at every feature of every token ...", flush=True)
-    page = (Path(data.__file__).parent / "explorer.html").read_text(encoding="utf8")
     dashboards = [l for l in saes if (folder.parent / "features" / f"L{l}").is_dir()]
     content = explorer_data(run, texts, (layer, position, feature)) | {"dashboards": dashboards}
-    content = json.dumps(content, allow_nan=False)
-    with atomic(folder / "explorer.html") as temporary:
-        # inside a script element only "<" could end it
-        temporary.write_text(page.replace("__DATA__", content.replace("<", "\\u003c")), encoding="utf8")
+    pages.fill("explorer.html", content, folder / "explorer.html")
     print(f"{folder}/explorer.html")
 
 

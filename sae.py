@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.common import UserError, atomic, fast_bfloat16
+from data.keep import Entries
 from data.sae_files import read_sae, sae_paths
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -270,14 +271,6 @@ def resample(sae, optimizer, dead, z, generator):
 
 
 # ---- where features are active ----
-
-
-class Entries(NamedTuple):
-    """Active features, one entry for each place and feature."""
-    row: Tensor             # (n,)
-    q: Tensor               # (n,) position
-    feature: Tensor         # (n,)
-    f: Tensor               # (n,) activation
 
 
 @torch.no_grad()

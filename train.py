@@ -388,9 +388,10 @@ def initialise(learner, z, config, random):                             # z (N,D
     centred = z[:: max(1, len(z) // 8192)] - learner.mean
     if config.normalise:
         learner.scale = centred.norm(dim=-1).mean()
-    variances, directions = torch.linalg.eigh((centred.T @ centred).cpu())
+    # in float64: of a covariance of low rank, eigh in float32 may not converge
+    variances, directions = torch.linalg.eigh((centred.T @ centred).cpu().double())
     noise = torch.randn(sae.d_sae, sae.d_in, generator=random)
-    mixtures = noise * variances.clamp_min(0).sqrt() @ directions.T
+    mixtures = noise * variances.clamp_min(0).sqrt().float() @ directions.T.float()
     sae.b_dec.copy_(learner.mean / learner.scale)
     sae.W_dec.copy_(F.normalize(mixtures, dim=-1))
     sae.W_enc.copy_(0.5 * sae.W_dec.T)

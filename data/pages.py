@@ -8,7 +8,7 @@ than those that are looked at.
 import json
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from data.common import atomic
 
@@ -24,50 +24,62 @@ def fill(template, content, path):
         temporary.write_text(page.replace("__DATA__", content.replace("<", "\\u003c")), encoding="utf8")
 
 
-def write_chunks(folder, layer, records):
-    """records: {feature: what the page shows of it}, as index.html reads them."""
-    by_chunk = {}
-    for feature, record in records.items():
-        by_chunk.setdefault(feature // CHUNK, {})[feature] = record
-    for number, chunk in by_chunk.items():
+def write_features(folder, layer, tokens, kept, top, spread, records, before):
+    """The files of one layer. tokens (R,T); kept: what data.keep collected; top, spread: what features.py
+    shows of these places, `before` tokens before each; records: the features in plain numbers."""
+    lists = [examples(tokens, entries, shown, kept.largest, before, sources) for entries, shown, sources in
+             ((kept.top, top, True), (kept.spread, spread, False))]
+    H = top.total.shape[1]
+    dfa = torch.zeros(len(kept.n), H).index_add_(0, kept.top.feature, top.total / kept.top.f[:, None])
+    dfa /= torch.bincount(kept.top.feature, minlength=len(kept.n)).clamp_min(1)[:, None]
+    chunks = {}
+    for r in records:
+        i, tenths = r["feature"], {}
+        for e in lists[1].get(i, []):
+            tenths.setdefault(min(int(10 * e[2] / r["largest"]), 9), []).append(e)
+        chunks.setdefault(i // CHUNK, {})[i] = {
+            **{name: r[name] for name in ("family", "evidence", "cut", "replaced", "raises", "lowers")},
+            "facts": f"Active at {r['n']:,} places of {tokens[:, 1:].numel():,} ({r['frequency']:.2%}); "
+                     f"activation {r['mean']:.3g} on average where active, {r['largest']:.3g} at most.",
+            "explorer": f'to take it apart in a prompt: python attribution.py "..." --layer {layer} --feature '
+                        f"{i}",
+            "weights": r["head_weights"], "dfa": [round(x, 3) for x in dfa[i].tolist()],
+            "counts": kept.counts[i, :int(kept.counts[i].nonzero().max()) + 1].tolist(),
+            "width": float(kept.width[i]), "top": lists[0][i],
+            "tenths": [[f"{10 * t} to {10 * t + 10}% of the largest", tenths[t]]
+                       for t in sorted(tenths, reverse=True)]}
+    for number, chunk in chunks.items():
         content = json.dumps(chunk, allow_nan=False, separators=(",", ":"))
         with atomic(folder / f"L{layer}" / f"{number}.js") as temporary:
             temporary.write_text(f"receive({layer},{number},{content});\n", encoding="utf8")
 
 
-def example_lists(tokens, entries, shown, largest, before, after, with_sources):
-    """Examples of each feature as the page reads them -> {feature: [example, ...]}, in the order of entries.
+def examples(tokens, entries, shown, largest, before, with_sources):    # -> {feature: [example, ...]}
+    """Places as the page reads them, in the order of entries.
 
     An example is [row, q, f, first position, token ids, activations, sources, DFA by head, copies].
-    Activations are in hundredths of the feature's largest, and null outside the row; sources are [k, ids
-    around k, DFA by head] and, like all DFA, in thousandths of f. Places with the same text up to q are shown
-    once; copies counts the others.
+    Activations are in hundredths of the feature's largest, -1 at BOS; sources are [k, ids around k, DFA by
+    head], those of a hundredth of f or more; DFA is in thousandths of f. Places with the same text up to q
+    are shown once, and copies counts the others.
     """
-    tokens, T, lists, seen = tokens.numpy(), tokens.shape[1], {}, {}
-    row, q, feature = (column.numpy() for column in entries[:3])
-    f, top = entries.f.double().numpy(), largest.double().numpy()
-    window = shown.window.float().numpy() / top[feature][:, None]
-    hundredths = np.nan_to_num(np.rint(100 * window), nan=-1).astype(int)
-    thousandths = lambda x: np.rint(1000 * x / f.reshape(-1, *[1] * (x.ndim - 1))).astype(int)
-    if with_sources:
-        by_head, total = (thousandths(x.double().numpy()) for x in (shown.by_head, shown.total))
-        sources = shown.sources.numpy()
-    for n in range(len(f)):
-        first, end = max(int(q[n]) - before, 0), min(int(q[n]) + after + 1, T)
-        ids = tokens[row[n], first:end].tolist()
-        key = (int(feature[n]), *ids[:int(q[n]) - first + 1])
+    lists, seen, T = {}, {}, tokens.shape[1]
+    thousandths = lambda x: (1000 * x / entries.f.view(-1, *[1] * (x.dim() - 1))).round().long().tolist()
+    shades = (100 * shown.window.float() / largest[entries.feature, None]).nan_to_num(-1).round().long().tolist()
+    by_head, total = (thousandths(x) for x in (shown.by_head, shown.total)) if with_sources else (None, None)
+    sources = shown.sources.tolist()
+    for n, (row, q, feature, f) in enumerate(zip(*(column.tolist() for column in entries))):
+        first, text = max(q - before, 0), tokens[row].tolist()
+        skip = first - (q - before)
+        ids = text[first:first + len(shades[n]) - skip]
+        key = (feature, *ids[:q - first + 1])
         if key in seen:
             seen[key][8] += 1
             continue
-        skip = first - (int(q[n]) - before)
-        shades = hundredths[n, skip:skip + len(ids)].tolist()
-        example = [int(row[n]), int(q[n]), float(f"{f[n]:.4g}"), first, ids, shades, [], [], 0]
+        example = [row, q, float(f"{f:.4g}"), first, ids, shades[n][skip:skip + len(ids)], [], [], 0]
         if with_sources:
-            example[7] = total[n].tolist()
-            for k, dfa in zip(sources[n].tolist(), by_head[n].tolist()):
-                if k >= 0 and abs(sum(dfa)) >= 10:          # a hundredth of f or more
-                    around = [int(tokens[row[n], j]) if 0 <= j < T else -1 for j in range(k - 1, k + 2)]
-                    example[6].append([k, around, dfa])
+            example[7] = total[n]
+            example[6] = [[k, [text[k - 1] if k else -1, text[k], text[k + 1] if k + 1 < T else -1], dfa]
+                          for k, dfa in zip(sources[n], by_head[n]) if k >= 0 and abs(sum(dfa)) >= 10]
         seen[key] = example
-        lists.setdefault(int(feature[n]), []).append(example)
+        lists.setdefault(feature, []).append(example)
     return lists

@@ -2,16 +2,19 @@
 
     python tests/calibrate.py [number of hand-wired models, 24 if not given]
 
-Each model (tests/wired.py) has four heads that do one, two or four jobs, and an SAE trained on their z_cat.
-The threshold of similarity and the number of roles above which a head counts as polysemantic are chosen on
-one half of the models, and judged on the other: errors are heads with one job called polysemantic, and heads
-with several called monosemantic. features.py has what was chosen here (ALIKE, MANY).
+Each model (tests/wired.py) has four heads that do one, two or four jobs, and an SAE trained on their z_cat. A
+feature's true role in a head is the job of the tokens at which the head gathers most of its activation; the
+true number of roles among the features that lie in a head most follows from these as the measured one does
+from the roles found. The threshold of similarity is chosen on one half of the models and judged on the other;
+a head is wrong if it is polysemantic (features.MANY) by one of the two numbers and not by the other.
+features.py has the threshold chosen here (ALIKE).
 """
 
 import math
 import random
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,29 +26,55 @@ import wired as W  # noqa: E402
 from attribution import head_weights  # noqa: E402
 from data.common import Progress, wilson  # noqa: E402
 
-LEAST = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]         # thresholds of similarity tried
-MANY = [1.2, 1.35, 1.5, 1.75, 2.0]                  # numbers of roles tried
+LEAST = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8]       # similarities tried
+
+
+class Head(NamedTuple):
+    """One hand-wired head."""
+    n_jobs: int
+    true: dict              # {n: number of roles among its top n features, by the jobs wired}
+    found: dict             # {n: {similarity: the number found}}
 
 
 def census_of_wired(seed):
-    """One model -> [(number of jobs, {n: {threshold: roles}}) for each head]."""
+    """One model -> list of Head."""
     rng = random.Random(seed)
-    heads = [W.draw_jobs(n_jobs, rng) for n_jobs in (1, 1, 2, 4)]
-    rng.shuffle(heads)
-    model = W.wire(heads)
+    jobs_of = [W.draw_jobs(n_jobs, rng) for n_jobs in (1, 1, 2, 4)]
+    rng.shuffle(jobs_of)
+    model = W.wire(jobs_of)
     sae = W.train_sae(W.z_cat(model, W.text(600, f"{seed} train")), seed=seed)
     saes, text = {1: sae}, W.text(1000, f"{seed} census")
     classes = torch.where(text == W.BOS, -1, text)
-    tokens, collected = F.collect(model, saes, [text], len(text), n_places=200, seed=seed)
+    tokens, collected = F.collect(model, saes, [text], len(text), seed=seed)
     reads = F.look_again(model, saes, tokens, collected)[1][0]
-    found = F.head_census(model, sae, 1, collected[1], reads, tokens, classes, LEAST)
-    return [(len(jobs), {n: roles for n, roles in one["roles"].items()}) for jobs, one in zip(heads, found)]
+    family = torch.zeros(sae.d_sae, dtype=torch.int64)      # of no importance here
+    census = F.head_census(model, sae, 1, collected[1], reads, tokens, classes, family, LEAST)
+    heads = []
+    for jobs, one in zip(jobs_of, census):
+        truth = [true_job(jobs, one["head"], i, collected[1], reads, tokens) for i in one["features"]]
+        groups = lambda n: [[i for i in range(n) if truth[i] == job] for job in set(truth[:n])]
+        heads.append(Head(len(jobs), {n: F.number_of_roles(groups(n)) for n in F.TOPS}, one["roles"]))
+    return heads
 
 
-def errors(heads, n, least, many):                      # -> (one job called many, many called one)
-    """Numbers of wrong heads, of each kind."""
-    called = [(jobs > 1, roles[n][least] > many) for jobs, roles in heads]
+def true_job(jobs, h, feature, kept, reads, tokens):
+    """The job of the tokens at which head h gathers most of a feature's activation; -1: they have none."""
+    mine = kept.sample.feature == feature
+    at = tokens[kept.sample.row[mine], kept.sample.q[mine]].long()
+    gathered = (kept.weight / kept.sample.f)[mine] * reads.head_value[mine, h].clamp_min(0)
+    by_kind = torch.bincount(at % W.KINDS, gathered, minlength=W.KINDS)
+    return next((i for i, (_, kinds) in enumerate(jobs) if int(by_kind.argmax()) in kinds), -1)
+
+
+def wrong(heads, n, least):                             # -> (one role called many, many called one)
+    """Numbers of heads on the wrong side, of each kind."""
+    called = [(one.true[n] > F.MANY, one.found[n][least] > F.MANY) for one in heads]
     return sum(got and not true for true, got in called), sum(true and not got for true, got in called)
+
+
+def distance(heads, n, least):
+    """Median factor between the number of roles found and the true one."""
+    return 2 ** float(np.median([abs(math.log2(min(one.found[n][least], n) / min(one.true[n], n))) for one in heads]))
 
 
 def main():
@@ -56,28 +85,28 @@ def main():
         progress(seed + 1, last=seed == n_models - 1)
     chosen_on, judged_on = halves
     n = F.TOPS[1]
-    least, many = min(((a, b) for a in LEAST for b in MANY), key=lambda ab: (
-        sum(errors(chosen_on, n, *ab)), abs(ab[0] - 0.5), abs(ab[1] - 1.5)))
-    print(f"\nchosen on {len(chosen_on)} heads, by the {n} features that lie in each most: a role is shared "
-          f"from similarity {least} on, a head is polysemantic above {many} roles")
-    print("\nthreshold   errors on the half it was chosen on, by number of roles " + str(MANY))
-    for a in LEAST:
-        print(f"{a:9.2f}   " + "  ".join(f"{sum(errors(chosen_on, n, a, b)):4d}" for b in MANY))
-    print("\non the other half:")
-    print("features   threshold   one job called many   many called one    wrong [95% interval]      roles found: "
-          "median of heads with 1, 2, 4 jobs")
+    print(f"\n{len(chosen_on)} heads to choose on, their top {n} features\nsimilarity   wrong   median factor")
+    n_wrong = [sum(wrong(chosen_on, n, least)) for least in LEAST]
+    fewest = [least for least, number in zip(LEAST, n_wrong) if number == min(n_wrong)]
+    best = fewest[(len(fewest) - 1) // 2]
+    for least, number in zip(LEAST, n_wrong):
+        print(f"{least:10.2f} {number:7d} {distance(chosen_on, n, least):12.2f}")
+    print(f"chosen: {best}, in the middle of those with the fewest\n\non the other {len(judged_on)} heads\nfeatures  similarity   one role called many   "
+          "many called one       wrong [95% interval]   median factor")
     for n in F.TOPS:
-        for a in sorted({least, *F.ALIKE} & set(LEAST) | {least}):
-            one, several = errors(judged_on, n, a, many)
-            low, high = wilson(one + several, len(judged_on))
-            medians = [np.median([min(roles[n][a], 2 * n) for jobs, roles in judged_on if jobs == m])
-                       for m in (1, 2, 4)]
-            print(f"{n:8d} {a:11.2f} {one:17d} of {sum(j == 1 for j, _ in judged_on):2d} "
-                  f"{several:14d} of {sum(j > 1 for j, _ in judged_on):2d}   "
-                  f"{(one + several) / len(judged_on):6.1%} [{low:.1%}, {high:.1%}]   "
-                  + "  ".join(f"{m:5.1f}" for m in medians))
-    right = np.mean([abs(math.log2(min(roles[F.TOPS[1]][least], 64) / jobs)) < 0.5 for jobs, roles in judged_on])
-    print(f"\nheads whose number of roles is within a factor of 1.4 of the number of jobs: {right:.1%}")
+        for least in sorted({best, *F.ALIKE} & {*LEAST}):
+            one, many = wrong(judged_on, n, least)
+            n_one = sum(head.true[n] <= F.MANY for head in judged_on)
+            low, high = wilson(one + many, len(judged_on))
+            print(f"{n:8d} {least:11.2f} {one:16d} of {n_one:2d} {many:14d} of {len(judged_on) - n_one:2d} "
+                  f"{(one + many) / len(judged_on):14.1%} [{low:.1%}, {high:.1%}] {distance(judged_on, n, least):10.2f}")
+    print("\nheads with several jobs whose top features are nearly all of one job, so that no judgement of these "
+          "features could tell:")
+    for n in F.TOPS:
+        several = [one for one in chosen_on + judged_on if one.n_jobs > 1]
+        hidden = sum(one.true[n] <= F.MANY for one in several)
+        low, high = wilson(hidden, len(several))
+        print(f"top {n}: {hidden} of {len(several)}, {hidden / len(several):.1%} [{low:.1%}, {high:.1%}]")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ two or four jobs, each at the query tokens of some kinds; a job is where the hea
     itself          the query's own position
     after a copy    keys that stand after an earlier copy of the query's token (induction)
     copy            earlier copies of the query's token
-    set             earlier tokens of a set: every second token of the same kinds
+    set             earlier tokens of a set: every second token of one kind
 
-Where a job finds nothing, the head looks at BOS. Layer 0 has one head that tells every position which token
-stands before it. LayerNorm is kept from doing anything by two large entries of opposite sign.
+Where a job finds nothing, and where a head has no job, it looks at BOS. Layer 0 has one head that tells every
+position which token stands before it; its MLP tells the heads that have a job by position the position, at
+the tokens of that job only. LayerNorm is kept from doing anything by two large entries of opposite sign.
 """
 
 import random
@@ -25,7 +26,7 @@ N, T, H, KINDS = 48, 48, 4, 4           # tokens besides BOS, positions, heads, 
 BOS, V = N, N + 1
 JOBS = ("before", "itself", "after a copy", "copy", "set")
 POSITIONAL = ("before", "itself")
-MATCH, PLACE, NOTHING, NEVER = 60.0, 20.0, 40.0, 200.0      # scores: a match beats BOS, BOS beats a place
+MATCH, NOTHING, NEVER = 60.0, 40.0, 200.0       # scores: a match beats BOS
 
 
 def draw_jobs(n_jobs, rng):
@@ -38,7 +39,7 @@ def draw_jobs(n_jobs, rng):
     kinds = list(range(KINDS))
     rng.shuffle(kinds)
     share = KINDS // n_jobs
-    return [(job, sorted(kinds[i * share:(i + 1) * share])) for i, job in enumerate(jobs)]
+    return [(job, sorted(kinds[i * share:i * share + (1 if job == "set" else share)])) for i, job in enumerate(jobs)]
 
 
 def tokens_of(kinds):
@@ -51,28 +52,31 @@ def wire(heads):
     """A model whose layer 1 has these heads, each a list of (job, kinds)."""
     d_head = 2 * V + T + 1
     d = H * d_head
-    model = models.GPT2(models.GPT2Config(2, H, d, 4, V, T, eps=1e-12)).requires_grad_(False)
+    model = models.GPT2(models.GPT2Config(2, H, d, H * T, V, T, eps=1e-12)).requires_grad_(False)
     token, before, place = torch.arange(V), torch.arange(V) + V, torch.arange(T) + 2 * V
-    kind, dump, plus, minus = (2 * V + T + i for i in (0, KINDS, KINDS + 1, KINDS + 2))
+    gated = torch.arange(H * T).unflatten(0, (H, T)) + 2 * V + T        # the position, for one head's job
+    kind, dump, plus, minus = (2 * V + T + H * T + i for i in (0, KINDS, KINDS + 1, KINDS + 2))
     C = 1000.0
     for parameter in model.parameters():
         parameter.zero_()
     model.wte.weight[token, token] = 1.0
     model.wte.weight[torch.arange(N), kind + torch.arange(N) % KINDS] = 1.0     # tokens of a kind are alike
-    model.wte.weight[:, dump] = -model.wte.weight.sum(1)                        # every vector has mean 0
+    model.wte.weight[:, dump] = -model.wte.weight.sum(1)                # every vector has mean 0
     model.wpe.weight[torch.arange(T), place] = 1.0
     model.wpe.weight[:, dump] = -1.0
     model.wpe.weight[:, plus], model.wpe.weight[:, minus] = C, -C
     for norm in (*(block.ln_1 for block in model.h), *(block.ln_2 for block in model.h), model.ln_f):
         norm.weight.fill_((2 * C * C / d) ** 0.5)
-    scale = d_head**0.5
-    first, second = (block.attn for block in model.h)
-    n = torch.arange(T - 1)
-    first.c_attn.weight[place[n + 1], 2 * V + n] = MATCH * scale                # query: the place before mine
+    scale, n = d_head**0.5, torch.arange(T - 1)
+    first, second, mlp = model.h[0].attn, model.h[1].attn, model.h[0].mlp
+    first.c_attn.weight[place[n + 1], 2 * V + n] = MATCH * scale        # query: the place before mine
     first.c_attn.weight[place[n], d + 2 * V + n] = 1.0
     first.c_attn.weight[token, 2 * d + token] = 1.0
     first.c_proj.weight[token, before] = 1.0
     first.c_proj.weight[token, dump] = -1.0
+    mlp.c_fc.bias.fill_(-30.0)                                          # gelu(20 + 20 - 30) = 10, gelu(-10) = 0
+    mlp.c_proj.weight[torch.arange(H * T), gated.flatten()] = 0.1
+    mlp.c_proj.weight[:, dump] = -0.1
     for h, jobs in enumerate(heads):
         W_Q, W_K, W_V = (second.c_attn.weight[:, i * d + h * d_head:i * d + (h + 1) * d_head] for i in range(3))
         at_token, at_before, at_place, at_bos = torch.arange(V), torch.arange(V) + V, torch.arange(T) + 2 * V, -1
@@ -83,22 +87,23 @@ def wire(heads):
         W_V[token, at_token] = 1.0
         second.c_proj.weight[h * d_head + token, token] = 1.0
         second.c_proj.weight[h * d_head + token, dump] = -1.0
-        if "itself" not in [job for job, _ in jobs]:            # a copy is not the token itself
-            W_Q[place, at_place] = -NEVER * scale
+        W_Q[place, at_place] = -NEVER * scale                           # a copy is not the token itself
+        W_Q[token, at_bos] = NOTHING * scale
         for job, kinds in jobs:
             mine = torch.tensor(tokens_of(kinds))
+            mlp.c_fc.weight[place, h * T + torch.arange(T)] = 20.0
+            if job in POSITIONAL:
+                mlp.c_fc.weight[mine[:, None], h * T + torch.arange(T)] = 20.0
             if job == "before":
-                W_Q[place[n + 1], at_place[n]] = PLACE * scale
+                W_Q[gated[h, n + 1], at_place[n]] = MATCH * scale
             elif job == "itself":
-                W_Q[place, at_place] = PLACE * scale
+                W_Q[gated[h], at_place] = (MATCH + NEVER) * scale
             elif job == "after a copy":
                 W_Q[mine, at_before[mine]] = MATCH * scale
             elif job == "copy":
                 W_Q[mine, at_token[mine]] = MATCH * scale
             else:
                 W_Q[mine[:, None], at_token[mine[::2]]] = MATCH * scale
-            if job not in POSITIONAL:
-                W_Q[mine, at_bos] = NOTHING * scale
     return model
 
 
