@@ -89,7 +89,7 @@ def look_again(model, saes, tokens, collected, say=lambda done: None):
     """-> {layer: (Reads of the sample, Shown of the top, Shown of the spread)}."""
     H, device = model.config.n_heads, next(model.parameters()).device
     kinds = {layer: (kept.sample, kept.top, kept.spread) for layer, kept in collected.items()}
-    orders = {layer: [entries.row.argsort(stable=True) for entries in three] for layer, three in kinds.items()}
+    orders = {layer: [one.row.argsort(stable=True) for one in three] for layer, three in kinds.items()}
     found = {layer: ([], [], []) for layer in saes}
     for first in range(0, len(tokens), 32):
         part = tokens[first:first + 32].long().to(device)
@@ -234,7 +234,8 @@ def context_shares(model, saes, tokens, per_row=12, replaced_per_row=4, seed=0, 
     the whole rows too.
     """
     random, T = torch.Generator().manual_seed(seed), tokens.shape[1]
-    sums = {layer: torch.zeros(5, sae.d_sae, len(CONTEXTS), dtype=torch.float64) for layer, sae in saes.items()}
+    zeros = lambda sae: torch.zeros(5, sae.d_sae, len(CONTEXTS), dtype=torch.float64)
+    sums = {layer: zeros(sae) for layer, sae in saes.items()}
     n = torch.tensor([n for n in CONTEXTS if n <= T // 2])
     longest, t = int(n[-1]), torch.arange(T)
     for first in range(0, len(tokens), 32):
@@ -252,7 +253,7 @@ def context_shares(model, saes, tokens, per_row=12, replaced_per_row=4, seed=0, 
             sums[layer][:3] += kept_of(sae, before, cut[layer][:, n])
             sums[layer][3:] += kept_of(sae, before[few], after)[:2]
         say(min(first + 32, len(tokens)))
-    return {layer: Context(kept / of, kept_2 / of_2, n) for layer, (kept, of, n, kept_2, of_2) in sums.items()}
+    return {layer: Context(one[0] / one[1], one[3] / one[4], one[2]) for layer, one in sums.items()}
 
 
 def z_cat_fast(model, rows, layers):                    # (m,t) -> {layer: (m,t,D)} float32, on the CPU
@@ -271,9 +272,9 @@ def kept_of(sae, before, after):                        # (m,n,D) each -> (3,d_s
                      for i, j in zip(place.split(2**15), entries.feature.split(2**15))])
     pre += sae.b_enc[entries.feature]
     f = torch.minimum(pre * (pre > sae.threshold[entries.feature]), entries.f)
-    where, shape = entries.feature * len(CONTEXTS) + entries.q, (sae.d_sae, len(CONTEXTS))
-    return torch.stack([torch.bincount(where.cpu(), x.cpu().double(), minlength=shape[0] * shape[1]).view(shape)
-                        for x in (f, entries.f, torch.ones_like(f))])
+    where, size = (entries.feature * len(CONTEXTS) + entries.q).cpu(), sae.d_sae * len(CONTEXTS)
+    sums = [torch.bincount(where, x.cpu().double(), minlength=size) for x in (f, entries.f, torch.ones_like(f))]
+    return torch.stack(sums).unflatten(1, (-1, len(CONTEXTS)))
 
 
 def context_needed(cut, least=KEPT):                    # (d_sae,len(CONTEXTS)) -> (d_sae,), (d_sae,) bool
@@ -315,7 +316,7 @@ def count_families(families, n):                        # -> {thresholds: {famil
 
 RELATIONS = ("itself", "the token before", "a token after a copy", "a copy")
 TOPS = (10, 25, 50)                 # so many of a head's features are looked at
-ALIKE = (0.35, 0.45, 0.55)          # similarities from which on two features share a role: tests/calibrate.py
+ALIKE = (0.35, 0.45, 0.55)          # similarities from which on a role is shared: see tests/calibrate.py
 MANY = 1.5                          # a head whose features have more roles than this is polysemantic
 
 
@@ -484,15 +485,16 @@ def evidence(families, family, i, decode):
     """In words, why a feature is in its family."""
     percent = lambda x: "n/a" if x != x else f"{float(x):.0%}"
     cut, needed = families.context.cut[i].tolist(), int(context_needed(families.context.cut)[0][i])
-    induction = (f"{percent(families.induction[i])} of the activation has as strongest source a token after an "
-                 f"earlier copy of the current one ({percent(families.chance[i])} at the same distances in its "
-                 f"other examples)")
+    induction = (f"{percent(families.induction[i])} of the activation has as strongest source a token after "
+                 f"an earlier copy of the current one ({percent(families.chance[i])} at the same distances in "
+                 f"its other examples)")
     name = FAMILIES[int(family[i])]
     if name == "induction":
         return (f"{induction}; the commonest token read there is {decode([int(families.X[i])])!r}, "
                 f"{percent(families.X_share[i])} of it.")
     if name in ("too rare", "unstable"):
-        why = {"too rare": "Active at too few places to tell", "unstable": "Comes and goes as the context grows"}
+        why = {"too rare": "Active at too few places to tell",
+               "unstable": "Comes and goes as the context grows"}
         return f"{why[name]}; {induction}."
     last = min(needed, len(CONTEXTS) - 1)
     left = lambda i: "the current token" if i == 0 else f"the last {CONTEXTS[i]} tokens"
@@ -512,8 +514,8 @@ def in_words(one, decode):
         groups.append(f"{len(g['features'])} read {what}")
     families = ", ".join(f"{n} {name}" for name, n in one["families"].items() if n)
     rest, weights = f"{1 - sum(one['relations']):.0%} elsewhere", one["weights"] or [0]
-    return (f"reads {', '.join([*read, rest])}. Roles: {'; '.join(groups)}. Features: {families}; they lie in "
-            f"it by {min(weights):.0%} to {max(weights):.0%}")
+    return (f"reads {', '.join([*read, rest])}. Roles: {'; '.join(groups)}. Features: {families}; they lie "
+            f"in it by {min(weights):.0%} to {max(weights):.0%}")
 
 
 def in_number(x, n):
@@ -572,7 +574,8 @@ def main():
     families, family, records, census = {}, {}, {}, []
     for layer, sae in saes.items():
         kept, reads = collected[layer], looked[layer][0]
-        families[layer] = Families(*induction_shares(kept, reads, tokens, classes, config.seed), contexts[layer])
+        families[layer] = Families(*induction_shares(kept, reads, tokens, classes, config.seed),
+                                   contexts[layer])
         family[layer] = family_of(families[layer], kept.n)
         records[layer] = describe_features(model, sae, layer, kept, families[layer], family[layer], tokens,
                                            tokenizer)
@@ -580,12 +583,13 @@ def main():
     report_families(families, family, collected, folder)
     report_heads(model, census, tokenizer, folder)
     for layer, found in records.items():
-        write_json(folder / f"L{layer}" / "features.json", {"n_tokens": tokens[:, 1:].numel(), "features": found})
+        write_json(folder / f"L{layer}" / "features.json",
+                   {"n_tokens": tokens[:, 1:].numel(), "features": found})
     if config.pages:
         print("\nwriting the dashboards ...", flush=True)
         for layer, kept in collected.items():
             pages.write_features(folder, layer, tokens, kept, *looked[layer][1:], records[layer], BEFORE)
-        pages.fill("dashboard.html", index_page(config, tokens, records, census, tokenizer),
+        pages.fill("dashboard.html", index_page(config, model.config.n_heads, tokens, records, census, tokenizer),
                    folder / "index.html")
         print(f"{folder}/index.html")
     if config.sample:
@@ -641,7 +645,7 @@ def report_heads(model, census, tokenizer, folder):
     plot_census(census, TOPS, ALIKE, MANY, folder / "census.png")
 
 
-def index_page(config, tokens, records, census, tokenizer):
+def index_page(config, n_heads, tokens, records, census, tokenizer):
     """What index.html shows: a row for each live feature, column by column, and one for each head."""
     columns = {}
     for layer, found in records.items():
@@ -658,14 +662,14 @@ def index_page(config, tokens, records, census, tokenizer):
         low, middle, high = (in_number(one["roles"][n][least], n) for least in ALIKE)
         return f"{middle} [{low}, {high}]"
 
-    return {"text": f"Features of the SAEs of {config.model}, over {tokens[:, 1:].numel():,} tokens of held-out "
-                    f"text (--corpus {config.corpus}). After a copy: share of the activation read from a token "
-                    f"after an earlier copy of the current one. Context: how many of the last tokens keep half "
-                    f"of the activation.",
+    return {"text": f"Features of the SAEs of {config.model}, over {tokens[:, 1:].numel():,} tokens of "
+                    f"held-out text (--corpus {config.corpus}). After a copy: share of the activation read from "
+                    f"a token after an earlier copy of the current one. Context: how many of the last tokens "
+                    f"keep half of the activation.",
             "census_note": f"Number of roles among the features that lie most in each head: 1 / (probability "
                            f"that two of them share a role), from similarity {ALIKE[1]} on; in brackets "
                            f"{ALIKE[0]} and {ALIKE[2]}.",
-            "families": FAMILIES, "contexts": CONTEXTS, "n_heads": len(records[next(iter(records))][0]["head_weights"]),
+            "families": FAMILIES, "contexts": CONTEXTS, "n_heads": n_heads,
             "chunk": pages.CHUNK, "tops": TOPS, "features": columns,
             "vocab": [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)],
             "heads": [{"name": one["name"], "text": one["text"], "roles": {n: shown(one, n) for n in TOPS}}
@@ -678,7 +682,8 @@ def list_sample(config, collected, records, tokens, tokenizer, folder):
     for layer, kept in collected.items():
         found, random = records[layer], np.random.default_rng([config.seed, layer])
         chosen = sorted(random.choice(len(found), min(config.sample, len(found)), replace=False))
-        print(f"\n{len(chosen)} of {len(found)} live features of layer {layer}, drawn with seed {config.seed}")
+        print(f"\n{len(chosen)} of {len(found)} live features of layer {layer}, drawn with seed "
+              f"{config.seed}")
         for r in (found[i] for i in chosen):
             at = int(torch.searchsorted(kept.top.feature, r["feature"]))
             row, q = tokens[kept.top.row[at]].tolist(), int(kept.top.q[at])

@@ -268,14 +268,14 @@ def plot_families(axes, families, contexts, path):
     """Every feature by the context it needs and by how much of it is induction: {layer: (context (n,),
     induction (n,), family (n,))}, a panel a layer."""
     fig, panels = figure(2.9 * len(axes) + 0.6, 3.6, panels=len(axes), sharey=True, squeeze=False)
-    colours = (COLOURS[1], "#999999", COLOURS[0], COLOURS[2], COLOURS[3], "#d9d9d9")
+    colours = (COLOURS[1], "#777777", COLOURS[0], COLOURS[2], COLOURS[3], "white")
     random = np.random.default_rng(0)
     for ax, (layer, (context, induction, family)) in zip(panels.flat, axes.items()):
         for i, (name, colour) in enumerate(zip(families, colours)):
-            mine = family == i
-            beside = random.uniform(-0.36, 0.36, mine.sum())                # so that dots do not hide each other
-            ax.plot(context[mine] + beside, induction[mine], ".", color=colour, markersize=2.5, alpha=0.7,
-                    label=f"{name}: {mine.sum()}")
+            mine, drawn = family == i, (family == i) & (name != "too rare")
+            beside = random.uniform(-0.36, 0.36, drawn.sum())       # so that dots do not hide each other
+            ax.plot(context[drawn] + beside, induction[drawn], ".", color=colour, markersize=2.5, alpha=0.7,
+                    label=f"{name}: {mine.sum()}" + ", not drawn" * (name == "too rare"))
         ax.set_xticks(range(len(contexts) + 1), [*contexts, f"> {contexts[-1]}"])
         ax.set(xlabel="tokens of context needed", title=f"layer {layer}", ylim=(-0.02, 1.02))
         ax.legend(fontsize=6.5, markerscale=3)
@@ -286,7 +286,7 @@ def plot_families(axes, families, contexts, path):
 def plot_census(census, tops, similarities, many, path):
     """Roles of every head, by how many of its features are looked at; lines from the lowest to the highest
     threshold of similarity."""
-    fig, ax = figure(max(6.0, 0.42 * len(census) + 2), 3.8)
+    fig, ax = figure(max(6.0, 0.42 * len(census) + 3), 3.8)
     for i, (n, colour) in enumerate(zip(tops, COLOURS)):
         side = (i - (len(tops) - 1) / 2) * 0.24
         for at, one in enumerate(census):
@@ -295,11 +295,13 @@ def plot_census(census, tops, similarities, many, path):
                 continue
             low, middle, high = (min(value, 2 * n) for value in values)     # no shared pair: at the top
             ax.vlines(at + side, low, high, color=colour, linewidth=1.2)
-            ax.plot(at + side, middle, "o", color=colour, markersize=4, label=f"top {n} features" if at == 0 else None)
+            ax.plot(at + side, middle, "o", color=colour, markersize=4,
+                    label=f"top {n} features" if at == 0 else None)
     ax.axhline(many, color="black", linewidth=0.7, linestyle=":")
-    ax.set_xticks(range(len(census)), [f"{one['layer']}.{one['head']}" for one in census], rotation=60, fontsize=8)
-    ax.set(yscale="log", ylabel="number of roles", title=f"Roles of each head's features (dotted: {many}, above it polysemantic)")
+    ax.set_xticks(range(len(census)), [one["name"] for one in census], rotation=60, fontsize=8)
+    ax.set(yscale="log", ylabel="number of roles",
+           title=f"Roles of each head's features; dotted: {many}, above it polysemantic (cf. section 4.2)")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.title.set_size(10)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save(fig, path)

@@ -42,7 +42,7 @@ class Keeper:
 
     def __init__(self, n, n_groups, at_least=2**18):
         self.n, self.at_least = n, at_least
-        self.floor = torch.full((n_groups,), -torch.inf)        # a full group's smallest key
+        self.floor = torch.full((n_groups,), -torch.inf, dtype=torch.float64)       # a full group's smallest key
         self.kept = NONE, NONE.row, NONE.f                      # entries, group, key
         self.waiting = []                                       # the same, several times
 
@@ -72,7 +72,7 @@ class Keeper:
         order = torch.from_numpy(np.lexsort((-key.numpy(), group.numpy())))
         rank = rank_in_group(group[order])
         last, order = order[rank == self.n - 1], order[rank < self.n]
-        self.floor[group[last]] = key[last]
+        self.floor[group[last]] = key[last].double()
         self.kept = entries.pick(order), group[order], key[order]
 
 
@@ -139,7 +139,7 @@ class Collector:
                          self.top.best()[0], tenths(self.parts.best()[0], self.largest), sample, weight)
 
 
-def priority_weights(entries, feature, key, n):         # n places of a feature at most -> Entries, weight (m,)
+def priority_weights(entries, feature, key, n):         # -> Entries, weight (m,)
     """Of n places the last, by key, only says what was left out; the others stand for max(f, its key) each.
     A feature with fewer places has them all, and each stands for its own activation."""
     last = rank_in_group(feature) == n - 1

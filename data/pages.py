@@ -41,8 +41,8 @@ def write_features(folder, layer, tokens, kept, top, spread, records, before):
             **{name: r[name] for name in ("family", "evidence", "cut", "replaced", "raises", "lowers")},
             "facts": f"Active at {r['n']:,} places of {tokens[:, 1:].numel():,} ({r['frequency']:.2%}); "
                      f"activation {r['mean']:.3g} on average where active, {r['largest']:.3g} at most.",
-            "explorer": f'to take it apart in a prompt: python attribution.py "..." --layer {layer} --feature '
-                        f"{i}",
+            "explorer": f'to take it apart in a prompt: python attribution.py "..." --layer {layer} '
+                        f"--feature {i}",
             "weights": r["head_weights"], "dfa": [round(x, 3) for x in dfa[i].tolist()],
             "counts": kept.counts[i, :int(kept.counts[i].nonzero().max()) + 1].tolist(),
             "width": float(kept.width[i]), "top": lists[0][i],
@@ -64,7 +64,8 @@ def examples(tokens, entries, shown, largest, before, with_sources):    # -> {fe
     """
     lists, seen, T = {}, {}, tokens.shape[1]
     thousandths = lambda x: (1000 * x / entries.f.view(-1, *[1] * (x.dim() - 1))).round().long().tolist()
-    shades = (100 * shown.window.float() / largest[entries.feature, None]).nan_to_num(-1).round().long().tolist()
+    shades = 100 * shown.window.float() / largest[entries.feature, None]
+    shades = shades.nan_to_num(-1).round().long().tolist()
     by_head, total = (thousandths(x) for x in (shown.by_head, shown.total)) if with_sources else (None, None)
     sources = shown.sources.tolist()
     for n, (row, q, feature, f) in enumerate(zip(*(column.tolist() for column in entries))):

@@ -74,7 +74,8 @@ def wrong(heads, n, least):                             # -> (one role called ma
 
 def distance(heads, n, least):
     """Median factor between the number of roles found and the true one."""
-    return 2 ** float(np.median([abs(math.log2(min(one.found[n][least], n) / min(one.true[n], n))) for one in heads]))
+    return 2 ** float(np.median([abs(math.log2(min(one.found[n][least], n) / min(one.true[n], n)))
+                                 for one in heads]))
 
 
 def main():
@@ -85,13 +86,15 @@ def main():
         progress(seed + 1, last=seed == n_models - 1)
     chosen_on, judged_on = halves
     n = F.TOPS[1]
-    print(f"\n{len(chosen_on)} heads to choose on, their top {n} features\nsimilarity   wrong   median factor")
+    print(f"\n{len(chosen_on)} heads to choose on, their top {n} features\n"
+          f"similarity   wrong   median factor")
     n_wrong = [sum(wrong(chosen_on, n, least)) for least in LEAST]
     fewest = [least for least, number in zip(LEAST, n_wrong) if number == min(n_wrong)]
     best = fewest[(len(fewest) - 1) // 2]
     for least, number in zip(LEAST, n_wrong):
         print(f"{least:10.2f} {number:7d} {distance(chosen_on, n, least):12.2f}")
-    print(f"chosen: {best}, in the middle of those with the fewest\n\non the other {len(judged_on)} heads\nfeatures  similarity   one role called many   "
+    print(f"chosen: {best}, in the middle of those with the fewest\n\non the other {len(judged_on)} heads\n"
+          "features  similarity   one role called many   "
           "many called one       wrong [95% interval]   median factor")
     for n in F.TOPS:
         for least in sorted({best, *F.ALIKE} & {*LEAST}):
@@ -99,9 +102,10 @@ def main():
             n_one = sum(head.true[n] <= F.MANY for head in judged_on)
             low, high = wilson(one + many, len(judged_on))
             print(f"{n:8d} {least:11.2f} {one:16d} of {n_one:2d} {many:14d} of {len(judged_on) - n_one:2d} "
-                  f"{(one + many) / len(judged_on):14.1%} [{low:.1%}, {high:.1%}] {distance(judged_on, n, least):10.2f}")
-    print("\nheads with several jobs whose top features are nearly all of one job, so that no judgement of these "
-          "features could tell:")
+                  f"{(one + many) / len(judged_on):14.1%} [{low:.1%}, {high:.1%}] "
+                  f"{distance(judged_on, n, least):10.2f}")
+    print("\nheads with several jobs whose top features are nearly all of one job, so that no judgement of "
+          "these features could tell:")
     for n in F.TOPS:
         several = [one for one in chosen_on + judged_on if one.n_jobs > 1]
         hidden = sum(one.true[n] <= F.MANY for one in several)
