@@ -1,5 +1,5 @@
-"""What every SAE feature and every attention head does: dashboards, feature families, the head census (the
-paper, sections 3.2, 3.3 and 4).
+"""What every SAE feature and every attention head does: dashboards, feature families and a census of heads,
+which the paper judges by eye, here by definition.
 
     collect     one pass over text keeps, for every feature: how often and how strongly it is active, its
                 strongest places, places from each tenth of its range, and 200 places drawn in proportion to

@@ -388,10 +388,13 @@ def initialise(learner, z, config, random):                             # z (N,D
     centred = z[:: max(1, len(z) // 8192)] - learner.mean
     if config.normalise:
         learner.scale = centred.norm(dim=-1).mean()
-    # in float64: of a covariance of low rank, eigh in float32 may not converge
-    variances, directions = torch.linalg.eigh((centred.T @ centred).cpu().double())
+    covariance = (centred.T @ centred).cpu()
+    try:
+        variances, directions = torch.linalg.eigh(covariance)
+    except torch.linalg.LinAlgError:        # in float32 it may not converge where the rank is low
+        variances, directions = (found.float() for found in torch.linalg.eigh(covariance.double()))
     noise = torch.randn(sae.d_sae, sae.d_in, generator=random)
-    mixtures = noise * variances.clamp_min(0).sqrt().float() @ directions.T.float()
+    mixtures = noise * variances.clamp_min(0).sqrt() @ directions.T
     sae.b_dec.copy_(learner.mean / learner.scale)
     sae.W_dec.copy_(F.normalize(mixtures, dim=-1))
     sae.W_enc.copy_(0.5 * sae.W_dec.T)

@@ -300,7 +300,7 @@ def plot_census(census, tops, similarities, many, path):
     ax.axhline(many, color="black", linewidth=0.7, linestyle=":")
     ax.set_xticks(range(len(census)), [one["name"] for one in census], rotation=60, fontsize=8)
     ax.set(yscale="log", ylabel="number of roles",
-           title=f"Roles of each head's features; dotted: {many}, above it polysemantic (cf. section 4.2)")
+           title=f"Roles of each head's features; dotted: {many}, above it polysemantic")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.title.set_size(10)
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

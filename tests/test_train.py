@@ -401,3 +401,21 @@ def test_shares_of_a_batch_are_disjoint_and_whole():
     for team, (mine, kept) in zip(teams, shares):
         rows = torch.arange(35).view(7, 5)[team.rank::3].flatten()      # what the process keeps
         assert torch.equal(rows[kept], index[mine])
+
+
+def test_activations_of_low_rank_can_be_started_from(monkeypatch):
+    """Where eigh does not converge in float32, as it may for one-hot activations, float64 serves."""
+    eigh = torch.linalg.eigh
+
+    def stubborn(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    z = torch.eye(40)[torch.arange(4000) % 10]          # ten directions of forty
+    sae, config = S.SAE(40, 64), T.TrainConfig()
+    learner = T.Learner(sae.requires_grad_(False), None, 0.2, None, None, 0.0, None, torch.ones(()))
+    T.initialise(learner, z, config, torch.Generator().manual_seed(0))
+    assert sae.W_dec[:, 10:].abs().max() < 1e-4, "directions outside the space that activations fill"
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
