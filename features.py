@@ -273,7 +273,8 @@ def kept_of(sae, before, after):                        # (m,n,D) each -> (3,d_s
     pre += sae.b_enc[entries.feature]
     f = torch.minimum(pre * (pre > sae.threshold[entries.feature]), entries.f)
     where, size = (entries.feature * len(CONTEXTS) + entries.q).cpu(), sae.d_sae * len(CONTEXTS)
-    sums = [torch.bincount(where, x.cpu().double(), minlength=size) for x in (f, entries.f, torch.ones_like(f))]
+    sums = [torch.bincount(where, x.cpu().double(), minlength=size)
+            for x in (f, entries.f, torch.ones_like(f))]
     return torch.stack(sums).unflatten(1, (-1, len(CONTEXTS)))
 
 
@@ -486,8 +487,8 @@ def evidence(families, family, i, decode):
     percent = lambda x: "n/a" if x != x else f"{float(x):.0%}"
     cut, needed = families.context.cut[i].tolist(), int(context_needed(families.context.cut)[0][i])
     induction = (f"{percent(families.induction[i])} of the activation has as strongest source a token after "
-                 f"an earlier copy of the current one ({percent(families.chance[i])} at the same distances in "
-                 f"its other examples)")
+                 f"an earlier copy of the current one ({percent(families.chance[i])} at the same distances "
+                 f"in its other examples)")
     name = FAMILIES[int(family[i])]
     if name == "induction":
         return (f"{induction}; the commonest token read there is {decode([int(families.X[i])])!r}, "
@@ -589,8 +590,8 @@ def main():
         print("\nwriting the dashboards ...", flush=True)
         for layer, kept in collected.items():
             pages.write_features(folder, layer, tokens, kept, *looked[layer][1:], records[layer], BEFORE)
-        pages.fill("dashboard.html", index_page(config, model.config.n_heads, tokens, records, census, tokenizer),
-                   folder / "index.html")
+        content = index_page(config, model.config.n_heads, tokens, records, census, tokenizer)
+        pages.fill("dashboard.html", content, folder / "index.html")
         print(f"{folder}/index.html")
     if config.sample:
         list_sample(config, collected, records, tokens, tokenizer, folder)
@@ -663,9 +664,9 @@ def index_page(config, n_heads, tokens, records, census, tokenizer):
         return f"{middle} [{low}, {high}]"
 
     return {"text": f"Features of the SAEs of {config.model}, over {tokens[:, 1:].numel():,} tokens of "
-                    f"held-out text (--corpus {config.corpus}). After a copy: share of the activation read from "
-                    f"a token after an earlier copy of the current one. Context: how many of the last tokens "
-                    f"keep half of the activation.",
+                    f"held-out text (--corpus {config.corpus}). After a copy: share of the activation read "
+                    f"from a token after an earlier copy of the current one. Context: how many of the last "
+                    f"tokens keep half of the activation.",
             "census_note": f"Number of roles among the features that lie most in each head: 1 / (probability "
                            f"that two of them share a role), from similarity {ALIKE[1]} on; in brackets "
                            f"{ALIKE[0]} and {ALIKE[2]}.",

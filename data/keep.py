@@ -42,7 +42,7 @@ class Keeper:
 
     def __init__(self, n, n_groups, at_least=2**18):
         self.n, self.at_least = n, at_least
-        self.floor = torch.full((n_groups,), -torch.inf, dtype=torch.float64)       # a full group's smallest key
+        self.floor = torch.full((n_groups,), -torch.inf, dtype=torch.float64)   # a full group's smallest key
         self.kept = NONE, NONE.row, NONE.f                      # entries, group, key
         self.waiting = []                                       # the same, several times
 

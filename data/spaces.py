@@ -12,7 +12,6 @@ Shapes: B batch, N held-out activations, D = H*d_head, d_sae.
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 import data

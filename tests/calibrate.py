@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import features as F  # noqa: E402
 import wired as W  # noqa: E402
-from attribution import head_weights  # noqa: E402
 from data.common import Progress, wilson  # noqa: E402
 
 LEAST = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8]       # similarities tried
