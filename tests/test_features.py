@@ -16,7 +16,7 @@ import features as F
 import model as models
 import sae as S
 import wired as W
-from conftest import ROOT
+from conftest import GEMMA_SHAPES, ROOT, random_gemma
 from data import keep, pages
 from data.common import wilson
 from data.keep import Entries
@@ -360,6 +360,25 @@ def test_the_interval_of_a_share():
     assert wilson(0, 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
     assert wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
     assert wilson(0, 0) is None
+
+
+def test_gemma_goes_through_all_of_it(tmp_path):
+    """Rotary positions, shared keys and values, norms behind the layers, a window: sums still hold."""
+    random_gemma(tmp_path, **GEMMA_SHAPES["2"])
+    model = models.load(tmp_path)
+    g = torch.Generator().manual_seed(0)
+    saes = {layer: S.SAE(64, 90, generator=g).requires_grad_(False) for layer in (1, 2)}
+    rows = torch.cat([torch.full((40, 1), 2), torch.randint(3, 120, (40, 35), generator=g)], 1)
+    tokens, kept = F.collect(model, saes, [rows], 40, n_places=30)
+    looked, context = F.look_again(model, saes, tokens, kept), F.context_shares(model, saes, tokens)
+    for layer, sae in saes.items():
+        top, shown = kept[layer].top, looked[layer][1]
+        pre = shown.total.sum(1) + A.feature_bias(sae)[top.feature]
+        torch.testing.assert_close(pre, top.f, atol=1e-4, rtol=1e-4)
+        families = F.Families(*F.induction_shares(kept[layer], looked[layer][0], tokens, rows), context[layer])
+        family = F.family_of(families, kept[layer].n)
+        census = F.head_census(model, sae, layer, kept[layer], looked[layer][0], tokens, rows, family)
+        assert len(census) == 4 and all(one["roles"][10][F.ALIKE[1]] >= 1 for one in census)
 
 
 # ---- the program ----
