@@ -485,7 +485,7 @@ def main():
     if not config.page:
         return
     print("\nwriting a page to look at every feature of every token ...", flush=True)
-    dashboards = [l for l in saes if (folder.parent / "features" / f"L{l}").is_dir()]
+    dashboards = [l for l in saes if any((folder.parent / "features" / f"L{l}").glob("*.js"))]
     content = explorer_data(run, texts, (layer, position, feature)) | {"dashboards": dashboards}
     pages.fill("explorer.html", content, folder / "explorer.html")
     print(f"{folder}/explorer.html")

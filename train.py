@@ -336,11 +336,7 @@ def start(config, source, folder):
     d_sae, l1 = per_layer(config.d_sae, source.layers), per_layer(config.l1, source.layers)
     learners = {}
     for layer in source.layers:
-        sae = SAE(d_in, d_sae[layer]).to(source.device)
-        optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.0, 0.9999), fused=True)
-        zeros = torch.zeros(sae.d_sae, dtype=torch.int64, device=source.device)
-        learners[layer] = Learner(sae, optimizer, l1[layer], zeros, zeros.clone(), float(sae.d_sae),
-                                  torch.zeros_like(sae.b_dec.data), torch.ones((), device=source.device))
+        learners[layer] = new_learner(d_in, d_sae[layer], l1[layer], config.lr, source.device)
     if config.resume:
         return load_checkpoint(folder, config, learners), learners
     if source.team.size > 1:                            # everybody begins with the same, from the whole block
@@ -352,6 +348,15 @@ def start(config, source, folder):
         initialise(learner, source.z[layer][:source.n_filled], config, generator(config.seed, "start", layer))
     expect(config, source, learners, seconds_per_token)
     return 0, learners
+
+
+def new_learner(d_in, d_sae, l1, lr, device="cpu"):     # -> Learner
+    """An SAE and its Adam before the first step; `initialise` then fits it to activations."""
+    sae = SAE(d_in, d_sae).to(device)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.0, 0.9999), fused=True)
+    zeros = torch.zeros(d_sae, dtype=torch.int64, device=device)
+    return Learner(sae, optimizer, l1, zeros, zeros.clone(), float(d_sae), torch.zeros_like(sae.b_dec.data),
+                   torch.ones((), device=device))
 
 
 def expect(config, source, learners, seconds_per_token):

@@ -21,7 +21,6 @@ from data import common
 from data.bpe import check_fits
 from data.common import (Progress, UserError, check_writable, field, mean_of, parse_flags, pick_device,
                          run_folder, write_json)
-from sae import SAE
 
 MATCHED, MIN_PLACES = 0.7, 20       # a match correlates so much; a feature is compared if active at so many
 
@@ -40,13 +39,9 @@ class SpacesConfig:
     out: str = field("out", "folder for results")
 
 
-def new_learner(z, config, key):                        # (N,d_in) -> train.Learner
-    """An SAE at its start."""
-    sae = SAE(z.shape[1], config.d_sae[0]).to(z.device)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.0, 0.9999), fused=True)
-    zeros = torch.zeros(sae.d_sae, dtype=torch.int64, device=z.device)
-    learner = train.Learner(sae, optimizer, config.l1[0], zeros, zeros.clone(), float(sae.d_sae),
-                            torch.zeros_like(sae.b_dec.data), torch.ones((), device=z.device))
+def started(z, config, key):                            # (N,d_in) -> train.Learner
+    """An SAE fitted to the first activations; the key draws its directions."""
+    learner = train.new_learner(z.shape[1], config.d_sae[0], config.l1[0], config.lr, z.device)
     train.initialise(learner, z, config, train.generator(config.seed, "start", key))
     return learner
 
@@ -100,8 +95,8 @@ def main():
     spaces = {"z_cat": lambda z, layer: z, "z_cat @ W_O": lambda z, layer: z @ W_O[layer],
               "z_cat, other start": lambda z, layer: z}
     source.fill(next(source._blocks(0)), 0)
-    learners = {(layer, name): new_learner(space(source.z[layer][:source.n_filled], layer), config,
-                                           f"{layer} {name}")
+    learners = {(layer, name): started(space(source.z[layer][:source.n_filled], layer), config,
+                                       f"{layer} {name}")
                 for layer in layers for name, space in spaces.items()}
     progress = Progress(own.n_tokens, "tokens")
     with common.keep_freed_memory():

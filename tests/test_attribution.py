@@ -461,7 +461,9 @@ def program(*arguments):
 
 
 def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
-    (tmp_path / "tiny" / "features" / "L2").mkdir(parents=True)
+    for layer, file in ((1, "features.json"), (2, "0.js")):     # layer 1 has no pages, only numbers
+        (tmp_path / "tiny" / "features" / f"L{layer}").mkdir(parents=True)
+        (tmp_path / "tiny" / "features" / f"L{layer}" / file).touch()
     done = program("A <script>alert('x')</script> & </script> cat", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("sources by DFA", "recursive DFA", "share of decoder", "why head"):

@@ -20,7 +20,6 @@ import torch
 
 import model as models
 import train
-from sae import SAE
 
 N, T, H, KINDS = 48, 48, 4, 4           # tokens besides BOS, positions, heads, kinds of tokens
 BOS, V = N, N + 1
@@ -128,14 +127,10 @@ def z_cat(model, tokens, layer=1):                              # (R,T) -> (R*(T
 def train_sae(z, d_sae=256, l1=0.1, n_steps=600, seed=0):
     """An SAE of some activations, by the steps of train.py."""
     config = train.TrainConfig(batch_size=512, n_tokens=512 * n_steps, warmup=50, decay=0.3, seed=seed)
-    sae = SAE(z.shape[1], d_sae)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.0, 0.9999), fused=True)
-    zeros = torch.zeros(d_sae, dtype=torch.int64)
-    learner = train.Learner(sae, optimizer, l1, zeros, zeros.clone(), float(d_sae),
-                            torch.zeros(z.shape[1]), torch.ones(()))
+    learner = train.new_learner(z.shape[1], d_sae, l1, config.lr)
     train.initialise(learner, z, config, train.generator(seed, "start"))
     order = torch.randperm(len(z), generator=train.generator(seed, "order"))
     for step in range(n_steps):
         batch = order[torch.arange(step * 512, (step + 1) * 512) % len(z)]
         train.learn(learner, z[batch], step, config, 1)
-    return sae.rescale(learner.scale).requires_grad_(False)
+    return learner.sae.rescale(learner.scale).requires_grad_(False)
