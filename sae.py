@@ -160,55 +160,65 @@ def dense_step(sae, z, l1):                                             # (B,d_i
 def sparse_step(sae, z, l1):                                            # (B,d_in) -> Step
     """The same to float precision for one low-precision product: the rest touches active entries only.
 
-    A batch of B rows with nnz active entries is kept as lists of length nnz: `cols` is an entry's feature,
-    and rows begin at `crow`. Products with such a matrix are weighted sums of a few rows (`embedding_bag`);
-    the values of a dense product at its entries alone are `sampled_addmm`.
+    The nnz entries of a batch that may be active are a list, row by row: entry j is feature cols[j] in row
+    rows[j], and the entries of row b begin at crow[b]. Products with such a matrix are weighted sums of a few
+    rows (`embedding_bag`); the values of a dense product at its entries alone are `sampled_addmm`.
     """
     B = len(z)
     x = z - sae.b_dec
-    crow, cols = candidates(sae, x)
-    pre = product_at(crow, cols, x, sae.W_enc) + sae.b_enc[cols]
+    W = sae.W_enc.T.contiguous()                # a feature's weights side by side, as sparse products read them
+    rows, cols = candidates(x, W, sae.b_enc - sae.threshold)
+    crow = starts(rows, B)
+    pre = product_at(crow, cols, x, W) + sae.b_enc[cols]
     active = pre > sae.threshold[cols]
     f = pre * active                                                    # (nnz,)
     e = weighted_rows(crow, cols, f, sae.W_dec) + sae.b_dec - z         # (B,d_in)
     g = 2 * e / B
-    d_pre = (product_at(crow, cols, g, sae.W_dec.T) + l1 / B) * active  # (nnz,)
+    d_pre = (product_at(crow, cols, g, sae.W_dec) + l1 / B) * active  # (nnz,)
 
-    order, ccol = by_feature(cols, sae.d_sae)                           # the same entries, feature by feature
-    rows = torch.repeat_interleave(torch.arange(B), crow.diff())[order]
+    order = by_feature(cols, sae.d_sae)                                 # the same entries, feature by feature
+    ccol, rows = starts(cols[order], sae.d_sae), rows[order]
     d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, cols, d_pre)
     gradients = {"W_enc": weighted_rows(ccol, rows, d_pre[order], x).T.contiguous(), "b_enc": d_b_enc,
                  "W_dec": weighted_rows(ccol, rows, f[order], g), "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
-    fired = torch.bincount(cols[active], minlength=sae.d_sae)
+    fired = torch.zeros(sae.d_sae, dtype=torch.int64).index_add_(0, cols, active.long())
     return Step(e.square().sum() / B, f.sum() / B, fired, gradients)
 
 
-def candidates(sae, x):                                                 # (B,d_in) -> crow (B+1,), cols (nnz,)
-    """Every entry that may be active, found by a bfloat16 product; some that are not come along.
+def candidates(x, W, bias):                     # (B,d_in), (d_sae,d_in), (d_sae,) -> rows, cols (nnz,) each
+    """Every entry of x @ W^T + bias that may be above 0, found by a bfloat16 product; some that are not come
+    along.
 
     bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-9 of itself, hence a product x . w of two
-    rounded vectors by at most (2u + u^2) |x| |w| (Cauchy-Schwarz). Bias and threshold ride along as one more
-    dimension of x and W_enc, and a margin of 3u |x| |w| as another: where the sum is not above 0, the exact
-    pre-activation is not above the threshold. Processors that only emulate bfloat16 take the product in
-    float32, where u is that of a sum of d_in rounded terms.
+    rounded vectors by at most (2u + u^2) |x| |w| (Cauchy-Schwarz). The bias rides along as one more dimension
+    of x and W, and a margin of 3u |x| |w| as another: where the sum is not above 0, the exact value is not.
+    Processors that only emulate bfloat16 take the product in float32, where u is that of a sum of d_in
+    rounded terms.
     """
     kind = torch.bfloat16 if fast_bfloat16(x.device) else torch.float32
-    u = 2.0**-9 if kind == torch.bfloat16 else sae.d_in * 2.0**-24
-    bias = sae.b_enc - sae.threshold
-    left = torch.cat([x, torch.ones_like(x[:, :1]), x.norm(dim=1, keepdim=True)], 1)            # (B,d_in+2)
-    right = torch.cat([sae.W_enc, (bias + 3 * u * bias.abs())[None],
-                       3 * u * sae.W_enc.norm(dim=0, keepdim=True)])
-    over = left.to(kind) @ right.to(kind) > 0                                                   # (B,d_sae)
-    flat = torch.from_numpy(np.flatnonzero(over.numpy()))  # several times faster than torch's own on a CPU
-    crow = torch.searchsorted(flat, torch.arange(len(x) + 1) * sae.d_sae)
-    return crow, flat % sae.d_sae
+    u, bias = 2.0**-9 if kind == torch.bfloat16 else x.shape[1] * 2.0**-24, bias[:, None]
+    left = torch.cat([x, torch.ones_like(x[:, :1]), x.norm(dim=1, keepdim=True)], 1)          # (B,d_in+2)
+    right = torch.cat([W, bias + 3 * u * bias.abs(), 3 * u * W.norm(dim=1, keepdim=True)], 1)
+    left, right, found = left.to(kind), right.to(kind).T, []
+    for first in range(0, len(x), 512):         # a product of so many rows is still in the cache when read
+        product = left[first:first + 512] @ right                                             # (512,d_sae)
+        # a number is above 0 if its bits, read as an integer, are; numpy looks several times faster than torch
+        bits = product.view(torch.int16 if kind == torch.bfloat16 else torch.int32).numpy()
+        found.append(np.flatnonzero(bits > 0) + first * len(W))
+    rows, cols = np.divmod(np.concatenate(found), len(W))
+    return torch.from_numpy(rows), torch.from_numpy(cols)
 
 
-def product_at(crow, cols, left, right):                                # (B,d) @ (d,d_sae) -> (nnz,)
-    """The entries (row, cols) of a dense product, and no others."""
-    where = torch.sparse_csr_tensor(crow, cols, left.new_zeros(len(cols)), (len(left), right.shape[1]),
-                                    check_invariants=False)
-    return torch.sparse.sampled_addmm(where, left, right, beta=0).values()
+def starts(number, n):                                                  # (nnz,), ascending -> (n+1,)
+    """Where in an ascending list of numbers below n the 0s, 1s, ... begin; the last is where the list
+    ends."""
+    return torch.searchsorted(number, torch.arange(n + 1))
+
+
+def product_at(crow, cols, x, W):                               # (B,d), (d_sae,d) -> (nnz,)
+    """The entries (row, cols) of x @ W^T, and no others."""
+    where = torch.sparse_csr_tensor(crow, cols, x.new_zeros(len(cols)), (len(x), len(W)), check_invariants=False)
+    return torch.sparse.sampled_addmm(where, x, W.T, beta=0).values()
 
 
 def weighted_rows(start, index, weight, table):                 # (n+1,), (nnz,), (nnz,), (m,d) -> (n,d)
@@ -216,12 +226,10 @@ def weighted_rows(start, index, weight, table):                 # (n+1,), (nnz,)
     return F.embedding_bag(index, table, start[:-1], per_sample_weights=weight, mode="sum")
 
 
-def by_feature(cols, d_sae):                                    # (nnz,) -> order (nnz,), ccol (d_sae+1,)
-    """A stable order of the entries by feature, and where each feature's entries begin."""
-    # numpy sorts 16-bit numbers by radix
-    short = cols.numpy().astype(np.uint16 if d_sae <= 2**16 else np.int64)
-    order = torch.from_numpy(np.argsort(short, kind="stable"))
-    return order, F.pad(torch.bincount(cols, minlength=d_sae).cumsum(0), (1, 0))
+def by_feature(cols, d_sae):                                            # (nnz,) -> order (nnz,)
+    """The order that puts entries of one feature together, row by row."""
+    short = cols.numpy().astype(np.uint16 if d_sae <= 2**16 else np.int64)      # 16 bits: sorted by radix
+    return torch.from_numpy(np.argsort(short, kind="stable"))
 
 
 # ---- what training does besides gradient steps ----
@@ -230,7 +238,7 @@ def by_feature(cols, d_sae):                                    # (nnz,) -> orde
 @torch.no_grad()
 def project_decoder_gradient(sae, gradient):                            # (d_sae,d_in), in place
     """Remove from each row of W_dec's gradient the part along that row, which only changes its norm."""
-    gradient -= (gradient * sae.W_dec).sum(-1, keepdim=True) * sae.W_dec
+    gradient.addcmul_(sae.W_dec, torch.einsum("id,id->i", gradient, sae.W_dec)[:, None], value=-1)
 
 
 @torch.no_grad()
@@ -293,11 +301,11 @@ def active(sae, z):                                     # (B,T,d_in) -> Entries
     z = z.flatten(0, 1).to(sae.b_dec.dtype)
     if z.device.type == "cpu" and z.dtype == torch.float32:     # no (B*T,d_sae) tensor in float32
         x = z - sae.b_dec
-        crow, feature = candidates(sae, x)
-        f = product_at(crow, feature, x, sae.W_enc) + sae.b_enc[feature]
+        W = sae.W_enc.T.contiguous()
+        place, feature = candidates(x, W, sae.b_enc - sae.threshold)
+        f = product_at(starts(place, len(z)), feature, x, W) + sae.b_enc[feature]
         over = f > sae.threshold[feature]
-        place = torch.repeat_interleave(torch.arange(len(z)), crow.diff())[over]
-        feature, f = feature[over], f[over]
+        place, feature, f = place[over], feature[over], f[over]
     else:
         encoded = sae.encode(z)
         place, feature = encoded.nonzero(as_tuple=True)

@@ -264,9 +264,10 @@ class Source:
         self.model, self.tokenizer, self.config, self.team = model, tokenizer, config, team
         self.layers, self.device, self.z, self.number = layers, device, None, None
         per_row, D = config.n_ctx - 1, model.config.n_heads * model.config.d_head
-        in_memory = config.block_mib * 2**20 // (per_row * D * 4 * len(layers))
-        self.n_rows = max(math.ceil(config.batch_size / per_row),
-                          min(in_memory, math.ceil(config.n_tokens / per_row)))
+        n_steps = config.n_tokens // config.batch_size
+        at_most = max(1, config.block_mib * 2**20 // (D * 4 * len(layers)) // config.batch_size)    # in memory
+        in_each = math.ceil(n_steps / math.ceil(n_steps / at_most))         # steps, about as many in each block
+        self.n_rows = math.ceil(in_each * config.batch_size / per_row)
         self.steps_per_block = self.n_rows * per_row // config.batch_size
 
     def batches(self, first_step):
@@ -511,22 +512,36 @@ def evaluate(model, saes, rows, means=None):
         means = {layer: sum(one[layer] for one in sums) / rows[:, 1:].numel() for layer in saes}
     per_row = {layer: [] for layer in saes}
     widest = max(model.config.d_vocab, *(sae.d_sae for sae in saes.values()))
-    for tokens in rows.split(max(1, min(32, 2**26 // (rows.shape[1] * widest)))):       # 256 MiB at most
-        ce_clean, z_cats = row_ce(model, tokens), model.z_cat_at(tokens, list(saes))
-        for layer, sae in saes.items():
-            edits = {"ce_sae": splice(sae), "ce_zero": constant(torch.zeros_like(means[layer])),
-                     "ce_mean": constant(means[layer])}
-            found = {name: row_ce(model, tokens, {layer: edit}) for name, edit in edits.items()}
-            per_row[layer].append(found | {"ce_clean": ce_clean} | reconstruction(sae, z_cats[layer][:, 1:]))
+    for tokens in rows.split(max(1, min(8, 2**26 // (rows.shape[1] * widest)))):        # 256 MiB at most
+        x, found = model.embed(tokens), {}
+        for layer, block in enumerate(model.blocks):        # x is the clean stream before it
+            if layer in saes:
+                found[layer] = replaced(model, saes[layer], means[layer], layer, x, tokens)
+            x, _ = model.through(x, layers=(layer,))
+        ce_clean = row_ce(model.unembed(x), tokens)
+        for layer in saes:
+            per_row[layer].append(found[layer] | {"ce_clean": ce_clean})
     join = lambda parts: {name: torch.cat([part[name] for part in parts]).cpu().double().numpy()
                           for name in parts[0]}
     return {layer: summarise(join(parts), rows.shape[1] - 1) for layer, parts in per_row.items()}
 
 
-def row_ce(model, tokens, edit_z=None):                                 # (R,T) -> (R,)
+def replaced(model, sae, mean, layer, x, tokens):           # x (R,T,d_model), before the layer -> dict of (R,)
+    """What one layer's SAE makes of its z_cat, and the cross-entropy with z_cat replaced."""
+    block = model.blocks[layer]
+    z_cat = block.heads(x, with_pattern=False).z_cat
+    result = reconstruction(sae, z_cat[:, 1:])
+    edits = {"ce_sae": splice(sae), "ce_zero": constant(torch.zeros_like(mean)), "ce_mean": constant(mean)}
+    for name, edit in edits.items():
+        attn_out, mlp_out, _ = block.rest(x, edit(z_cat))
+        after, _ = model.through(x + attn_out + mlp_out, layers=range(layer + 1, model.config.n_layers))
+        result[name] = row_ce(model.unembed(after), tokens)
+    return result
+
+
+def row_ce(logits, tokens):                                             # (R,T,d_vocab), (R,T) -> (R,)
     """Mean cross-entropy of each row's predictions from positions 1 to T-2, in nats."""
-    logits = model(tokens, edit_z)[0].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none")
+    losses = F.cross_entropy(logits.float().flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none")
     return losses.unflatten(0, tokens.shape)[:, 1:-1].mean(-1)          # the last has no next token
 
 

@@ -1,0 +1,70 @@
+"""kill -9 at any moment, then --resume: the SAEs end with the same bytes as those of a run left alone.
+
+    python tests/test_kill.py 20        so many kills, at moments drawn over a run's whole time; the tests do 3
+"""
+
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ("--layers 0,2 --d-sae 512 --n-tokens 200000 --batch-size 256 --warmup 20 --resample-every 100 "
+         "--n-eval-rows 8 --block-mib 64 --half").split()
+# A checkpoint every five steps, so that some kills fall inside the writing of one.
+PROGRAM = "import train; train.CHECKPOINT_EVERY = 5; train.run(train.main)"
+
+
+def start(out):
+    """The run, begun or gone on with, in a process of its own."""
+    resume = ["--resume"] if (out / "tiny" / "checkpoint.safetensors").is_file() else []
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *FLAGS, "--out", out, *resume], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def bytes_of(process, out):
+    """Wait for the run's end -> {file: bytes} of its SAEs; then forget the run."""
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    files = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    for path in files:
+        path.unlink()
+    left = [path.name for path in files if path.name.startswith(".")]
+    assert not left, f"what a killed run was writing lies about: {left}"
+    return {path.relative_to(out).as_posix(): found for path, found in files.items()
+            if path.name in ("sae.safetensors", "config.json")}
+
+
+def kill_often(out, kills, seed, say=lambda text: None):
+    """Kill the run at drawn moments and go on, from the start again where it ended first; all ends must be
+    alike."""
+    begun = time.monotonic()
+    whole = bytes_of(start(out), out)
+    seconds, draw, killed = time.monotonic() - begun, random.Random(seed), 0
+    assert len(whole) == 4
+    say(f"the run left alone took {seconds:.1f} s")
+    while killed < kills:
+        process, wait = start(out), draw.uniform(0, seconds)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed += 1
+            say(f"kill {killed} after {wait:4.1f} s")
+        else:
+            assert bytes_of(process, out) == whole, "other bytes after kills"
+            say("ended before it was killed, with the same bytes; again from the start")
+    assert bytes_of(start(out), out) == whole, "other bytes after kills"
+    say(f"{killed} kills, and every end has the same bytes")
+
+
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path):
+    kill_often(tmp_path, kills=3, seed=0)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        kill_often(Path(folder), int(sys.argv[1]), seed=1, say=lambda text: print(text, flush=True))
