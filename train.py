@@ -15,6 +15,7 @@ Written to <out>/<model>/: L<layer>/sae.safetensors, config.json and metrics.jso
 Shapes: R rows, T positions, B batch of activations, D = H*d_head = d_in, d_sae.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -36,8 +37,8 @@ import data
 import model as models
 from data.bpe import check_fits
 from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
-                         fast_bfloat16, field, keep_freed_memory, parse_flags, pick_device, pick_dtype, run,
-                         run_folder, write_json)
+                         fast_bfloat16, field, keep_freed_memory, parse_flags, parse_json, pick_device,
+                         pick_dtype, run, run_folder, write_json)
 from data.figures import plot_training
 from data.team import Team, join
 from data.weights import read_tensors
@@ -333,6 +334,9 @@ def z_cat(model, tokens, layers):                                       # (R,T) 
 
 def start(config, source, folder):
     """New learners, or those of the checkpoint -> (step to begin with, {layer: Learner})."""
+    if source.team.leads:       # what a run was writing when it was killed
+        for left in (*folder.glob(".*.tmp"), *folder.glob("L*/.*.tmp")):
+            left.unlink()
     d_in = source.model.config.n_heads * source.model.config.d_head
     d_sae, l1 = per_layer(config.d_sae, source.layers), per_layer(config.l1, source.layers)
     learners = {}
@@ -439,25 +443,34 @@ def save_checkpoint(folder, config, step, learners):
 def load_checkpoint(folder, config, learners):
     """Put a checkpoint back -> the step to go on with. UserError if damaged or of other settings."""
     path = folder / "checkpoint.safetensors"
-    state = dict(read_tensors(path))
+    state, mine = dict(read_tensors(path)), settings(config)
     with safe_open(path, framework="pt") as file:
-        theirs = json.loads((file.metadata() or {}).get("settings", "{}"))
-    mine = settings(config)
-    if different := [key for key in mine if theirs.get(key) != mine[key]]:
-        key = different[0]
-        raise UserError(f"--resume: {path} was made with {key} = {theirs.get(key)}, not {mine[key]}; use the "
-                        f"same settings, or another --out.")
-    for layer, learner in learners.items():
-        device = learner.mean.device
-        with torch.no_grad():
-            for name, parameter in learner.sae.named_parameters():
-                parameter.copy_(state[f"{layer} {name}"])
-                learner.optimizer.state[parameter] = {key: state[f"{layer} {name} {key}"].to(device)
-                                                      for key in ("step", "exp_avg", "exp_avg_sq")}
-        for name in ("fired", "last_fired", "mean", "scale"):
-            setattr(learner, name, state[f"{layer} {name}"].to(device))
-        learner.l0 = float(state[f"{layer} l0"])
-    return int(state["step"])
+        about = file.metadata() or {}
+    try:
+        theirs = dict(parse_json(about["settings"]))
+        if different := [key for key in mine if theirs.get(key) != mine[key]]:
+            key = different[0]
+            raise UserError(f"--resume: {path} was made with {key} = {theirs.get(key)}, not {mine[key]}; use the "
+                            f"same settings, or another --out.")
+        for layer, learner in learners.items():
+            put_back(learner, lambda name: state[f"{layer} {name}"])
+        return int(state["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--resume: {path} is damaged: it lacks something, or holds tensors of other shapes; "
+                        f"remove it and start anew.") from error
+
+
+@torch.no_grad()
+def put_back(learner, saved):
+    """Make a learner what it was when `saved(name)`, a function to tensors, was written."""
+    for name, parameter in learner.sae.named_parameters():
+        parameter.copy_(saved(name))
+        learner.optimizer.state[parameter] = {
+            "step": saved(f"{name} step").clone(),
+            **{key: torch.empty_like(parameter).copy_(saved(f"{name} {key}")) for key in ("exp_avg", "exp_avg_sq")}}
+    for name in ("fired", "last_fired", "mean", "scale"):
+        getattr(learner, name).copy_(saved(name))
+    learner.l0 = float(saved("l0"))
 
 
 class Log:
@@ -468,9 +481,8 @@ class Log:
         self.config, self.silent = config, not team.leads
         if self.silent:
             return
-        lines = self.path.read_text().splitlines(keepends=True) if first_step and self.path.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]         # the last may have been cut short
-        self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
+        kept = [line for line in read_log(self.path) if line["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def __call__(self, step, learners):
         if self.silent or step % self.every:
@@ -482,6 +494,15 @@ class Log:
                                  "dead": dead_fraction(one, line["tokens"])[0]}
         with open(self.path, "a", encoding="utf8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def read_log(path):
+    """The lines of log.jsonl; one that was cut short, as a power cut may leave it, is left out."""
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(parse_json(text))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def dead_fraction(learner, n_tokens):
@@ -607,8 +628,7 @@ def finish(config, model, held_out, learners, folder, speed):
         metrics[layer] |= {"dead_fraction": dead, "n_dead_tokens": window, "n_train_tokens": n_tokens,
                            "tokens_per_second": speed, "seed": config.seed}
         write_json(folder / f"L{layer}" / "metrics.json", metrics[layer])
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    plot_training(log, densities, folder / "training.png")
+    plot_training(read_log(folder / "log.jsonl"), densities, folder / "training.png")
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     print(table(metrics), f"\n\nwritten to {folder}/", sep="")
     return metrics

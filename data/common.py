@@ -166,10 +166,18 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def parse_json(text):
+    """The value of a JSON text. Raises ValueError if it is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path):
     """The JSON object in `path`. Raises UserError if the file is missing or is not JSON."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf8"))
+        value = parse_json(Path(path).read_text(encoding="utf8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError as error:

@@ -14,14 +14,13 @@ import gzip
 import hashlib
 import io
 import itertools
-import json
 import os
 import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from data import hub
-from data.common import UserError
+from data.common import UserError, parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".json.gz", ".jsonl.gz", ".txt.gz")
 C4 = "{}/datasets/allenai/c4/resolve/main/en/c4-{}.{:05d}-of-{:05d}.json.gz"
@@ -95,7 +94,7 @@ def _read(source):
 
 
 def _text_of(line):
-    value = json.loads(line)
+    value = parse_json(line)
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError("there is no such text")
     return value["text"]

@@ -38,7 +38,7 @@ def _gpt2(raw, path):
                         "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
                         "tie_word_embeddings": [True]}, path)
     number = _numbers(raw, path)
-    settings = {"n_layers": number("n_layer"), "n_heads": number("n_head"), "d_model": number("n_embd"),
+    settings = {"n_layers": number("n_layer", below=1000), "n_heads": number("n_head"), "d_model": number("n_embd"),
                 "d_mlp": number("n_inner", int, None) or 4 * number("n_embd"),
                 "d_vocab": number("vocab_size"), "n_ctx": number("n_positions"),
                 "eps": number("layer_norm_epsilon", float, 1e-5)}
@@ -63,7 +63,7 @@ def _gemma(raw, path):
                         "tie_word_embeddings": [True], "rope_scaling": [None],
                         "use_bidirectional_attention": [None, False]}, path)
     number = _numbers(raw, path)
-    settings = {"n_layers": number("num_hidden_layers"), "n_heads": number("num_attention_heads"),
+    settings = {"n_layers": number("num_hidden_layers", below=1000), "n_heads": number("num_attention_heads"),
                 "n_kv_heads": number("num_key_value_heads"), "d_model": number("hidden_size"),
                 "d_head": number("head_dim", int, 256), "d_mlp": number("intermediate_size"),
                 "d_vocab": number("vocab_size"), "n_ctx": number("max_position_embeddings", int, 8192),
@@ -133,15 +133,15 @@ def _thetas(raw, path, version):
 
 
 def _numbers(raw, path):
-    """-> number(key, kind=int, default=...): raw[key], checked to be positive and, for int, whole; with a
-    default for a key that is null or not there."""
-    def number(key, kind=int, default=...):
+    """-> number(key, kind=int, default=..., below=...): raw[key], checked to be positive and of a size that a
+    model can have, and, for int, whole; with a default for a key that is null or not there."""
+    def number(key, kind=int, default=..., below=2**24):
         value = raw.get(key)
         if value is None and default is not ...:
             return default
         right = type(value) in ((int,) if kind is int else (int, float))
-        if not right or not 0 < value < 2**40:
-            raise UserError(f"{path}: {key} should be a positive {'whole ' * (kind is int)}number, and is "
-                            f"{value!r}.")
+        if not right or not 0 < value < below:
+            raise UserError(f"{path}: {key} should be a positive {'whole ' * (kind is int)}number below {below}, "
+                            f"and is {value!r}.")
         return kind(value)
     return number

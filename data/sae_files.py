@@ -14,8 +14,6 @@ SAE read ours (the paper's own SAEs: sae.load_all does it).
 """
 
 import re
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -131,9 +129,8 @@ def _own(path):
 def _kissane(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # a damaged archive makes torch raise errors of many kinds
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else error!r}); "
-                        f"fetch it again.") from error
+    except Exception as error:      # so many kinds does a damaged archive raise
+        raise UserError(f"{path} cannot be read ({_first_line(error)}); fetch it again.") from error
     config = path.with_name(path.stem + "_cfg.json")
     tensors = _checked(tensors, NAMES - {"threshold"}, path)
     if config.is_file():
@@ -146,13 +143,16 @@ def _gemma_scope(path):
     try:
         with np.load(path, allow_pickle=False) as archive:
             tensors = {name: torch.from_numpy(archive[name]) for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile,
-            zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch it again.") from error
+    except Exception as error:      # so many kinds does a damaged archive raise, from SyntaxError to zlib.error
+        raise UserError(f"{path} cannot be read ({_first_line(error)}); fetch it again.") from error
     tensors = _checked(tensors, NAMES, path)
     tensors["threshold"].clamp_(min=0)      # f = relu(pre) * (pre > threshold), pre = z @ W_enc + b_enc
     tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
     return tensors
+
+
+def _first_line(error):
+    return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 def _saelens(folder):
