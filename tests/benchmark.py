@@ -5,11 +5,10 @@
 
 Every line is measured in a process of its own. Steps start from the same weights and see the same batches: a
 planted dictionary, of which each input is a sum of 25 rows, and a bias at which about 25 features are active,
-as late in training. "peak" is the memory of the process above what it had before the work began.
+as late in training. "peak" is the most memory that the work had above what there was before (Linux only).
 """
 
 import multiprocessing
-import resource
 import sys
 import time
 import warnings
@@ -18,9 +17,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-def peak():
-    """MiB that this process has had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory(what):
+    """MiB of this process: VmRSS, that it has now, or VmHWM, the most it has had since `forget_peak`."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak():
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_a_process(work, *args):
@@ -49,57 +53,66 @@ def planted(d_in, d_sae, batch_size, n_batches=4):
 
 
 def ours(d_in, d_sae, batch_size, steps):
-    import torch
-
     import train
-    from sae import SAE
     W, bias, batches = planted(d_in, d_sae, batch_size)
-    sae = SAE(d_in, d_sae).requires_grad_(False)
-    sae.W_dec.copy_(W)
-    sae.W_enc.copy_(W.T)
-    sae.b_enc.fill_(bias)
-    sae.requires_grad_(True)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=(0.0, 0.9999), fused=True)
-    zeros = torch.zeros(d_sae, dtype=torch.int64)
-    learner = train.Learner(sae, optimizer, L1, zeros, zeros.clone(), 25.0, torch.zeros(d_in), torch.ones(()))
+    learner = train.new_learner(d_in, d_sae, L1, LR)
+    begin_with(learner.sae, W, bias)
+    learner.l0 = 25.0
     config = train.TrainConfig(batch_size=batch_size, lr=LR, warmup=1, decay=0.0, n_tokens=10**9)
     with train.keep_freed_memory():
-        return timed(lambda i: train.learn(learner, batches[i % len(batches)], i, config, 0), steps,
+        # step 0 of a warmup would have a tenth of the learning rate
+        return timed(lambda i: train.learn(learner, batches[i % len(batches)], i + 1, config, 0), steps,
                      lambda: learner.mse + L1 * learner.sparsity)
 
 
-def saelens(d_in, d_sae, batch_size, steps, autocast):
+def saelens(d_in, d_sae, batch_size, steps, autocast, constrained=False):
+    """constrained: with what our step does and theirs does not (decoder rows of unit norm, their gradient
+    projected), and without what theirs does and ours does not (clipping the gradient): the same algorithm."""
     import torch
     from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
+
+    from sae import normalise_decoder, project_decoder_gradient
     W, bias, batches = planted(d_in, d_sae, batch_size)
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=L1))
-    with torch.no_grad():
-        sae.W_dec.copy_(W)
-        sae.W_enc.copy_(W.T)
-        sae.b_enc.fill_(bias)
-        sae.b_dec.zero_()
+    begin_with(sae, W, bias)
     config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=batch_size, lr=LR,
                               lr_end=LR, adam_beta1=0.0, adam_beta2=0.9999, autocast=autocast)
     trainer, last = SAETrainer(config, sae, iter(())), []
+    if constrained:
+        torch.nn.utils.clip_grad_norm_ = lambda parameters, most: None
+        sae.W_dec.register_post_accumulate_grad_hook(lambda W_dec: project_decoder_gradient(sae, W_dec.grad))
 
     def step(i):
         last[:] = [trainer.step(batches[i % len(batches)])]
         trainer.n_training_steps += 1
+        if constrained:
+            normalise_decoder(sae)
 
-    return timed(step, steps, lambda: float(last[0].loss))
+    return timed(step, steps, lambda: last[0].loss.item())
+
+
+def begin_with(sae, W, bias):
+    """The weights that all begin with."""
+    sae.requires_grad_(False)
+    sae.W_dec.copy_(W)
+    sae.W_enc.copy_(W.T)
+    sae.b_enc.fill_(bias)
+    sae.b_dec.zero_()
+    sae.requires_grad_(True)
 
 
 def timed(step, steps, loss):
-    """Seconds per step after two steps to warm up, the last loss, peak memory."""
-    begun_with = peak()
+    """Seconds per step after two steps to warm up, the last loss, peak memory above what there was before."""
+    forget_peak()
+    begun_with = memory("VmRSS")
     for i in range(2):
         step(i)
     begun = time.perf_counter()
     for i in range(2, 2 + steps):
         step(i)
-    return (time.perf_counter() - begun) / steps, loss(), peak() - begun_with
+    return (time.perf_counter() - begun) / steps, loss(), memory("VmHWM") - begun_with
 
 
 def encoder_product(d_in, d_sae, batch_size, steps):
@@ -117,28 +130,59 @@ def compare_steps(d_in, d_sae, batch_size, steps):
     print(f"\n{f'step {d_in} -> {d_sae}, batch {batch_size}, {steps} steps':44} {'s/step':>9} {'ratio':>7}   "
           f"{'loss':>9} {'peak':>9}")
     size = (d_in, d_sae, batch_size, steps)
+    same = "sae-lens, float32, the same algorithm"
     rows = {"ours": in_a_process(ours, *size),
             "sae-lens, float32 (its default)": in_a_process(saelens, *size, False),
             "sae-lens, bfloat16 autocast": in_a_process(saelens, *size, True),
+            same: in_a_process(saelens, *size, False, True),
             "the encoder's product alone": in_a_process(encoder_product, *size)}
     first, loss_of_first = rows["ours"][:2]
     for name, (seconds, loss, memory) in rows.items():
         shown = f"{loss:9.4f}" if loss else "         "
         print(f"{name:44} {seconds:9.4f} {seconds / first:7.2f} x {shown} {memory:9,.0f} MiB", flush=True)
-    losses = [loss for _, loss, _ in rows.values() if loss]
-    print(f"losses differ by {(max(losses) - min(losses)) / loss_of_first:.2%}")
+    print(f"the same algorithm: decoder rows of unit norm, gradient not clipped; its loss differs from ours by "
+          f"{abs(rows[same][1] / loss_of_first - 1):.3%}")
     return [seconds for seconds, _, _ in rows.values()][:3]
+
+
+# ---- training curves of the sparse and the dense step ----
+
+
+def curve(dense):
+    """The loss of every step of a training on tiny's layer 2, by the one step throughout."""
+    import torch
+
+    import data
+    import model as models
+    import train
+    config = train.TrainConfig(layers=(2,), n_tokens=400 * 1024, block_mib=128, resample_every=100)
+    source = train.Source(models.load("tiny"), data.tokenizer("tiny"), config, (2,), torch.device("cpu"))
+    train.step_of = lambda learner, z: train.dense_step if dense else train.sparse_step
+    step, learners = train.start(config, source, Path())
+    losses = []
+    for batches in source.batches(step):
+        train.learn(learners[2], batches[2], len(losses), config, 2)
+        losses.append(learners[2].mse + learners[2].l1 * learners[2].sparsity)
+    return losses
+
+
+def compare_curves():
+    sparse, dense = in_a_process(curve, False), in_a_process(curve, True)
+    apart = [abs(a / b - 1) for a, b in zip(sparse, dense)]
+    print(f"\ntraining curves, sparse against dense float32 step, tiny's layer 2, {len(sparse)} steps: the loss "
+          f"falls from {dense[0]:.3f} to {dense[-1]:.3f}, the two differ by {max(apart):.3%} at most", flush=True)
 
 
 # ---- z_cat of a model of GPT-2 Small's size, layer 5 ----
 
-ROWS, LAYER = 16, 5
+ROWS, LAYER, TIMES = 16, 5, 6
 
 
 def z_cat_ours(bfloat16):
     import torch
 
     import model as models
+    from data.common import keep_freed_memory
     model = models.GPT2(models.GPT2Config(12, 12, 768, 3072, 50257, 1024)).requires_grad_(False)
     tokens = torch.randint(50257, (ROWS, 128), generator=torch.Generator().manual_seed(0))
 
@@ -146,7 +190,8 @@ def z_cat_ours(bfloat16):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             return model.z_cat_at(tokens, [LAYER])
 
-    return timed(work, 3, lambda: 0.0)
+    with keep_freed_memory():           # as in train.py
+        return timed(work, TIMES, lambda: 0.0)
 
 
 def z_cat_transformers(bfloat16):
@@ -158,24 +203,27 @@ def z_cat_transformers(bfloat16):
     kept = []
     model.transformer.h[LAYER].attn.c_proj.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
     tokens = torch.randint(50257, (ROWS, 128), generator=torch.Generator().manual_seed(0))
-    return timed(lambda i: (kept.clear(), model(tokens)), 3, lambda: 0.0)
+    return timed(lambda i: (kept.clear(), model(tokens)), TIMES, lambda: 0.0)
 
 
-def z_cat_transformer_lens(stop):
-    """Its cache of hook_z; stop: after the layer, which is its fastest way."""
+def z_cat_transformer_lens(stop, bfloat16=False):
+    """Its cache of hook_z; stop: after the layer, which is faster."""
     import torch
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     model = HookedTransformer(HookedTransformerConfig(
         n_layers=12, n_heads=12, d_model=768, d_head=64, d_mlp=3072, d_vocab=50257, n_ctx=1024,
-        act_fn="gelu_new", normalization_type="LN", device="cpu")).requires_grad_(False)
+        act_fn="gelu_new", normalization_type="LN", device="cpu",
+        dtype=torch.bfloat16 if bfloat16 else torch.float32)).requires_grad_(False)
     tokens = torch.randint(50257, (ROWS, 128), generator=torch.Generator().manual_seed(0))
     name = f"blocks.{LAYER}.attn.hook_z"
     return timed(lambda i: model.run_with_cache(tokens, names_filter=name,
-                                                stop_at_layer=LAYER + 1 if stop else None), 3, lambda: 0.0)
+                                                stop_at_layer=LAYER + 1 if stop else None), TIMES,
+                 lambda: 0.0)
 
 
 def compare_z_cat():
-    """-> tokens/s of ours in bfloat16, transformer-lens, transformer-lens stopped."""
+    """-> tokens/s of ours in bfloat16, and of transformer-lens at its default, stopped, and stopped in
+    bfloat16."""
     what = f"z_cat of layer {LAYER}, GPT-2 Small's size, {ROWS} rows"
     print(f"\n{what:48} {'tokens/s':>10} {'ratio':>7}   {'peak':>9}")
     rows = {"ours, float32": in_a_process(z_cat_ours, False),
@@ -183,7 +231,8 @@ def compare_z_cat():
             "transformers, float32": in_a_process(z_cat_transformers, False),
             "transformers, bfloat16": in_a_process(z_cat_transformers, True),
             "transformer-lens (its default)": in_a_process(z_cat_transformer_lens, False),
-            "transformer-lens, stopped at the layer": in_a_process(z_cat_transformer_lens, True)}
+            "transformer-lens, stopped at the layer": in_a_process(z_cat_transformer_lens, True),
+            "transformer-lens, bfloat16, stopped": in_a_process(z_cat_transformer_lens, True, True)}
     speeds = {name: ROWS * 128 / seconds for name, (seconds, _, _) in rows.items()}
     for name, speed in speeds.items():
         against = speeds["ours, float32" if "bfloat16" not in name else "ours, bfloat16"]
@@ -228,6 +277,7 @@ def main():
     warnings.filterwarnings("ignore")
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 50
     compare_dfa()
+    compare_curves()
     try:
         import sae_lens  # noqa: F401
         import transformer_lens  # noqa: F401
@@ -237,11 +287,15 @@ def main():
     speeds = compare_z_cat()
     compare_steps(256, 4096, 4096, steps)
     seconds = compare_steps(768, 24576, 4096, steps)
-    whole = [4096 / speed + step for speed, step in zip((speeds[0], speeds[1], speeds[2]), seconds)]
-    print("\nGPT-2-sized model to layer 5 and SAE 768 -> 24576, per batch: sums of the figures above\n"
-          f"ours, bfloat16 products {whole[0]:.2f} s; transformer-lens and sae-lens at their defaults "
-          f"{whole[1]:.2f} s, {whole[1] / whole[0]:.1f} x; stopped at the layer, autocast {whole[2]:.2f} s, "
-          f"{whole[2] / whole[0]:.1f} x")
+    ours, default, autocast = seconds
+    whole = {"ours, bfloat16 products": (speeds[0], ours),
+             "both at their defaults (float32)": (speeds[1], default),
+             "stopped at the layer; bfloat16 autocast": (speeds[2], autocast),
+             "the same, and the model's weights in bfloat16": (speeds[3], autocast)}
+    print(f"\n{'GPT-2-sized model to layer 5 + SAE 24576':48} {'s/batch':>9} {'ratio':>7}   (sums of figures above)")
+    whole = {name: 4096 / speed + step for name, (speed, step) in whole.items()}
+    for name, total in whole.items():
+        print(f"{name:48} {total:9.2f} {total / whole['ours, bfloat16 products']:7.2f} x")
 
 
 if __name__ == "__main__":
