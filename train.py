@@ -579,13 +579,18 @@ def reconstruction(sae, z):                                             # (R,T,D
             "power": z.square().sum((-1, -2)), "z_sum": z.sum(1)}
 
 
+def ce_recovered(ablated, sae, clean):          # cross-entropies of the same rows, (R,) each -> float
+    """(CE_ablated - CE_sae) / (CE_ablated - CE_clean), a ratio of means over rows and not a mean of ratios."""
+    return (ablated - sae).mean() / (ablated - clean).mean()
+
+
 def summarise(row, positions):                                          # {name: (R,) float64} -> metrics
     """Per-row numbers -> one layer's metrics with intervals: rows are drawn, then ratios of means taken."""
     mean = lambda name: lambda i: row[name][i].mean()
     above_clean = lambda name: lambda i: (row[name][i] - row["ce_clean"][i]).mean()
 
     def recovered(name):
-        return lambda i: (row[name][i] - row["ce_sae"][i]).mean() / (row[name][i] - row["ce_clean"][i]).mean()
+        return lambda i: ce_recovered(row[name][i], row["ce_sae"][i], row["ce_clean"][i])
 
     def explained_variance(i):
         variance = row["power"][i].sum() - (row["z_sum"][i].sum(0) ** 2).sum() / (len(i) * positions)

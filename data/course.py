@@ -1,0 +1,121 @@
+"""For courses: a copy of the project in which the bodies of twelve exercises are blank.
+
+    python -m data.course my-copy       then in that folder: python -m pytest tests/test_exercises.py -x
+
+Each exercise is one idea of the paper, a few lines long; its docstring, its shapes and everything around it
+stay. `tests/test_exercises.py` grades them in order: a test may use what earlier exercises made, and nothing
+of later ones. Its messages say what kind of mistake an answer looks like.
+"""
+
+import ast
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from data.common import UserError, run
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("*.py", "*.txt", "*.md", "LICENSE", "data/**/*", "tests/**/*")
+
+
+class Exercise(NamedTuple):
+    title: str
+    file: str
+    functions: tuple        # names, those of methods with their class
+    read: str               # what to read before
+
+
+EXERCISES = (
+    Exercise("an attention layer up to z_cat", "model.py", ("attend",),
+             "the head of model.py; Attention.heads and Attention.out, the two halves around the seam"),
+    Exercise("the sparse autoencoder's two functions", "sae.py", ("SAE.encode", "SAE.decode"),
+             "the head of sae.py; the paper, section 2"),
+    Exercise("its loss, and the gradient by hand", "sae.py", ("dense_step",),
+             "the chain rule; note that b_dec enters twice"),
+    Exercise("decoder rows of unit norm", "sae.py", ("project_decoder_gradient", "normalise_decoder"),
+             "train.learn, for the order: project, step, normalise"),
+    Exercise("resampling of dead features", "sae.py", ("resample",),
+             "Bricken et al. 2023, appendix; the docstring, for Adam's moments"),
+    Exercise("cross-entropy recovered", "train.py", ("row_ce", "ce_recovered"),
+             "train.evaluate, for what is replaced where"),
+    Exercise("which heads a feature lies in", "attribution.py", ("head_weights",), "the paper, section 2"),
+    Exercise("direct feature attribution", "attribution.py", ("dfa", "feature_bias"),
+             "model.Heads, for pattern and v; the paper, section 2"),
+    Exercise("one step of recursive DFA", "attribution.py", ("children",),
+             "attribution.Parts, trace_run and Children; model.HeadMatrices"),
+    Exercise("the length of a prefix that matches", "induction.py", ("prefix_lengths",),
+             "the head of induction.py"),
+    Exercise("a feature removed where it matters", "sae.py", ("ablate",), "sae.splice; ioi.remove_features"),
+    Exercise("how much of the logit difference is recovered", "ioi.py", ("recovered",),
+             "the head of ioi.py; data.common.bootstrap"),
+)
+
+
+def blank(source, names, number):
+    """The source with the bodies of these functions replaced by an error that says what to do; their
+    docstrings stay. Comments that give the derivatives away go."""
+    lines = source.splitlines(keepends=True)
+    found = {f"{above}{node.name}": node for above, node in _functions(ast.parse(source))}
+    for name in sorted(names, key=lambda name: -found[name].lineno):            # from the end: lines above stay
+        body = found[name].body
+        first = body[0].end_lineno if ast.get_docstring(found[name]) else body[0].lineno - 1
+        indent = " " * body[0].col_offset
+        lines[first:body[-1].end_lineno] = [
+            f"{indent}raise NotImplementedError(\n",
+            f'{indent}    "exercise {number}, {EXERCISES[number - 1].title}: write {name} in "\n',
+            f'{indent}    "{EXERCISES[number - 1].file}; its docstring says what it is to return")\n']
+    return re.sub(r"(?m)^#     +dL/.*\n", "", "".join(lines))
+
+
+def _functions(tree, above=""):
+    """(prefix, node) of every function, with the name of its class before it."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield above, node
+        elif isinstance(node, ast.ClassDef):
+            yield from _functions(node, f"{node.name}.")
+
+
+def blanked(file, exercises=range(1, len(EXERCISES) + 1)):
+    """A file's source with those of these exercises blank that are in it."""
+    source = (ROOT / file).read_text(encoding="utf8")
+    for number in exercises:
+        if EXERCISES[number - 1].file == file:
+            source = blank(source, EXERCISES[number - 1].functions, number)
+    return source
+
+
+def student_copy(folder):
+    """Copy the project into a new folder, with every exercise blank. Raises UserError if the folder is there
+    and holds something."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; name a new folder, so that nobody's answers are lost.")
+    files = sorted({path for pattern in COPIED for path in ROOT.glob(pattern)
+                    if path.is_file() and "__pycache__" not in path.parts})
+    try:
+        for path in files:
+            copy = folder / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        for file in {exercise.file for exercise in EXERCISES}:
+            (folder / file).write_text(blanked(file), encoding="utf8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder.") from error
+
+
+def main():
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise UserError("say where the copy should be: python -m data.course my-copy")
+    student_copy(sys.argv[1])
+    for number, exercise in enumerate(EXERCISES, start=1):
+        print(f"{number:2d}  {exercise.title}: {', '.join(exercise.functions)} in {exercise.file}\n"
+              f"    read: {exercise.read}")
+    print(f"\ncd {sys.argv[1]}, then python -m pytest tests/test_exercises.py -x shows the first that is to be "
+          f"written;\nthe whole of python -m pytest passes when all are.")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,208 @@
+"""Every number in the pages: the commands that print them, what they printed, and a check that nothing drifts.
+
+    python -m data.results              run all commands (about 50 minutes on two cores, half of it the benchmark)
+    python -m data.results ioi train    run some; walkthrough is one of them
+    python -m data.results --check      run none: are the pages what the stored outputs say?
+
+The pages are README.md and data/RESULTS.md. What a command prints is kept in data/results/<name>.txt, under
+the time and the memory it took. The pages are then brought up to date: a fenced block under
+
+    <!-- from ioi: "ABBA" +2; "head " +3 -->
+
+gets the line of that output that starts with ABBA and the two after it, "..." and so on. Every other number of
+a section has to stand in the outputs, or the JSON files, that are named under its heading,
+
+    <!-- numbers of: ioi, tiny; settings: 200, 1e6 -->
+
+rounded as it may be; those that do not are listed, and it is for the writer to look. Settings are numbers that
+nothing measured. Numbers in `code` and whole numbers up to twelve are not looked at.
+
+data/WALKTHROUGH.md is a program with text between: its code is run, and what it prints put below.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from data.common import UserError, atomic, fast_bfloat16, run
+
+ROOT = Path(__file__).parent.parent
+OUTPUTS, WALK = ROOT / "data" / "results", ROOT / "data" / "WALKTHROUGH.md"
+PAGES = (ROOT / "README.md", ROOT / "data" / "RESULTS.md")
+COMMANDS = {
+    "train": "train.py",
+    "attribution": "attribution.py --saes data/tiny --layer 2 --feature 1228",
+    "measure": "attribution.py --measure --saes data/tiny",
+    "induction": "induction.py --saes data/tiny",
+    "ioi": "ioi.py --saes data/tiny",
+    "features": "features.py --saes data/tiny",
+    "one-layer": "features.py --saes data/tiny --layers 2 --n-tokens 1e6",
+    "spaces": "-m data.spaces",
+    "calibrate": "tests/calibrate.py",
+    "kills": "tests/test_kill.py 20",
+    "benchmark": "tests/benchmark.py",
+}
+PEERS = "tests/requirements-peers.txt"
+TINY = ("report.json", "L0/metrics.json", "L1/metrics.json", "L2/metrics.json", "L3/metrics.json")
+PROGRESS = re.compile(r"^ *[\d,]+/[\d,]+ \w+  ")
+BLOCK = re.compile(r"<!-- from ([\w-]+): (.*?) -->\n```\n(.*?)```", re.DOTALL)
+SECTION = re.compile(r"<!-- numbers of: ([\w, -]*?)(?:; settings: (.*?))? -->", re.DOTALL)
+NUMBER = re.compile(r"(?<![\w.,/-])[+-]?\d[\d,]*(?:\.\d+)*%?(?![\w/])")
+
+
+def measure(name):
+    """Run a command and keep what it prints, its time and its memory. Raises UserError if it fails."""
+    command, begun = [sys.executable, *shlex.split(COMMANDS[name])], time.monotonic()
+    with tempfile.TemporaryFile("w+") as complaints:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=complaints, text=True)
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        complaints.seek(0)
+        if process.returncode:
+            raise UserError(f"python {COMMANDS[name]} failed: {complaints.read().strip().splitlines()[-1:]}; "
+                            f"nothing of it is kept.")
+    if PEERS in printed:
+        raise UserError(f"{name} compares with other libraries: pip install -r {PEERS} first.")
+    minutes, seconds = divmod(round(time.monotonic() - begun), 60)
+    kept = [line.rstrip() for line in printed.splitlines() if not PROGRESS.match(line)]
+    head = [f"python {COMMANDS[name]}", f"took {minutes} minutes {seconds} seconds, and {usage.ru_maxrss / 2**20:.1f} "
+            f"GiB of memory at its peak", f"on {machine()}", ""]
+    with atomic(OUTPUTS / f"{name}.txt") as temporary:
+        temporary.write_text("\n".join(head + kept) + "\n", encoding="utf8")
+
+
+def machine():
+    """The processor in words."""
+    import torch
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc") else []
+    bfloat16 = "with" if fast_bfloat16(torch.device("cpu")) else "without"
+    return f"{names[0] if names else 'a processor'}, {torch.get_num_threads()} threads, {bfloat16} bfloat16"
+
+
+def output(name):
+    path = OUTPUTS / f"{name}.txt"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run python -m data.results {name}.")
+    return path.read_text(encoding="utf8").splitlines()
+
+
+def excerpt(name, ranges):
+    """Lines of an output: '"text" +n; ...' -> each line that starts with the text, and n more."""
+    lines, shown, last = output(name), [], None
+    for start, more in re.findall(r'"(.*?)"(?: \+(\d+))?', ranges):
+        first = next((i for i, line in enumerate(lines) if line.startswith(start) and i > (last or 0)), None)
+        if first is None:
+            raise UserError(f"no line of data/results/{name}.txt, after those before, starts with {start!r}, "
+                            f"which a page asks for.")
+        shown += ["..."] if last is not None and first > last + 1 else []
+        last = min(first + int(more or 0), len(lines) - 1)
+        shown += lines[first:last + 1]
+    return "\n".join(shown)
+
+
+def filled(page):
+    """The page with its blocks as the outputs are."""
+    return BLOCK.sub(lambda m: f"<!-- from {m[1]}: {m[2]} -->\n```\n{excerpt(m[1], m[2])}\n```", page)
+
+
+def unsupported(page):
+    """(line, number) for every number that is in no output named for its section."""
+    found = []
+    for section in re.split(r"(?m)^(?=## )", page):
+        if not (mark := SECTION.search(section)):
+            sources, settings = [], set()
+        else:
+            sources = [name.strip() for name in mark[1].split(",") if name.strip()]
+            settings = set(re.split(r",\s+", mark[2])) if mark[2] else set()
+        known = {number for name in sources for number in numbers_of(name)}
+        text = BLOCK.sub("", SECTION.sub("", section))
+        text = re.sub(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|https?://\S+", "", text, flags=re.DOTALL)
+        for line in text.splitlines():
+            found += [(line.strip(), number) for number in NUMBER.findall(line)
+                      if not stands(number, known) and number.strip("+") not in settings]
+    return found
+
+
+def numbers_of(name):
+    """All numbers of an output, or of the shipped model's JSON files."""
+    if name != "tiny":
+        return {parsed(number)[0] for line in output(name) for number in NUMBER.findall(line)}
+    files = [json.loads((ROOT / "data" / "tiny" / path).read_text()) for path in TINY]
+
+    def leaves(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            return {x for one in value for x in leaves(one)}
+        return {float(value)} if type(value) in (int, float) else set()
+    return leaves(files)
+
+
+def parsed(number):
+    """"-12.5%" -> 0.125 and a step of its last digit, 0.001."""
+    text = number.lstrip("+-").replace(",", "").rstrip("%")
+    whole, _, decimals = text.partition(".")
+    if "." in decimals:                                                 # 2.13.0 is no number
+        return 0.0, 0.0
+    scale = 0.01 if number.endswith("%") else 1.0
+    return float(text) * scale, 10.0**-len(decimals) * scale
+
+
+def stands(number, known):
+    """Whether some known number, rounded to as many digits, is this one; signs are the prose's affair."""
+    value, step = parsed(number)
+    if step == 0 or (step == 1 and value <= 12):
+        return True
+    return any(abs(abs(other) - value) <= 0.5001 * step for other in known)
+
+
+def walked(page):
+    """The walk-through with what its pieces of code print, run one after the other."""
+    names = {}
+
+    def run_piece(piece):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(piece[1], str(WALK), "exec"), names)
+        said = f"\n```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
+        return f"```python\n{piece[1]}```\n{said}"
+
+    return re.sub(r"(?s)```python\n(.*?)```\n(?:\n```text\n.*?```\n)?", run_piece, page)
+
+
+def main():
+    asked = sys.argv[1:]
+    if unknown := [name for name in asked if name not in (*COMMANDS, "walkthrough", "--check")]:
+        raise UserError(f"{unknown[0]} is unknown; there are: --check, walkthrough, {', '.join(COMMANDS)}.")
+    for name in [] if "--check" in asked else asked or [*COMMANDS, "walkthrough"]:
+        if name == "walkthrough":
+            WALK.write_text(walked(WALK.read_text(encoding="utf8")), encoding="utf8")
+        else:
+            print(f"python {COMMANDS[name]}", flush=True)
+            measure(name)
+    stale = False
+    for path in PAGES:
+        before = path.read_text(encoding="utf8")
+        after = filled(before)
+        drifted = unsupported(after)
+        for line, number in drifted:
+            print(f"{path.name}: {number} is in no output named for its section: {line[:100]}")
+        stale |= bool(drifted) or after != before
+        if "--check" not in asked and after != before:
+            path.write_text(after, encoding="utf8")
+        print(f"{path.name}: blocks {'up to date' if after == before else 'to be rewritten' if '--check' in asked else 'rewritten'}, "
+              f"{len(drifted)} numbers to look at")
+    if "--check" in asked and stale:
+        raise UserError("the pages are not what the outputs say; run python -m data.results.")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,128 @@
+"""data/course.py: in the copy every exercise fails and says what to write, passes when it is written, in order;
+and typical mistakes are called what they are."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from data import course
+from data.common import UserError
+
+# The tests of every state of the files, in one process: torch is imported once, the project anew each time.
+RUNNER = """
+import importlib, json, os, sys, pytest
+states, folder = json.load(sys.stdin), os.getcwd()
+class Found:
+    def __init__(self):
+        self.outcome = {}
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            message = report.longrepr.reprcrash.message if report.failed else ""
+            self.outcome[report.nodeid.split("::")[-1]] = [report.passed, message]
+answers = []
+for files in states:
+    for name, text in files.items():
+        with open(name, "w", encoding="utf8") as file:
+            file.write(text)
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(folder):
+            del sys.modules[name]
+    importlib.invalidate_caches()
+    found = Found()
+    pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_exercises.py"], plugins=[found])
+    answers.append(found.outcome)
+with open("answers.json", "w") as file:
+    json.dump(answers, file)
+"""
+
+# What students write: (exercise, the right code, the mistake, a word of the message it should get).
+MISTAKES = [
+    (1, "scores.masked_fill(~visible(T, window, q.device), -torch.inf)", "scores", "causal"),
+    (1, "scores = scale * torch.einsum", "scores = torch.einsum", "scale times q . k"),
+    (1, "pattern = scores.softmax(-1,", "pattern = scores.nan_to_num(neginf=-1e30).softmax(-2,", "over the keys"),
+    (2, "return pre * (pre > self.threshold)", "return pre", "ReLU"),
+    (2, "pre = (z - self.b_dec) @ self.W_enc", "pre = z @ self.W_enc", "b_dec is subtracted"),
+    (3, "e.square().sum() / len(z), f.sum()", "e.square().mean(), f.sum()", "sum over d_in"),
+    (3, '"b_dec": g.sum(0) - sae.W_enc @ d_b_enc}\n    return Step(e.square().sum() / len(z)',
+     '"b_dec": g.sum(0)}\n    return Step(e.square().sum() / len(z)', "b_dec enters twice"),
+    (4, "sae.W_dec.norm(dim=-1, keepdim=True)", "sae.W_dec.norm(dim=0, keepdim=True)", "each row"),
+    (5, "torch.multinomial(error.square(),", "torch.multinomial(error,", "square of the squared error"),
+    (5, 'state["exp_avg_sq"][index] = mean.expand_as(state["exp_avg_sq"][index])',
+     'state["exp_avg_sq"][index] = 0', "first update huge"),
+    (6, "losses.unflatten(0, tokens.shape)[:, 1:-1]", "losses.unflatten(0, tokens.shape)[:, :-1]", "BOS"),
+    (6, "return (ablated - sae).mean() / (ablated - clean).mean()",
+     "return ((ablated - sae) / (ablated - clean)).mean()", "not a mean of ratios"),
+    (7, "(n_heads, -1)).norm(dim=-1)", "(n_heads, -1)).square().sum(-1)", "not their squares"),
+    (8, "return sae.b_enc - sae.b_dec @ sae.W_enc", "return sae.b_enc", "b_dec subtracted"),
+    (9, '/ kept.scales["attn_in"][0, k, 0]', '/ kept.scales["attn_in"][0, position, 0]', "at the part's position"),
+    (10, "(classes[:, :, None] == classes[:, None]) & (classes >= 0)[:, None]",
+     "(classes[:, :, None] == classes[:, None])", "BOS matches nothing"),
+    (11, "torch.where(where[..., None], z - removed, z)", "torch.where(where.any(0)[:, None], z - removed, z)",
+     "own positions"),
+    (12, "ratio = lambda i: (patched[i] - zero[i]).mean() / (clean[i] - zero[i]).mean()",
+     "ratio = lambda i: ((patched[i] - zero[i]) / (clean[i] - zero[i])).mean()", "not a mean of ratios"),
+]
+
+
+def number(test):
+    return int(test.split("_")[1])
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """The outcome of every test of the exercises, when the first 0, 1 ... 12 are written, and with each
+    mistake."""
+    folder, files = tmp_path_factory.mktemp("course") / "copy", {one.file for one in course.EXERCISES}
+    course.student_copy(folder)
+    n = len(course.EXERCISES)
+    states = [{file: course.blanked(file, range(written + 1, n + 1)) for file in files}
+              for written in range(n + 1)]
+    assert all((folder / file).read_text() == states[0][file] for file in files)
+    for exercise, right, wrong, _ in MISTAKES:
+        file = course.EXERCISES[exercise - 1].file
+        sources = {name: (ROOT / name).read_text() for name in files}
+        assert sources[file].count(right) == 1, f"{file} no longer has {right!r}"
+        states.append(sources | {file: sources[file].replace(right, wrong)})
+    done = subprocess.run([sys.executable, "-B", "-c", RUNNER], cwd=folder, input=json.dumps(states), text=True,
+                          capture_output=True, timeout=600, env=os.environ | {"PYTEST_ADDOPTS": ""})
+    assert (folder / "answers.json").is_file(), done.stdout + done.stderr
+    return json.loads((folder / "answers.json").read_text())
+
+
+def test_exercises_fail_one_by_one_and_pass_as_they_are_written(answers):
+    n = len(course.EXERCISES)
+    for written, outcome in enumerate(answers[:n + 1]):
+        assert {number(test) for test in outcome} == set(range(1, n + 1)), "an exercise has no test"
+        for test, (passed, message) in outcome.items():
+            assert passed == (number(test) <= written), f"{test} with {written} exercises written: {message}"
+            one = course.EXERCISES[number(test) - 1]
+            if not passed and number(test) == written + 1:
+                assert f"exercise {number(test)}, {one.title}" in message and one.file in message, message
+
+
+@pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[f"{m[0]}_{m[3].replace(' ', '_')}" for m in MISTAKES])
+def test_a_mistake_is_called_what_it_is(answers, i):
+    exercise, _, wrong, word = MISTAKES[i]
+    outcome = answers[len(course.EXERCISES) + 1 + i]
+    failed = {test: message for test, (passed, message) in outcome.items() if not passed}
+    first = failed.get(min(failed, key=number, default=None), "")
+    assert failed and number(min(failed, key=number)) == exercise, f"{wrong!r} is not noticed"
+    assert any(word in message for test, message in failed.items() if number(test) == exercise), first
+
+
+def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "answers.py").write_text("x = 1")
+    with pytest.raises(UserError, match="is there already"):
+        course.student_copy(tmp_path / "mine")
+    course.student_copy(tmp_path / "new")
+    sae = (tmp_path / "new" / "sae.py").read_text()
+    assert "dL/dW_dec" not in sae and "return pre * (pre > self.threshold)" not in sae
+    assert "reconstruction" in sae and "def sparse_step" in sae
+    assert (tmp_path / "new" / "data" / "tiny" / "model.safetensors").is_file()
+    for one in course.EXERCISES:
+        compile((tmp_path / "new" / one.file).read_text(), one.file, "exec")
