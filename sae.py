@@ -166,7 +166,7 @@ def sparse_step(sae, z, l1):                                            # (B,d_i
     """
     B = len(z)
     x = z - sae.b_dec
-    W = sae.W_enc.T.contiguous()                # a feature's weights side by side, as sparse products read them
+    W = sae.W_enc.T.contiguous()                # as sparse products read it: a feature's weights side by side
     rows, cols = candidates(x, W, sae.b_enc - sae.threshold)
     crow = starts(rows, B)
     pre = product_at(crow, cols, x, W) + sae.b_enc[cols]
@@ -202,7 +202,7 @@ def candidates(x, W, bias):                     # (B,d_in), (d_sae,d_in), (d_sae
     left, right, found = left.to(kind), right.to(kind).T, []
     for first in range(0, len(x), 512):         # a product of so many rows is still in the cache when read
         product = left[first:first + 512] @ right                                             # (512,d_sae)
-        # a number is above 0 if its bits, read as an integer, are; numpy looks several times faster than torch
+        # a number is above 0 if its bits, read as an integer, are; numpy looks much faster than torch
         bits = product.view(torch.int16 if kind == torch.bfloat16 else torch.int32).numpy()
         found.append(np.flatnonzero(bits > 0) + first * len(W))
     rows, cols = np.divmod(np.concatenate(found), len(W))
@@ -217,7 +217,8 @@ def starts(number, n):                                                  # (nnz,)
 
 def product_at(crow, cols, x, W):                               # (B,d), (d_sae,d) -> (nnz,)
     """The entries (row, cols) of x @ W^T, and no others."""
-    where = torch.sparse_csr_tensor(crow, cols, x.new_zeros(len(cols)), (len(x), len(W)), check_invariants=False)
+    where = torch.sparse_csr_tensor(crow, cols, x.new_zeros(len(cols)), (len(x), len(W)),
+                                    check_invariants=False)
     return torch.sparse.sampled_addmm(where, x, W.T, beta=0).values()
 
 

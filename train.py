@@ -266,8 +266,9 @@ class Source:
         self.layers, self.device, self.z, self.number = layers, device, None, None
         per_row, D = config.n_ctx - 1, model.config.n_heads * model.config.d_head
         n_steps = config.n_tokens // config.batch_size
-        at_most = max(1, config.block_mib * 2**20 // (D * 4 * len(layers)) // config.batch_size)    # in memory
-        in_each = math.ceil(n_steps / math.ceil(n_steps / at_most))         # steps, about as many in each block
+        in_memory = config.block_mib * 2**20 // (D * 4 * len(layers))       # activations
+        n_blocks = math.ceil(n_steps / max(1, in_memory // config.batch_size))
+        in_each = math.ceil(n_steps / n_blocks)                             # steps: as many in each block
         self.n_rows = math.ceil(in_each * config.batch_size / per_row)
         self.steps_per_block = self.n_rows * per_row // config.batch_size
 
@@ -450,8 +451,8 @@ def load_checkpoint(folder, config, learners):
         theirs = dict(parse_json(about["settings"]))
         if different := [key for key in mine if theirs.get(key) != mine[key]]:
             key = different[0]
-            raise UserError(f"--resume: {path} was made with {key} = {theirs.get(key)}, not {mine[key]}; use the "
-                            f"same settings, or another --out.")
+            raise UserError(f"--resume: {path} was made with {key} = {theirs.get(key)}, not {mine[key]}; use "
+                            f"the same settings, or another --out.")
         for layer, learner in learners.items():
             put_back(learner, lambda name: state[f"{layer} {name}"])
         return int(state["step"])
@@ -465,9 +466,9 @@ def put_back(learner, saved):
     """Make a learner what it was when `saved(name)`, a function to tensors, was written."""
     for name, parameter in learner.sae.named_parameters():
         parameter.copy_(saved(name))
-        learner.optimizer.state[parameter] = {
-            "step": saved(f"{name} step").clone(),
-            **{key: torch.empty_like(parameter).copy_(saved(f"{name} {key}")) for key in ("exp_avg", "exp_avg_sq")}}
+        moments = {key: torch.empty_like(parameter).copy_(saved(f"{name} {key}"))
+                   for key in ("exp_avg", "exp_avg_sq")}
+        learner.optimizer.state[parameter] = {"step": saved(f"{name} step").clone(), **moments}
     for name in ("fired", "last_fired", "mean", "scale"):
         getattr(learner, name).copy_(saved(name))
     learner.l0 = float(saved("l0"))
@@ -531,24 +532,28 @@ def evaluate(model, saes, rows, means=None):
         sums = [{layer: z[:, 1:].float().sum((0, 1)) for layer, z in model.z_cat_at(part, list(saes)).items()}
                 for part in rows.split(16)]
         means = {layer: sum(one[layer] for one in sums) / rows[:, 1:].numel() for layer in saes}
-    per_row = {layer: [] for layer in saes}
+    # {name: (R,...)}, filled in place: small results kept between large tensors would break memory up
+    per_row = {layer: {} for layer in saes}
     widest = max(model.config.d_vocab, *(sae.d_sae for sae in saes.values()))
-    for tokens in rows.split(max(1, min(8, 2**26 // (rows.shape[1] * widest)))):        # 256 MiB at most
-        x, found = model.embed(tokens), {}
-        for layer, block in enumerate(model.blocks):        # x is the clean stream before it
+    size = max(1, min(8, 2**26 // (rows.shape[1] * widest)))            # 256 MiB at most
+    for first in range(0, len(rows), size):
+        tokens, found = rows[first:first + size], {}
+        x = model.embed(tokens)
+        for layer in range(model.config.n_layers):              # x is the clean stream before it
             if layer in saes:
                 found[layer] = replaced(model, saes[layer], means[layer], layer, x, tokens)
             x, _ = model.through(x, layers=(layer,))
         ce_clean = row_ce(model.unembed(x), tokens)
         for layer in saes:
-            per_row[layer].append(found[layer] | {"ce_clean": ce_clean})
-    join = lambda parts: {name: torch.cat([part[name] for part in parts]).cpu().double().numpy()
-                          for name in parts[0]}
-    return {layer: summarise(join(parts), rows.shape[1] - 1) for layer, parts in per_row.items()}
+            for name, value in (found[layer] | {"ce_clean": ce_clean}).items():
+                whole = per_row[layer].setdefault(name, np.empty((len(rows), *value.shape[1:])))
+                whole[first:first + size] = value.cpu()
+    return {layer: summarise(found, rows.shape[1] - 1) for layer, found in per_row.items()}
 
 
-def replaced(model, sae, mean, layer, x, tokens):           # x (R,T,d_model), before the layer -> dict of (R,)
-    """What one layer's SAE makes of its z_cat, and the cross-entropy with z_cat replaced."""
+def replaced(model, sae, mean, layer, x, tokens):                       # (R,T,d_model), (R,T) -> {name: (R,)}
+    """What one layer's SAE makes of its z_cat, and the cross-entropy with z_cat replaced; x is the stream
+    before the layer."""
     block = model.blocks[layer]
     z_cat = block.heads(x, with_pattern=False).z_cat
     result = reconstruction(sae, z_cat[:, 1:])
@@ -580,7 +585,7 @@ def reconstruction(sae, z):                                             # (R,T,D
 
 
 def ce_recovered(ablated, sae, clean):          # cross-entropies of the same rows, (R,) each -> float
-    """(CE_ablated - CE_sae) / (CE_ablated - CE_clean), a ratio of means over rows and not a mean of ratios."""
+    """(CE_ablated - CE_sae) / (CE_ablated - CE_clean), a ratio of means over rows, no mean of ratios."""
     return (ablated - sae).mean() / (ablated - clean).mean()
 
 

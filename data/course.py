@@ -18,6 +18,7 @@ from data.common import UserError, run
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("*.py", "*.txt", "*.md", "LICENSE", "data/**/*", "tests/**/*")
+NOT_COPIED = ("data/course.py", "tests/test_course.py")     # the second reads the answers as they are here
 
 
 class Exercise(NamedTuple):
@@ -58,7 +59,7 @@ def blank(source, names, number):
     docstrings stay. Comments that give the derivatives away go."""
     lines = source.splitlines(keepends=True)
     found = {f"{above}{node.name}": node for above, node in _functions(ast.parse(source))}
-    for name in sorted(names, key=lambda name: -found[name].lineno):            # from the end: lines above stay
+    for name in sorted(names, key=lambda name: -found[name].lineno):    # from the end: lines above stay
         body = found[name].body
         first = body[0].end_lineno if ast.get_docstring(found[name]) else body[0].lineno - 1
         indent = " " * body[0].col_offset
@@ -94,7 +95,8 @@ def student_copy(folder):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; name a new folder, so that nobody's answers are lost.")
     files = sorted({path for pattern in COPIED for path in ROOT.glob(pattern)
-                    if path.is_file() and "__pycache__" not in path.parts})
+                    if path.is_file() and "__pycache__" not in path.parts
+                    and path.relative_to(ROOT).as_posix() not in NOT_COPIED})
     try:
         for path in files:
             copy = folder / path.relative_to(ROOT)
@@ -113,8 +115,8 @@ def main():
     for number, exercise in enumerate(EXERCISES, start=1):
         print(f"{number:2d}  {exercise.title}: {', '.join(exercise.functions)} in {exercise.file}\n"
               f"    read: {exercise.read}")
-    print(f"\ncd {sys.argv[1]}, then python -m pytest tests/test_exercises.py -x shows the first that is to be "
-          f"written;\nthe whole of python -m pytest passes when all are.")
+    print(f"\ncd {sys.argv[1]}, then python -m pytest tests/test_exercises.py -x shows the first that is to\n"
+          f"be written; the whole of python -m pytest passes when all are.")
 
 
 if __name__ == "__main__":

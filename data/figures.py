@@ -313,30 +313,32 @@ def plot_census(census, tops, similarities, many, path):
 def plot_overview(z_cat, f, feature, moved, bias, tokens, layer, path):
     """z_cat, an SAE of it and DFA, for one feature of one token.
 
-    z_cat (D,); f {feature: activation} of those active; moved (H,k): DFA; bias: the constant; tokens: k texts.
+    z_cat (D,); f {feature: activation} of those active; moved (H,k): DFA; bias: the constant; tokens: k
+    texts, of which the last is the one looked at.
     """
-    H, reach = len(moved), np.abs(moved).max()
+    H, reach, most = len(moved), np.abs(moved).max(), np.abs(z_cat).max()
     fig = figure(11, 5.0, panels=(1, 1))[0]
     fig.clear()
     top, bottom = fig.subfigures(2, 1, height_ratios=(1, 1.25))
     axes = top.subplots(1, 2, width_ratios=(1.6, 1))
 
     strip = axes[0]
-    strip.imshow(z_cat[None], cmap="PuOr", vmin=-np.abs(z_cat).max(), vmax=np.abs(z_cat).max(), aspect="auto",
+    strip.imshow(z_cat[None], cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto",
                  extent=(0, len(z_cat), 0, 1))
     for head in range(H):
         middle = (head + 0.5) * len(z_cat) / H
-        strip.axvline(head * len(z_cat) / H, color="black", linewidth=2)
-        strip.annotate(f"head {layer}.{head}\n= pattern @ v", (middle, 0), (middle, -0.55), ha="center", va="top",
-                       arrowprops={"arrowstyle": "->"}, annotation_clip=False, fontsize=9)
-    strip.set(xticks=[], yticks=[], ylim=(-1.3, 1.0))
+        strip.vlines(head * len(z_cat) / H, 0, 1, color="black", linewidth=2)
+        strip.annotate(f"head {layer}.{head}\n= pattern @ v", (middle, 0), (middle, -0.55), ha="center",
+                       va="top", arrowprops={"arrowstyle": "->"}, annotation_clip=False, fontsize=9)
+    strip.set(xticks=[], yticks=[], xlim=(-2, len(z_cat)), ylim=(-1.3, 1.0))
     strip.spines[:].set_visible(False)
-    strip.set_title(f"z_cat: all heads' outputs side by side, {len(z_cat)} numbers at one token", fontsize=10)
+    strip.set_title(f"z_cat at {tokens[-1]!r}: all heads' outputs side by side, {len(z_cat)} numbers",
+                    fontsize=10)
 
     bars = axes[1]
     names = sorted(f, key=f.get, reverse=True)[:8]
     bars.barh(range(len(names)), [f[name] for name in names],
-              color=[COLOURS[1] if name == feature else "#9aa5b1" for name in names])
+              color=["#e08214" if name == feature else "#9aa5b1" for name in names])
     bars.set_yticks(range(len(names)), [f"{layer}.{name}" for name in names], fontsize=8)
     bars.invert_yaxis()
     bars.set_title(f"the SAE: z_cat is about a sum of {len(f)} active features", fontsize=10)
@@ -344,14 +346,15 @@ def plot_overview(z_cat, f, feature, moved, bias, tokens, layer, path):
 
     sources, heads = bottom.subplots(1, 2, width_ratios=(3.4, 1), sharey=False)
     image = sources.imshow(moved, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
-    sources.set_xticks(range(len(tokens)), [repr(token)[1:-1] for token in tokens], rotation=45, ha="right", fontsize=8)
+    sources.set_xticks(range(len(tokens)), [repr(token)[1:-1] for token in tokens], rotation=45, ha="right",
+                       fontsize=8)
     sources.set_yticks(range(H), [f"head {layer}.{head}" for head in range(H)], fontsize=8)
     sources.set_title(f"DFA: what feature {layer}.{feature} read, by head and source token", fontsize=10)
     bottom.colorbar(image, ax=sources, pad=0.01)
     values = [*moved.sum(1), bias]
-    heads.barh(range(H + 1), values, color=[COLOURS[0] if value >= 0 else COLOURS[1] for value in values])
+    heads.barh(range(H + 1), values, color=["#e08214" if value >= 0 else "#8073ac" for value in values])
     heads.axvline(0, color="black", linewidth=0.8)
     heads.set_yticks(range(H + 1), [*(f"head {layer}.{head}" for head in range(H)), "bias"], fontsize=8)
     heads.invert_yaxis()
-    heads.set_title(f"their sum: {sum(values):.2f}, the pre-activation", fontsize=10)
+    heads.set_title(f"sum: {sum(values):.2f}, its activation", fontsize=10)
     save(fig, path)

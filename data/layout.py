@@ -38,7 +38,8 @@ def _gpt2(raw, path):
                         "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
                         "tie_word_embeddings": [True]}, path)
     number = _numbers(raw, path)
-    settings = {"n_layers": number("n_layer", below=1000), "n_heads": number("n_head"), "d_model": number("n_embd"),
+    settings = {"n_layers": number("n_layer", below=1000), "n_heads": number("n_head"),
+                "d_model": number("n_embd"),
                 "d_mlp": number("n_inner", int, None) or 4 * number("n_embd"),
                 "d_vocab": number("vocab_size"), "n_ctx": number("n_positions"),
                 "eps": number("layer_norm_epsilon", float, 1e-5)}
@@ -141,7 +142,7 @@ def _numbers(raw, path):
             return default
         right = type(value) in ((int,) if kind is int else (int, float))
         if not right or not 0 < value < below:
-            raise UserError(f"{path}: {key} should be a positive {'whole ' * (kind is int)}number below {below}, "
-                            f"and is {value!r}.")
+            raise UserError(f"{path}: {key} should be a positive {'whole ' * (kind is int)}number below "
+                            f"{below}, and is {value!r}.")
         return kind(value)
     return number

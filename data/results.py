@@ -1,6 +1,6 @@
-"""Every number in the pages: the commands that print them, what they printed, and a check that nothing drifts.
+"""Every number in the pages: the commands that print them, what they printed, a check that nothing drifts.
 
-    python -m data.results              run all commands (about 50 minutes on two cores, half of it the benchmark)
+    python -m data.results              run all (about 50 minutes on two cores, half of it the benchmark)
     python -m data.results ioi train    run some; walkthrough is one of them
     python -m data.results --check      run none: are the pages what the stored outputs say?
 
@@ -9,13 +9,13 @@ the time and the memory it took. The pages are then brought up to date: a fenced
 
     <!-- from ioi: "ABBA" +2; "head " +3 -->
 
-gets the line of that output that starts with ABBA and the two after it, "..." and so on. Every other number of
-a section has to stand in the outputs, or the JSON files, that are named under its heading,
+gets the line of that output that starts with ABBA and the two after it, "..." and so on. Every other number
+of a section has to stand in the outputs, or the JSON files, that are named under its heading,
 
     <!-- numbers of: ioi, tiny; settings: 200, 1e6 -->
 
-rounded as it may be; those that do not are listed, and it is for the writer to look. Settings are numbers that
-nothing measured. Numbers in `code` and whole numbers up to twelve are not looked at.
+rounded as it may be; those that do not are listed, and it is for the writer to look. Settings are numbers
+that nothing measured. Numbers in `code` and whole numbers up to twelve are not looked at.
 
 data/WALKTHROUGH.md is a program with text between: its code is run, and what it prints put below.
 """
@@ -74,8 +74,8 @@ def measure(name):
         raise UserError(f"{name} compares with other libraries: pip install -r {PEERS} first.")
     minutes, seconds = divmod(round(time.monotonic() - begun), 60)
     kept = [line.rstrip() for line in printed.splitlines() if not PROGRESS.match(line)]
-    head = [f"python {COMMANDS[name]}", f"took {minutes} minutes {seconds} seconds, and {usage.ru_maxrss / 2**20:.1f} "
-            f"GiB of memory at its peak", f"on {machine()}", ""]
+    head = [f"python {COMMANDS[name]}", f"took {minutes} minutes {seconds} seconds, and "
+            f"{usage.ru_maxrss / 2**20:.1f} GiB of memory at its peak", f"on {machine()}", ""]
     with atomic(OUTPUTS / f"{name}.txt") as temporary:
         temporary.write_text("\n".join(head + kept) + "\n", encoding="utf8")
 
@@ -83,7 +83,8 @@ def measure(name):
 def machine():
     """The processor in words."""
     import torch
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc") else []
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.is_file() else []
     bfloat16 = "with" if fast_bfloat16(torch.device("cpu")) else "without"
     return f"{names[0] if names else 'a processor'}, {torch.get_num_threads()} threads, {bfloat16} bfloat16"
 
@@ -198,7 +199,7 @@ def main():
         stale |= bool(drifted) or after != before
         if "--check" not in asked and after != before:
             path.write_text(after, encoding="utf8")
-        print(f"{path.name}: blocks {'up to date' if after == before else 'to be rewritten' if '--check' in asked else 'rewritten'}, "
+        print(f"{path.name}: blocks {'as they were' if after == before else 'changed'}, "
               f"{len(drifted)} numbers to look at")
     if "--check" in asked and stale:
         raise UserError("the pages are not what the outputs say; run python -m data.results.")

@@ -143,7 +143,7 @@ def _gemma_scope(path):
     try:
         with np.load(path, allow_pickle=False) as archive:
             tensors = {name: torch.from_numpy(archive[name]) for name in archive.files}
-    except Exception as error:      # so many kinds does a damaged archive raise, from SyntaxError to zlib.error
+    except Exception as error:      # so many kinds does a damaged archive raise, SyntaxError among them
         raise UserError(f"{path} cannot be read ({_first_line(error)}); fetch it again.") from error
     tensors = _checked(tensors, NAMES, path)
     tensors["threshold"].clamp_(min=0)      # f = relu(pre) * (pre > threshold), pre = z @ W_enc + b_enc

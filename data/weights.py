@@ -93,8 +93,8 @@ def load_into(model, name_or_dir, layout, device, dtype):
             if ours.endswith(layout.transposed):
                 tensor = tensor.T
             if not tensor.is_floating_point():
-                raise UserError(f"{path}: tensor {theirs} holds {tensor.dtype}, and floating-point numbers are "
-                                f"needed.")
+                raise UserError(f"{path}: tensor {theirs} holds {tensor.dtype}, and floating-point numbers "
+                                f"are needed.")
             if tuple(tensor.shape) != expected[ours]:
                 raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, and config.json "
                                 f"asks for {expected[ours]}.")

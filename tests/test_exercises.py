@@ -287,12 +287,12 @@ def test_10_prefix_lengths():
     classes = torch.tensor([[-1, 1, 2, 3, -1, 1, 2, 3, 2]])
     got = induction.prefix_lengths(classes)
     assert got.shape == (1, 9, 9), "L[q,k] for every query and key"
+    assert (got[0, :, 1] == 0).all(), "BOS matches nothing: class -1 is no class"
     assert got[0, 7, 4] == 3, "a b c stands before key 4, and up to the second c: 3"
     assert got[0, 6, 3] == 2 and got[0, 5, 2] == 1
     assert got[0, 7, 7] == 0, "the token before k is not the query's: 0"
     assert got[0, 8, 7] == 1 and got[0, 8, 3] == 1, "only b matches: 1"
     assert (got[0].triu(1) == 0).all(), "0 for k > q"
-    assert (got[0, :, 1] == 0).all(), "BOS matches nothing: class -1 is no class"
     for q in range(9):
         for k in range(1, q + 1):
             n = 0
