@@ -1,6 +1,6 @@
 """Which head, which source token, which earlier feature: attribution of SAE features (the paper, section 2).
 
-    head weights   h[i,h] = |W_dec[i] at head h| / sum over heads of the same
+    head weights   share[i,h] = |W_dec[i] at head h| / sum over heads of the same
     DFA            pre_i(q) = sum_{h,k} pattern[h,q,k] * (v[h,k] . w_i^h)  +  b_enc[i] - b_dec . w_i,
                    with w_i = W_enc[:,i] and w_i^h its slice at head h
     recursive DFA  v[h,k] is linear in the residual stream once norm scales are frozen, and the stream is a
@@ -44,7 +44,8 @@ from sae import ablate, load_all
 
 
 def head_weights(W_dec, n_heads):                                       # (d_sae,D) -> (d_sae,H)
-    """Weight-based head attribution: how much of a feature's decoder row lies in each head. Rows sum to 1."""
+    """Weight-based head attribution: the norm of a decoder row's slice at each head, over the sum of these
+    norms; a row of zeros stays 0."""
     norms = W_dec.unflatten(-1, (n_heads, -1)).norm(dim=-1)
     return norms / norms.sum(-1, keepdim=True).clamp_min(1e-30)
 
@@ -178,8 +179,8 @@ def children(run, layer, position, feature):
 
     pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (part_n @ W_V[h] . w_i^h)
                + sum_h b_V[h] . w_i^h + b_enc[i] - b_dec . w_i,
-    with k_n the position of part n, W_V with the norm's gain and centring in it, and w_i^h the slice of
-    W_enc[:,i] at head h.
+    with part n a row of run.parts, at position k_n, scale the layer's scales["attn_in"] in run.cache, W_V with
+    the norm's gain and centring in it, and w_i^h the slice of W_enc[:,i] at head h.
     """
     kept, sae, m = run.cache[layer], run.saes[layer], run.matrices[layer]
     w = sae.W_enc[:, feature].unflatten(0, (run.model.config.n_heads, -1))                  # (H,d_head)
@@ -232,7 +233,7 @@ def tree(run, layer, position, feature, share=0.02, depth=3, breadth=8):
 
 def _expand(run, node, found, least, depth, breadth):
     parts = run.parts
-    # an active feature's pre-activation is not 0; a root that is not active may have any, and its scale is 1
+    # children sum to the pre-activation: scaled to what the node contributes, but the root's, which is that
     values = found.value * (node.value / found.pre if node.head >= 0 else 1.0)
     kind = torch.where(found.part < 0, CONSTANT, parts.kind[found.part])
     order = values.abs().argsort(descending=True, stable=True)

@@ -55,6 +55,8 @@ REPORTED = {"prefix": "5.1 below 0.3 for short prefixes, over 0.7 for long ones;
 def prefix_lengths(classes):                                            # (B,T) -> (B,q,k)
     """L[q,k]: how many tokens up to and including q match those that end before k; 0 for k > q and for k = 0.
 
+    classes: an integer for each token, equal where tokens match; BOS is -1, which matches nothing.
+
     L[q,k] = 1 + L[q-1,k-1] if q matches k-1, else 0.
     """
     B, T = classes.shape

@@ -439,7 +439,7 @@ def reads_further(model, saes, layer, feature, prompts, base, place):   # -> {or
 
 def recovered(patched, clean, zero):                                    # (N,) each -> value | None, interval
     """(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means, with its bootstrap interval over
-    prompts; None where LD_clean - LD_zero is not clearly above 0."""
+    prompts; (None, None) unless the interval of the mean of LD_clean - LD_zero lies above 0."""
     patched, clean, zero = (x.cpu().double().numpy() for x in (patched, clean, zero))
     ratio = lambda i: (patched[i] - zero[i]).mean() / (clean[i] - zero[i]).mean()
     low, _ = mean_of(clean - zero)[1]

@@ -82,8 +82,8 @@ class Linear(nn.Module):
 def attend(q, k, v, scale, window=None, cap=None, with_pattern=True):   # (B,T,H,d_head) each -> Heads
     """Every head's pattern and what it gathers: z = softmax(scale * q k^T over the keys up to the query) v.
 
-    window: a query sees so many keys, its own position included; None is all before it. cap: scores become
-    cap * tanh(score / cap). Without the pattern, and with no cap, fused attention gives the same z_cat and
+    window: a query sees so many keys, its own position included; None is all up to it. cap: scores become
+    cap * tanh(score / cap), before the mask. Without the pattern, and with no cap, fused attention gives the same z_cat and
     builds no (q,k) tensor.
     """
     T = q.shape[1]

@@ -189,23 +189,25 @@ def candidates(x, W, bias):                     # (B,d_in), (d_sae,d_in), (d_sae
     """Every entry of x @ W^T + bias that may be above 0, found by a bfloat16 product; some that are not come
     along.
 
-    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-9 of itself, hence a product x . w of two
-    rounded vectors by at most (2u + u^2) |x| |w| (Cauchy-Schwarz). The bias rides along as one more dimension
-    of x and W, and a margin of 3u |x| |w| as another: where the sum is not above 0, the exact value is not.
-    Processors that only emulate bfloat16 take the product in float32, where u is that of a sum of d_in
-    rounded terms.
+    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-8 of itself. With x' and w' rounded, x . w
+    is moved by at most |x - x'| |w| + u |x'| |w| (Cauchy-Schwarz), and the float32 sum of d products by another
+    d 2^-24 |x'| |w|. The bias rides along as one more dimension of x and W, and this margin as another, both
+    made larger by what their own rounding can take: where the sum is not above 0, the exact value is not.
+    Processors that only emulate bfloat16 take the product in float32, where u is 2^-24.
     """
     kind = torch.bfloat16 if fast_bfloat16(x.device) else torch.float32
-    u, bias = 2.0**-9 if kind == torch.bfloat16 else x.shape[1] * 2.0**-24, bias[:, None]
-    left = torch.cat([x, torch.ones_like(x[:, :1]), x.norm(dim=1, keepdim=True)], 1)          # (B,d_in+2)
-    right = torch.cat([W, bias + 3 * u * bias.abs(), 3 * u * W.norm(dim=1, keepdim=True)], 1)
+    two_u, rounded, bias = torch.finfo(kind).eps, x.to(kind), bias[:, None]
+    size = lambda rows: rows.norm(dim=1, keepdim=True)
+    margin = size(x - rounded) + (two_u / 2 + (x.shape[1] + 2) * 2.0**-24) * size(x)            # (B,1)
+    left = torch.cat([x, torch.ones_like(margin), (1 + 3 * two_u) * margin], 1)                 # (B,d_in+2)
+    right = torch.cat([W, bias + two_u * bias.abs(), size(W)], 1)                               # (d_sae,d_in+2)
     left, right, found = left.to(kind), right.to(kind).T, []
     for first in range(0, len(x), 512):         # a product of so many rows is still in the cache when read
         product = left[first:first + 512] @ right                                             # (512,d_sae)
         # a number is above 0 if its bits, read as an integer, are; numpy looks much faster than torch
         bits = product.view(torch.int16 if kind == torch.bfloat16 else torch.int32).numpy()
         found.append(np.flatnonzero(bits > 0) + first * len(W))
-    rows, cols = np.divmod(np.concatenate(found), len(W))
+    rows, cols = np.divmod(np.concatenate([*found, np.empty(0, np.int64)]), len(W))
     return torch.from_numpy(rows), torch.from_numpy(cols)
 
 
@@ -254,11 +256,11 @@ def resample(sae, optimizer, dead, z, generator):
     """Give each dead feature a new direction, taken from an input that is badly reconstructed (Bricken et al.
     2023), in place.
 
-    dead: (d_sae,) bool. z: (B,d_in) inputs to draw from, with probability ~ (squared error)^2. W_dec's row is
-    the input, centred and normalised; W_enc's column the same direction at 0.2 times the mean norm of live
-    columns; b_enc is 0. In Adam, the first moment is 0 and the second is the element-wise mean over live
-    features: zero would make the first update huge, as Adam's step count, which corrects for a young average,
-    is no longer young.
+    dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in) inputs to draw from, with replacement
+    and with probability ~ (squared error)^2. W_dec's row is the input less b_dec, normalised; W_enc's column
+    the same direction at 0.2 times the mean norm of live columns; b_enc is 0. In Adam (`optimizer.state[p]`,
+    for p the parameter), "exp_avg" is 0 and "exp_avg_sq" the element-wise mean over live features: zero would
+    make the first update huge, as Adam's step count, which corrects for a young average, is no longer young.
     """
     live = ~dead
     if not dead.any() or not live.any():
@@ -325,7 +327,7 @@ def splice(sae):
 
 def ablate(sae, feature, where):                                        # int or (B,), (B,T) bool
     """The edit that takes f_i * W_dec[i] out of z_cat where `where` holds, and leaves all else, the SAE's
-    error included. With a feature for each row of the batch, each row loses its own."""
+    error and z_cat's type included. With a feature for each row of the batch, each row loses its own."""
     def edit(z):                                                        # (B,T,d_in) -> (B,T,d_in)
         i = torch.as_tensor(feature, device=z.device).expand(len(z))
         x = z.to(sae.b_dec.dtype) - sae.b_dec

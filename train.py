@@ -91,8 +91,8 @@ class Learner:
     sae: SAE
     optimizer: torch.optim.Adam
     l1: float
-    fired: Tensor           # (d_sae,) rows in which each feature was active since the last resampling
-    last_fired: Tensor      # (d_sae,) number of training activations seen when each feature was last active
+    fired: Tensor           # (d_sae,) rows in which it was active since the last resampling: 0 is dead there
+    last_fired: Tensor      # (d_sae,) training activations seen when it was last active: dead in the metrics
     l0: float               # active features per row in the last step: chooses the dense or the sparse step
     mean: Tensor            # (D,) mean activation over the first block, the vector of mean ablation
     scale: Tensor           # () what activations are divided by: 1, or their mean distance from the mean
@@ -336,7 +336,7 @@ def z_cat(model, tokens, layers):                                       # (R,T) 
 def start(config, source, folder):
     """New learners, or those of the checkpoint -> (step to begin with, {layer: Learner})."""
     if source.team.leads:       # what a run was writing when it was killed
-        for left in (*folder.glob(".*.tmp"), *folder.glob("L*/.*.tmp")):
+        for left in (*folder.glob(".*tmp*"), *folder.glob("L*/.*tmp*")):        # ours, and safetensors' own
             left.unlink()
     d_in = source.model.config.n_heads * source.model.config.d_head
     d_sae, l1 = per_layer(config.d_sae, source.layers), per_layer(config.l1, source.layers)

@@ -34,23 +34,23 @@ EXERCISES = (
     Exercise("the sparse autoencoder's two functions", "sae.py", ("SAE.encode", "SAE.decode"),
              "the head of sae.py; the paper, section 2"),
     Exercise("its loss, and the gradient by hand", "sae.py", ("dense_step",),
-             "the chain rule; note that b_dec enters twice"),
+             "sae.Step; the chain rule; note that b_dec enters twice"),
     Exercise("decoder rows of unit norm", "sae.py", ("project_decoder_gradient", "normalise_decoder"),
              "train.learn, for the order: project, step, normalise"),
     Exercise("resampling of dead features", "sae.py", ("resample",),
-             "Bricken et al. 2023, appendix; the docstring, for Adam's moments"),
+             "Bricken et al. 2023, Towards Monosemanticity; the docstring, for Adam's moments"),
     Exercise("cross-entropy recovered", "train.py", ("row_ce", "ce_recovered"),
              "train.evaluate, for what is replaced where"),
     Exercise("which heads a feature lies in", "attribution.py", ("head_weights",), "the paper, section 2"),
     Exercise("direct feature attribution", "attribution.py", ("dfa", "feature_bias"),
              "model.Heads, for pattern and v; the paper, section 2"),
     Exercise("one step of recursive DFA", "attribution.py", ("children",),
-             "attribution.Parts, trace_run and Children; model.HeadMatrices"),
+             "attribution.Parts, Run, trace_run and Children; model.HeadMatrices and LayerCache"),
     Exercise("the length of a prefix that matches", "induction.py", ("prefix_lengths",),
              "the head of induction.py"),
     Exercise("a feature removed where it matters", "sae.py", ("ablate",), "sae.splice; ioi.remove_features"),
     Exercise("how much of the logit difference is recovered", "ioi.py", ("recovered",),
-             "the head of ioi.py; data.common.bootstrap"),
+             "the head of ioi.py; data.common.bootstrap and mean_of"),
 )
 
 
@@ -67,7 +67,8 @@ def blank(source, names, number):
             f"{indent}raise NotImplementedError(\n",
             f'{indent}    "exercise {number}, {EXERCISES[number - 1].title}: write {name} in "\n',
             f'{indent}    "{EXERCISES[number - 1].file}; its docstring says what it is to return")\n']
-    return re.sub(r"(?m)^#     +dL/.*\n", "", "".join(lines))
+    return re.sub(r"carrying 1/B:\n(#     +dL/.*\n)+", "carrying 1/B, work out dL/dW_dec and the others.\n",
+                  "".join(lines))
 
 
 def _functions(tree, above=""):

@@ -48,6 +48,8 @@ COMMANDS = {
     "spaces": "-m data.spaces",
     "calibrate": "tests/calibrate.py",
     "kills": "tests/test_kill.py 20",
+    "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise --lr 1.2e-3 "
+                 "--batch-size 4096 --n-tokens 163840 --n-eval-rows 8",
     "benchmark": "tests/benchmark.py",
 }
 PEERS = "tests/requirements-peers.txt"
@@ -55,7 +57,7 @@ TINY = ("report.json", "L0/metrics.json", "L1/metrics.json", "L2/metrics.json", 
 PROGRESS = re.compile(r"^ *[\d,]+/[\d,]+ \w+  ")
 BLOCK = re.compile(r"<!-- from ([\w-]+): (.*?) -->\n```\n(.*?)```", re.DOTALL)
 SECTION = re.compile(r"<!-- numbers of: ([\w, -]*?)(?:; settings: (.*?))? -->", re.DOTALL)
-NUMBER = re.compile(r"(?<![\w.,/-])[+-]?\d[\d,]*(?:\.\d+)*%?(?![\w/])")
+NUMBER = re.compile(r"(?<![\w.,/-])[+-]?\d+(?:,\d{3})*(?:\.\d+)*%?(?![\w/])")
 
 
 def measure(name):

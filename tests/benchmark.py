@@ -140,8 +140,8 @@ def compare_steps(d_in, d_sae, batch_size, steps):
     for name, (seconds, loss, memory) in rows.items():
         shown = f"{loss:9.4f}" if loss else "         "
         print(f"{name:44} {seconds:9.4f} {seconds / first:7.2f} x {shown} {memory:9,.0f} MiB", flush=True)
-    print(f"the same algorithm: decoder rows of unit norm, gradient not clipped; its loss differs from ours by "
-          f"{abs(rows[same][1] / loss_of_first - 1):.3%}")
+    print(f"the same algorithm: decoder rows of unit norm, gradient not clipped; its loss differs from ours "
+          f"by {abs(rows[same][1] / loss_of_first - 1):.3%}")
     return [seconds for seconds, _, _ in rows.values()][:3]
 
 
@@ -169,8 +169,9 @@ def curve(dense):
 def compare_curves():
     sparse, dense = in_a_process(curve, False), in_a_process(curve, True)
     apart = [abs(a / b - 1) for a, b in zip(sparse, dense)]
-    print(f"\ntraining curves, sparse against dense float32 step, tiny's layer 2, {len(sparse)} steps: the loss "
-          f"falls from {dense[0]:.3f} to {dense[-1]:.3f}, the two differ by {max(apart):.3%} at most", flush=True)
+    print(f"\ntraining curves, sparse against dense float32 step, tiny's layer 2, {len(sparse)} steps: the "
+          f"loss falls from {dense[0]:.3f} to {dense[-1]:.3f}, the two differ by {max(apart):.3%} at most",
+          flush=True)
 
 
 # ---- z_cat of a model of GPT-2 Small's size, layer 5 ----
@@ -292,7 +293,8 @@ def main():
              "both at their defaults (float32)": (speeds[1], default),
              "stopped at the layer; bfloat16 autocast": (speeds[2], autocast),
              "the same, and the model's weights in bfloat16": (speeds[3], autocast)}
-    print(f"\n{'GPT-2-sized model to layer 5 + SAE 24576':48} {'s/batch':>9} {'ratio':>7}   (sums of figures above)")
+    print(f"\n{'GPT-2-sized model to layer 5 + SAE 24576':48} {'s/batch':>9} {'ratio':>7}   (sums of the "
+          f"above)")
     whole = {name: 4096 / speed + step for name, (speed, step) in whole.items()}
     for name, total in whole.items():
         print(f"{name:48} {total:9.2f} {total / whole['ours, bfloat16 products']:7.2f} x")

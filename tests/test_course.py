@@ -1,5 +1,5 @@
-"""data/course.py: in the copy every exercise fails and says what to write, passes when it is written, in order;
-and typical mistakes are called what they are."""
+"""data/course.py: in the copy every exercise fails and says what to write, and passes when it is written, in
+order; and typical mistakes are called what they are."""
 
 import json
 import os
@@ -43,7 +43,8 @@ with open("answers.json", "w") as file:
 MISTAKES = [
     (1, "scores.masked_fill(~visible(T, window, q.device), -torch.inf)", "scores", "causal"),
     (1, "scores = scale * torch.einsum", "scores = torch.einsum", "scale times q . k"),
-    (1, "pattern = scores.softmax(-1,", "pattern = scores.nan_to_num(neginf=-1e30).softmax(-2,", "over the keys"),
+    (1, "pattern = scores.softmax(-1,", "pattern = scores.nan_to_num(neginf=-1e30).softmax(-2,",
+     "over the keys"),
     (2, "return pre * (pre > self.threshold)", "return pre", "ReLU"),
     (2, "pre = (z - self.b_dec) @ self.W_enc", "pre = z @ self.W_enc", "b_dec is subtracted"),
     (3, "e.square().sum() / len(z), f.sum()", "e.square().mean(), f.sum()", "sum over d_in"),
@@ -58,11 +59,12 @@ MISTAKES = [
      "return ((ablated - sae) / (ablated - clean)).mean()", "not a mean of ratios"),
     (7, "(n_heads, -1)).norm(dim=-1)", "(n_heads, -1)).square().sum(-1)", "not their squares"),
     (8, "return sae.b_enc - sae.b_dec @ sae.W_enc", "return sae.b_enc", "b_dec subtracted"),
-    (9, '/ kept.scales["attn_in"][0, k, 0]', '/ kept.scales["attn_in"][0, position, 0]', "at the part's position"),
+    (9, '/ kept.scales["attn_in"][0, k, 0]', '/ kept.scales["attn_in"][0, position, 0]',
+     "at the part's position"),
     (10, "(classes[:, :, None] == classes[:, None]) & (classes >= 0)[:, None]",
      "(classes[:, :, None] == classes[:, None])", "BOS matches nothing"),
-    (11, "torch.where(where[..., None], z - removed, z)", "torch.where(where.any(0)[:, None], z - removed, z)",
-     "own positions"),
+    (11, "torch.where(where[..., None], z - removed, z)",
+     "torch.where(where.any(0)[:, None], z - removed, z)", "own positions"),
     (12, "ratio = lambda i: (patched[i] - zero[i]).mean() / (clean[i] - zero[i]).mean()",
      "ratio = lambda i: ((patched[i] - zero[i]) / (clean[i] - zero[i])).mean()", "not a mean of ratios"),
 ]
@@ -87,8 +89,9 @@ def answers(tmp_path_factory):
         sources = {name: (ROOT / name).read_text() for name in files}
         assert sources[file].count(right) == 1, f"{file} no longer has {right!r}"
         states.append(sources | {file: sources[file].replace(right, wrong)})
-    done = subprocess.run([sys.executable, "-B", "-c", RUNNER], cwd=folder, input=json.dumps(states), text=True,
-                          capture_output=True, timeout=600, env=os.environ | {"PYTEST_ADDOPTS": ""})
+    done = subprocess.run([sys.executable, "-B", "-c", RUNNER], cwd=folder, input=json.dumps(states),
+                          text=True, capture_output=True, timeout=600,
+                          env=os.environ | {"PYTEST_ADDOPTS": ""})
     assert (folder / "answers.json").is_file(), done.stdout + done.stderr
     return json.loads((folder / "answers.json").read_text())
 
@@ -104,7 +107,8 @@ def test_exercises_fail_one_by_one_and_pass_as_they_are_written(answers):
                 assert f"exercise {number(test)}, {one.title}" in message and one.file in message, message
 
 
-@pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[f"{m[0]}_{m[3].replace(' ', '_')}" for m in MISTAKES])
+@pytest.mark.parametrize("i", range(len(MISTAKES)),
+                         ids=[f"{m[0]}_{m[3].replace(' ', '_')}" for m in MISTAKES])
 def test_a_mistake_is_called_what_it_is(answers, i):
     exercise, _, wrong, word = MISTAKES[i]
     outcome = answers[len(course.EXERCISES) + 1 + i]
@@ -124,6 +128,6 @@ def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
     assert "dL/dW_dec" not in sae and "return pre * (pre > self.threshold)" not in sae
     assert "reconstruction" in sae and "def sparse_step" in sae
     assert (tmp_path / "new" / "data" / "tiny" / "model.safetensors").is_file()
-    assert not (tmp_path / "new" / "tests" / "test_course.py").exists(), "it would fail on answers in other words"
+    assert not (tmp_path / "new" / "tests" / "test_course.py").exists(), "it fails on answers in other words"
     for one in course.EXERCISES:
         compile((tmp_path / "new" / one.file).read_text(), one.file, "exec")

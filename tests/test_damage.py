@@ -40,7 +40,8 @@ def folder(tmp_path_factory):
         "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 50, "n_positions": 16,
         "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}))
     gpt2 = models.GPT2(models.GPT2Config(2, 2, 8, 32, 50, 16))
-    save_file({name: p.detach() for name, p in gpt2.named_parameters()}, folder / "model" / "model.safetensors")
+    save_file({name: p.detach() for name, p in gpt2.named_parameters()},
+              folder / "model" / "model.safetensors")
 
     (folder / "gemma").mkdir()
     (folder / "gemma" / "config.json").write_text(json.dumps({
@@ -69,14 +70,15 @@ def folder(tmp_path_factory):
     sae.save(folder / "own" / "sae.safetensors")
     data.sae_files.write_saelens(tensors, folder / "saelens", "tiny", 0, 16)
     (folder / "gemma-scope").mkdir()
-    np.savez(folder / "gemma-scope" / "params.npz", **{name: t.numpy() for name, t in tensors.items()})
-    np.savez_compressed(folder / "gemma-scope" / "small.npz", **{name: t.numpy() for name, t in tensors.items()})
+    arrays = {name: t.numpy() for name, t in tensors.items()}
+    np.savez(folder / "gemma-scope" / "params.npz", **arrays)
+    np.savez_compressed(folder / "gemma-scope" / "small.npz", **arrays)
     (folder / "kissane").mkdir()
     torch.save({name: t for name, t in tensors.items() if name != "threshold"}, folder / "kissane" / "x.pt")
     (folder / "kissane" / "x_cfg.json").write_text(json.dumps({"act_size": 8, "dict_size": 24, "seed": 49}))
 
-    lines = "".join(json.dumps({"text": f"Page {i} of a long book: " + " ".join(f"word{i * j}" for j in range(60)),
-                                "url": "x"}) + "\n" for i in range(60))
+    texts = [f"Page {i} of a long book: " + " ".join(f"word{i * j}" for j in range(60)) for i in range(60)]
+    lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts)
     (folder / "c4.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "posts.jsonl").write_text(lines)
 
@@ -127,8 +129,9 @@ def load_checkpoint(path):
     T.learn(learners[0], torch.zeros(64, 8), step, CHECKPOINTED, 0)
 
 
-BYTES = {"model/config.json": load_model, "model/model.safetensors": load_model, "gemma/config.json": load_model,
-         "gemma/one.safetensors": load_model, "gemma/model.safetensors.index.json": load_model,
+BYTES = {"model/config.json": load_model, "model/model.safetensors": load_model,
+         "gemma/config.json": load_model, "gemma/one.safetensors": load_model,
+         "gemma/model.safetensors.index.json": load_model,
          "vocabulary/vocab.json": load_tokenizer, "own/sae.safetensors": load_sae,
          "saelens/cfg.json": load_sae, "saelens/sae_weights.safetensors": load_sae,
          "gemma-scope/params.npz": load_sae, "gemma-scope/small.npz": load_sae, "kissane/x.pt": load_sae,
@@ -153,8 +156,9 @@ def damaged_bytes(whole, random, n):
             yield whole[:at] + random.bytes(length) + whole[at:]
 
 
-WRONG = [None, True, 0, -1, 1, 10**6, 1.5, 1e-300, 1e300, 2**31, 2**62, 10**40, float("nan"), "", "gelu", "\ud800", [],
-         [[]], {}, {"a": 1}, "../../etc/passwd", [0, 2**62], ["F8_E4M3"], "F8_E4M3", "I64", "BOOL"]
+WRONG = [None, True, 0, -1, 1, 10**6, 1.5, 1e-300, 1e300, 2**31, 2**62, 10**40, float("nan"), "", "gelu",
+         "\ud800", [], [[]], {}, {"a": 1}, "../../etc/passwd", [0, 2**62],
+         ["F8_E4M3"], "F8_E4M3", "I64", "BOOL"]
 
 
 def damaged_values(value, random, n):
@@ -205,10 +209,11 @@ def check(load, path, contents, may_be_whole=lambda result: True):
             try:
                 kind, result = outcome(load, path)
             except Exception as error:
-                raise AssertionError(f"{path.name}, damage {number}: {type(error).__name__}: {error}; the file "
-                                     f"begins {content[:300]!r}") from error
+                raise AssertionError(f"{path.name}, damage {number}: {type(error).__name__}: {error}; the "
+                                     f"file begins {content[:300]!r}") from error
             refused += kind == "refused"
-            assert kind == "refused" or may_be_whole(result), f"{path.name}, damage {number}: a part was returned"
+            assert kind == "refused" or may_be_whole(result), \
+                f"{path.name}, damage {number}: a part was returned"
     finally:
         path.write_bytes(original)
     return refused
@@ -240,7 +245,8 @@ def test_damaged_safetensors_header(folder, name):
     path, random = folder / name, np.random.default_rng(list(name.encode()))
     whole = path.read_bytes()
     n = int.from_bytes(whole[:8], "little")
-    headers = [json.dumps(header).encode() for header in damaged_values(json.loads(whole[8:8 + n]), random, 40)]
+    damaged = damaged_values(json.loads(whole[8:8 + n]), random, 40)
+    headers = [json.dumps(header).encode() for header in damaged]
     refused = check(BYTES[name], path, [len(h).to_bytes(8, "little") + h + whole[8 + n:] for h in headers])
     assert refused >= 20
 
@@ -265,12 +271,14 @@ def test_archives_of_other_arrays(folder):
     header = lambda text: b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
     encrypted = bytearray(archive_of())
     encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
-    contents = [archive_of(W_enc=None), archive_of(extra=np.zeros(3)), archive_of(b_enc=np.zeros(23, np.float32)),
+    contents = [archive_of(W_enc=None), archive_of(extra=np.zeros(3)),
+                archive_of(b_enc=np.zeros(23, np.float32)),
                 archive_of(W_dec=np.zeros((8, 24), np.float32)), archive_of(W_dec=np.float32(1)),
                 archive_of(b_dec=np.array(["a"] * 8)), archive_of(b_dec=np.array([{}] * 8, dtype=object)),
                 archive_of(b_dec=np.full(8, np.nan, np.float32)), archive_of(threshold=np.full(24, np.inf)),
                 archive_of(b_dec=np.zeros(8, complex)), archive_of(b_dec=np.zeros(8, int)),
-                archive_of(b_dec=np.zeros(8, "datetime64[s]")), archive_of(W_enc=np.zeros((0, 24), np.float32)),
+                archive_of(b_dec=np.zeros(8, "datetime64[s]")),
+                archive_of(W_enc=np.zeros((0, 24), np.float32)),
                 raw(W_enc=b""), raw(W_enc=b"\x93NUMPY"), raw(W_enc=header(b"{'descr': '<f4',")),
                 raw(W_enc=header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }\n")),
                 raw(W_enc=header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 2), }\n")),

@@ -21,7 +21,7 @@ import train
 
 def near(got, expected, atol=1e-9):
     expected = torch.as_tensor(expected)
-    assert got.shape == expected.shape, f"the shape is {tuple(got.shape)}, it should be {tuple(expected.shape)}"
+    assert got.shape == expected.shape, f"the shape is {tuple(got.shape)}, not {tuple(expected.shape)}"
     return torch.allclose(got.to(expected.dtype), expected, atol=atol, rtol=1e-6)
 
 
@@ -62,16 +62,17 @@ def test_01_attention():
         heads = models.attend(q, k, v, 0.7, window, cap)
         pattern, z_cat = slow_attention(q, k, v, 0.7, window, cap)
         assert heads.pattern.shape == pattern.shape, "the pattern is (B,H,q,k)"
-        assert heads.pattern.isfinite().all(), "NaN: put -inf where a key is not seen, before the softmax"
+        assert heads.pattern.isfinite().all(), \
+            "NaN: put -inf where a key is not seen, before the softmax; and every query sees itself"
         ahead = torch.ones(5, 5, dtype=torch.bool).triu(1)
         assert (heads.pattern[..., ahead] == 0).all(), "a query sees keys that stand after it: causal mask?"
         assert near(heads.pattern.sum(-1), torch.ones(2, 3, 5).double()), \
-            "the weights of a query should sum to 1: softmax over the keys, the last dimension?"
+            "the weights of a query should sum to 1: softmax over the keys, the last dimension, after the mask?"
         seen = "" if window is None or near(heads.pattern > 0, pattern > 0) else \
             f"; with window {window} a query sees {window} keys, its own position among them"
         assert near(heads.pattern, pattern), \
-            f"wrong pattern (window {window}, cap {cap}): scale times q . k, then cap * tanh(score / cap), then " \
-            f"the mask{seen}"
+            f"wrong pattern (window {window}, cap {cap}): scale times q . k, then cap * tanh(score / cap), " \
+            f"then the mask{seen}"
         assert heads.z_cat.shape == z_cat.shape, "z_cat is (B,q,D): heads side by side"
         assert near(heads.z_cat, z_cat), "wrong z_cat: z_h = sum_k pattern[q,k] v[k], then [z_0 | z_1 | ...]"
         assert heads.v is v or near(heads.v, v)
@@ -120,7 +121,8 @@ def test_03_loss():
     assert abs(float(step.mse) - mse / 6) > 1e-9, "mse is a sum over d_in, and a mean over the batch only"
     assert abs(float(step.mse) - mse * 32) > 1e-9, "mse is a mean over the batch"
     assert float(step.mse) == pytest.approx(mse), "mse: sum_d (z_hat - z)^2, mean over the batch"
-    assert abs(float(step.sparsity) - 0.5 * sparsity) > 1e-9, "sparsity without l1: the loss is mse + l1 * sparsity"
+    assert abs(float(step.sparsity) - 0.5 * sparsity) > 1e-9, \
+        "sparsity without l1: the loss is mse + l1 * sparsity"
     assert float(step.sparsity) == pytest.approx(sparsity), "sparsity: sum_i f_i, mean over the batch"
     assert step.fired.tolist() == fired.tolist(), "fired: in how many rows each feature is active"
 
@@ -132,7 +134,7 @@ def test_03_gradient():
     assert set(got) == set(expected), f"gradients of {sorted(expected)} are needed"
     assert near(got["W_dec"], expected["W_dec"]), "dL/dW_dec = f^T (2 (z_hat - z) / B)"
     assert near(got["b_enc"], expected["b_enc"]), \
-        "dL/db_enc: the gradient at the pre-activation is 0 where the feature is not active, and l1 / B counts"
+        "dL/db_enc: the gradient at a pre-activation is 0 where the feature is not active; l1 / B counts"
     assert near(got["W_enc"], expected["W_enc"]), "dL/dW_enc = (z - b_dec)^T dL/dpre: b_dec is in there too"
     assert near(got["b_dec"], expected["b_dec"]), \
         "b_dec enters twice: it is added to z_hat, and subtracted from z before W_enc"
@@ -147,12 +149,13 @@ def test_04_decoder_rows():
     sae.W_dec.copy_(torch.tensor([[0.6, 0.8], [1.0, 0.0]]))
     gradient = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     S.project_decoder_gradient(sae, gradient)
-    assert not torch.equal(gradient, torch.tensor([[1.0, 0.0], [3.0, 4.0]])), "the gradient is changed in place"
+    assert not torch.equal(gradient, torch.tensor([[1.0, 0.0], [3.0, 4.0]])), "it is changed in place"
     assert near(gradient, torch.tensor([[0.64, -0.48], [0.0, 4.0]]), 1e-6), \
         "take from each row of the gradient its part along W_dec's row: g - (g . w) w, row by row"
     sae.W_dec.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
     S.normalise_decoder(sae)
-    assert near(sae.W_dec.data, torch.tensor([[0.6, 0.8], [0.0, 1.0]]), 1e-6), "each row is divided by its norm"
+    assert near(sae.W_dec.data, torch.tensor([[0.6, 0.8], [0.0, 1.0]]), 1e-6), \
+        "each row is divided by its norm"
 
 
 # ---- 5: resampling ----
@@ -174,19 +177,22 @@ def test_05_resampling():
     sae.W_enc[:, :4] = torch.eye(d_in)[:, :4] * torch.tensor([1.0, 2, 3, 4])
     sae.b_enc[:4] = -50.0
     dead = torch.arange(d_sae) >= 4
-    z = sae.b_dec + torch.tensor([[0.0] * 6, [1.0, 0, 0, 0, 0, 0], [0, math.sqrt(2), 0, 0, 0, 0]])  # errors 0, 1, 2
+    # squared errors 0, 1 and 2
+    z = sae.b_dec + torch.tensor([[0.0] * 6, [1.0, 0, 0, 0, 0, 0], [0, math.sqrt(2), 0, 0, 0, 0]])
     live = {name: p.detach().clone() for name, p in sae.named_parameters()}
     moments = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in sae.named_parameters()}
     S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0))
-    assert torch.equal(sae.W_dec[:4], live["W_dec"][:4]) and torch.equal(sae.W_enc[:, :4], live["W_enc"][:, :4]), \
-        "live features stay as they are"
+    assert torch.equal(sae.W_dec[:4], live["W_dec"][:4]), "live features stay as they are"
+    assert torch.equal(sae.W_enc[:, :4], live["W_enc"][:, :4]), "live features stay as they are"
     rows = sae.W_dec[4:]
-    assert near(rows.norm(dim=1), torch.ones(d_sae - 4), 1e-5), "a new row of W_dec has norm 1: centre, then normalise"
+    assert rows.norm(dim=1).min() > 0, "an input without error was drawn: its probability is 0"
+    assert near(rows.norm(dim=1), torch.ones(d_sae - 4), 1e-5), \
+        "a new row of W_dec has norm 1: centre, then normalise"
     share = float((rows[:, 1] > 0.9).float().mean())
     assert ((rows[:, 0] > 0.99) | (rows[:, 1] > 0.99)).all(), \
         "a new row is an input less b_dec, normalised; an input without error is never drawn"
     assert abs(share - 2 / 3) > 0.04, "the probability goes with the square of the squared error"
-    assert abs(share - 4 / 5) < 0.04, f"an input with twice the squared error is drawn 4 times as often, not {share:.2f}"
+    assert abs(share - 4 / 5) < 0.04, "an input with twice the squared error is drawn 4 times as often"
     assert near(sae.W_enc[:, 4:], 0.2 * 2.5 * rows.T, 1e-5), \
         "W_enc's column: the same direction at 0.2 times the mean norm of live columns, which is 2.5"
     assert (sae.b_enc[4:] == 0).all(), "b_enc of a new feature is 0"
@@ -195,7 +201,7 @@ def test_05_resampling():
         first, second = state["exp_avg"].movedim(feature_dim, 0), state["exp_avg_sq"].movedim(feature_dim, 0)
         assert (first[4:] == 0).all(), f"Adam's first moment of {name} is 0 for new features"
         assert not (second[4:] == 0).any(), \
-            f"Adam's second moment of {name}: 0 would make the first update huge, take the mean over live ones"
+            f"Adam's second moment of {name}: 0 would make the first update huge; take the mean of live ones"
         mean = moments[name].movedim(feature_dim, 0)[:4].mean(0)
         assert torch.allclose(second[4:], mean.expand_as(second[4:]), rtol=1e-4), \
             f"Adam's second moment of {name}: element by element, the mean over live features"
@@ -210,8 +216,10 @@ def test_06_cross_entropy_recovered():
             for b in range(3)]
     got = train.row_ce(logits, tokens)
     mean = lambda first: torch.tensor([sum(row[first:]) / len(row[first:]) for row in each])
-    assert not near(got, mean(0), 1e-5), "position 0 is BOS, where nothing is replaced: positions 1 to T-2 count"
-    assert near(got, mean(1), 1e-5), "the prediction at position t is of the token at t + 1, and the last has none"
+    assert not near(got, mean(0), 1e-5), \
+        "position 0 is BOS, where nothing is replaced: positions 1 to T-2 count"
+    assert near(got, mean(1), 1e-5), \
+        "the prediction at position t is of the token at t + 1, and the last position has none"
     ablated, sae, clean = np.array([2.0, 5.0]), np.array([1.0, 4.0]), np.array([0.0, 1.0])
     got = train.ce_recovered(ablated, sae, clean)
     assert got != pytest.approx(0.375), "a ratio of means over rows, not a mean of ratios"
@@ -260,7 +268,8 @@ def test_09_one_step_of_recursive_attribution():
     got = {(int(h), int(p)): float(value) for h, p, value in zip(found.head, found.part, found.value)}
     assert len(got) == len(found.value), "a (head, part) stands in the list twice"
     parts, before = run.parts, run.before[layer]
-    assert max(p for _, p in got) < before, "only what is in the stream before the layer: run.before[layer] parts"
+    assert max(p for _, p in got) < before, \
+        "only what is in the stream before the layer: run.before[layer] parts"
     late = [p for _, p in got if p >= 0 and parts.position[p] > q and got.get((0, p), 0) != 0]
     assert not late, "a query reads nothing that stands after it"
     for h in range(2):
@@ -270,7 +279,8 @@ def test_09_one_step_of_recursive_attribution():
                 v = (parts.vector[p] / kept.scales["attn_in"][0, k]) @ m.W_V[h]
                 expected = float(kept.pattern[0, h, q, k] * (v @ w))
                 assert got.get((h, p), 0.0) == pytest.approx(expected, abs=1e-9), \
-                    "pattern[h,q,k] / scale[k] * (part @ W_V[h] . w_i^h): pattern and scale at the part's position?"
+                    "pattern[h,q,k] / scale[k] * (part @ W_V[h] . w_i^h): both at the part's position? " \
+                    "is `part` a row of run.parts?"
         assert got.get((h, -1)) == pytest.approx(float(m.b_V[h] @ w)), \
             "one constant for each head, b_V[h] . w_i^h, with part -1"
     assert got.get((-1, -1)) == pytest.approx(float(sae.b_enc[i] - sae.b_dec @ sae.W_enc[:, i])), \
@@ -287,6 +297,7 @@ def test_10_prefix_lengths():
     classes = torch.tensor([[-1, 1, 2, 3, -1, 1, 2, 3, 2]])
     got = induction.prefix_lengths(classes)
     assert got.shape == (1, 9, 9), "L[q,k] for every query and key"
+    assert got[0, 7, 4] in (3, 4), "compare the query's token with the one before key k, not with k's"
     assert (got[0, :, 1] == 0).all(), "BOS matches nothing: class -1 is no class"
     assert got[0, 7, 4] == 3, "a b c stands before key 4, and up to the second c: 3"
     assert got[0, 6, 3] == 2 and got[0, 5, 2] == 1
@@ -312,13 +323,15 @@ def test_11_ablation_at_own_positions():
     before = z.clone()
     got = S.ablate(sae, 2, where)(z)
     assert torch.equal(z, before), "an edit returns another tensor and leaves z as it is"
-    assert torch.equal(got[~where], z[~where]), "z changes only where `where` holds: each row at its own positions"
+    assert torch.equal(got[~where], z[~where]), \
+        "z changes only where `where` holds: each row at its own positions"
     expected = z[where] - f[where][:, 2:3] * sae.W_dec[2]
     assert not near(got[where], sae.decode(f * (torch.arange(10) != 2))[where]), \
         "the SAE's error stays: take f_i W_dec[i] out of z, do not put a reconstruction in its place"
     assert near(got[where], expected), "f_i * W_dec[i] is taken out of z_cat"
     each = S.ablate(sae, torch.tensor([2, 7]), where)(z)
-    assert near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), "with a feature for each row, each loses its own"
+    assert near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), \
+        "with a feature for each row, each loses its own"
 
 
 # ---- 12: recovered ----
@@ -329,11 +342,11 @@ def test_12_recovered_share():
     patched = torch.tensor([3.0, 6.0] * 20)
     value, interval = ioi.recovered(patched, clean, zero)
     assert value != pytest.approx(0.75), "a ratio of means over prompts, not a mean of ratios"
-    assert value != pytest.approx(0.9), "over LD_clean - LD_zero, not over LD_clean"
+    assert value != pytest.approx(0.9), "LD_zero is subtracted above and below the line"
     assert value == pytest.approx(7 / 8), "(LD_patched - LD_zero) / (LD_clean - LD_zero)"
     assert interval[0] < value < interval[1] <= 1.0 and interval[1] - interval[0] < 0.2, \
         "prompts are drawn with replacement, and the same prompts above and below the line"
-    assert ioi.recovered(patched, zero, clean) == (None, None), "None where LD_clean - LD_zero is not above 0"
+    assert ioi.recovered(patched, zero, clean) == (None, None), "(None, None) where LD_clean - LD_zero is not above 0"
     noise = F.normalize(random(40), dim=0)
     assert ioi.recovered(patched, zero + noise, zero) == (None, None), \
-        "None where LD_clean - LD_zero is not clearly above 0: its interval reaches 0"
+        "(None, None) where LD_clean - LD_zero is not clearly above 0: its interval reaches 0"

@@ -18,11 +18,12 @@ def test_pages_are_what_the_outputs_say(path):
 
 def test_every_command_has_its_output_and_every_output_is_used():
     pages = "".join(path.read_text(encoding="utf8") for path in results.PAGES)
-    named = {name.strip() for marks in re.findall(r"<!-- numbers of: ([\w, -]*)", pages) for name in marks.split(",")}
+    marks = re.findall(r"<!-- numbers of: ([\w, -]*)", pages)
+    named = {name.strip() for mark in marks for name in mark.split(",")}
     assert {path.stem for path in results.OUTPUTS.glob("*.txt")} == set(results.COMMANDS)
     assert set(results.COMMANDS) <= named
     for name in results.COMMANDS:
-        assert results.output(name)[0] == f"python {results.COMMANDS[name]}", f"{name} was made by another command"
+        assert results.output(name)[0] == f"python {results.COMMANDS[name]}", f"{name}: another command's"
 
 
 def test_a_number_that_drifted_is_noticed():

@@ -91,6 +91,25 @@ def test_no_active_entry_is_lost_among_a_million_near_zero(scale, either_process
     assert found.sum() < 1.1 * active.sum() + 1000, "far more candidates than the rounding error needs"
 
 
+def test_the_margin_covers_the_worst_rounding():
+    """Numbers that bfloat16 rounds by half a step each, so that all errors go the same way: by hand, the exact
+    pre-activation is 2^-16."""
+    u = 2.0**-8
+    x, w = torch.tensor([[1 + u, 1 + 3 * u]]), torch.tensor([[1 + u, -1 - 3 * u]])
+    bias = torch.tensor([2.0**-6 + 9 * 2.0**-16])
+    assert (x.double() @ w.double().T + bias.double()).item() == 2.0**-16
+    assert S.candidates(x, w, bias)[1].tolist() == [0], "an active entry is lost: the margin is too small"
+    rng = torch.Generator().manual_seed(0)
+    step = torch.randint(1, 64, (300, 16), generator=rng) * 2.0**-7     # halfway between two bfloat16 numbers
+    x, w = 1 + step[:, :16] + u, (1 + step.roll(1, 0) + u) * (1 - 2 * torch.randint(2, (300, 16), generator=rng))
+    exact = x.double() @ w.double().T
+    bias = (2.0**-20 - exact.diagonal()).float()                        # entry (i,i) is just active
+    exact += bias.double()
+    found = torch.zeros_like(exact, dtype=torch.bool)
+    found[S.candidates(x, w, bias)] = True
+    assert not ((exact > 0) & ~found).any()
+
+
 def test_loss_does_not_change_when_the_batch_is_duplicated():
     sae, z = random_sae(), random_z()
     once, twice = S.dense_step(sae, z, 0.3), S.dense_step(sae, torch.cat([z, z]), 0.3)
