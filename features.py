@@ -583,6 +583,9 @@ def main():
         census += head_census(model, sae, layer, kept, reads, tokens, classes, family[layer])
     report_families(families, family, collected, folder)
     report_heads(model, census, tokenizer, folder)
+    if config.model == "gpt2":
+        print("reported (GPT-2 Small): 14 of 144 heads plausibly monosemantic, so at least 90% polysemantic, "
+              "judged by eye on the top 10 features of each")
     for layer, found in records.items():
         write_json(folder / f"L{layer}" / "features.json",
                    {"n_tokens": tokens[:, 1:].numel(), "features": found})
@@ -635,9 +638,6 @@ def report_heads(model, census, tokenizer, folder):
             if known:
                 print(f"top {n}, similarity {least}: {many:3d} of {len(known):3d}  {many / len(known):6.1%} "
                       f"[{interval[0]:.1%}, {interval[1]:.1%}]")
-    if (model.config.n_layers, model.config.n_heads, model.config.d_model) == (12, 12, 768):
-        print("reported (GPT-2 Small): 14 of 144 heads plausibly monosemantic, so at least 90% polysemantic, "
-              "judged by eye on the top 10 features of each")
     finite = lambda x: None if x is None or x == float("inf") else x
     write_json(folder / "census.json", {
         "similarities": ALIKE, "many": MANY, "polysemantic": found,

@@ -532,9 +532,9 @@ def main():
     rows, table = rows.to(device), fuzzy(tokenizer).to(device)
     study_heads(config, model, tokenizer, rows, table, folder)
     heads = study_prefixes(config, model, tokenizer, table, folder)
-    print_reported(model, "prefix")
+    print_reported(config, "prefix")
     study_intervention(config, model, rows, table, heads, folder)
-    print_reported(model, "intervention")
+    print_reported(config, "intervention")
     study_features(config, model, tokenizer, saes, rows, table, (layer, feature), folder)
     print(f"\nwritten to {folder}/")
 
@@ -558,9 +558,9 @@ def check_feature(saes, layer, feature):
                         f"{saes[layer].d_sae - 1}.")
 
 
-def print_reported(model, item):
-    """For a model of GPT-2 Small's shape: what the paper reports."""
-    if (model.config.n_layers, model.config.n_heads, model.config.d_model) == (12, 12, 768):
+def print_reported(config, item):
+    """For GPT-2 Small itself: what the paper reports."""
+    if config.model == "gpt2":
         print(f"reported (GPT-2 Small): {REPORTED[item]}")
 
 

@@ -558,9 +558,8 @@ class Study:
 
     @property
     def is_gpt2_small(self):
-        """Whether the model has GPT-2 Small's shape, so that what is reported can be printed beside."""
-        c = self.model.config
-        return (c.n_layers, c.n_heads, c.d_model) == (12, 12, 768)
+        """Whether what is reported is of this model, and can be printed beside."""
+        return self.config.model == "gpt2"
 
 
 def main():

@@ -166,10 +166,7 @@ def sparse_step(sae, z, l1):                                            # (B,d_i
     """
     B = len(z)
     x = z - sae.b_dec
-    W = sae.W_enc.T.contiguous()                # as sparse products read it: a feature's weights side by side
-    rows, cols = candidates(x, W, sae.b_enc - sae.threshold)
-    crow = starts(rows, B)
-    pre = product_at(crow, cols, x, W) + sae.b_enc[cols]
+    rows, cols, crow, pre = pre_activations(sae, x)
     active = pre > sae.threshold[cols]
     f = pre * active                                                    # (nnz,)
     e = weighted_rows(crow, cols, f, sae.W_dec) + sae.b_dec - z         # (B,d_in)
@@ -183,6 +180,14 @@ def sparse_step(sae, z, l1):                                            # (B,d_i
                  "W_dec": weighted_rows(ccol, rows, f[order], g), "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
     fired = torch.zeros(sae.d_sae, dtype=torch.int64).index_add_(0, cols, active.long())
     return Step(e.square().sum() / B, f.sum() / B, fired, gradients)
+
+
+def pre_activations(sae, x):                            # (B,d_in) -> rows, cols (nnz,), crow (B+1,), pre (nnz,)
+    """The pre-activations of all entries that may be active, in float32, as a list row by row."""
+    W = sae.W_enc.T.contiguous()                        # a feature's weights side by side
+    rows, cols = candidates(x, W, sae.b_enc - sae.threshold)
+    crow = starts(rows, len(x))
+    return rows, cols, crow, product_at(crow, cols, x, W) + sae.b_enc[cols]
 
 
 def candidates(x, W, bias):                     # (B,d_in), (d_sae,d_in), (d_sae,) -> rows, cols (nnz,) each
@@ -211,10 +216,10 @@ def candidates(x, W, bias):                     # (B,d_in), (d_sae,d_in), (d_sae
     return torch.from_numpy(rows), torch.from_numpy(cols)
 
 
-def starts(number, n):                                                  # (nnz,), ascending -> (n+1,)
+def starts(ascending, n):                                               # (nnz,) -> (n+1,)
     """Where in an ascending list of numbers below n the 0s, 1s, ... begin; the last is where the list
     ends."""
-    return torch.searchsorted(number, torch.arange(n + 1))
+    return torch.searchsorted(ascending, torch.arange(n + 1))
 
 
 def product_at(crow, cols, x, W):                               # (B,d), (d_sae,d) -> (nnz,)
@@ -303,10 +308,7 @@ def active(sae, z):                                     # (B,T,d_in) -> Entries
     T = z.shape[1]
     z = z.flatten(0, 1).to(sae.b_dec.dtype)
     if z.device.type == "cpu" and z.dtype == torch.float32:     # no (B*T,d_sae) tensor in float32
-        x = z - sae.b_dec
-        W = sae.W_enc.T.contiguous()
-        place, feature = candidates(x, W, sae.b_enc - sae.threshold)
-        f = product_at(starts(place, len(z)), feature, x, W) + sae.b_enc[feature]
+        place, feature, _, f = pre_activations(sae, z - sae.b_dec)
         over = f > sae.threshold[feature]
         place, feature, f = place[over], feature[over], f[over]
     else:

@@ -109,10 +109,12 @@ def train(config):
     layers = config.layers or tuple(range(model.config.n_layers))
     folder = run_folder(config.out, config.model)
     check(config, model, tokenizer, layers, folder, team)
+    if team.leads and not config.saes:
+        remove_leftovers(folder)
     held_out = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx, config.n_eval_rows))
     held_out = held_out.to(device)
     if config.saes:
-        return measure(config, model, held_out, folder)
+        return measure(config, model, tokenizer, held_out, folder)
     source, begun = Source(model, tokenizer, config, layers, device, team), time.monotonic()
     first_step, learners = start(config, source, folder)
     step, n_steps = first_step, config.n_tokens // config.batch_size
@@ -204,6 +206,13 @@ def check(config, model, tokenizer, layers, folder, team):
         raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove "
                         f"{folder}/checkpoint.safetensors.")
     check_writable(folder)
+
+
+def remove_leftovers(folder):
+    """Remove what a run was writing when it was killed: our own temporary files, and those of safetensors."""
+    for path in (*folder.glob(".*tmp*"), *folder.glob("L*/.*tmp*")):
+        if path.is_file():
+            path.unlink()
 
 
 # ---- one step ----
@@ -335,9 +344,6 @@ def z_cat(model, tokens, layers):                                       # (R,T) 
 
 def start(config, source, folder):
     """New learners, or those of the checkpoint -> (step to begin with, {layer: Learner})."""
-    if source.team.leads:       # what a run was writing when it was killed
-        for left in (*folder.glob(".*tmp*"), *folder.glob("L*/.*tmp*")):        # ours, and safetensors' own
-            left.unlink()
     d_in = source.model.config.n_heads * source.model.config.d_head
     d_sae, l1 = per_layer(config.d_sae, source.layers), per_layer(config.l1, source.layers)
     learners = {}
@@ -455,22 +461,31 @@ def load_checkpoint(folder, config, learners):
                             f"the same settings, or another --out.")
         for layer, learner in learners.items():
             put_back(learner, lambda name: state[f"{layer} {name}"])
-        return int(state["step"])
+        if not 0 <= (step := int(state["step"])) <= config.n_tokens // config.batch_size:
+            raise ValueError
+        return step
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--resume: {path} is damaged: it lacks something, or holds tensors of other shapes; "
-                        f"remove it and start anew.") from error
+        raise UserError(f"--resume: {path} is damaged: it lacks something, or holds other numbers than a "
+                        f"checkpoint; remove it and start anew.") from error
 
 
 @torch.no_grad()
 def put_back(learner, saved):
-    """Make a learner what it was when `saved(name)`, a function to tensors, was written."""
+    """Make a learner what it was when `saved(name)`, a function to tensors, was written. Raises ValueError for
+    one of another shape or type, or not finite."""
+    def into(tensor, name):
+        found = saved(name)
+        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype) or not found.isfinite().all():
+            raise ValueError(name)
+        return tensor.copy_(found)
+
     for name, parameter in learner.sae.named_parameters():
-        parameter.copy_(saved(name))
-        moments = {key: torch.empty_like(parameter).copy_(saved(f"{name} {key}"))
-                   for key in ("exp_avg", "exp_avg_sq")}
-        learner.optimizer.state[parameter] = {"step": saved(f"{name} step").clone(), **moments}
+        into(parameter, name)
+        learner.optimizer.state[parameter] = {
+            "step": into(parameter.new_zeros(()), f"{name} step"),
+            **{key: into(torch.empty_like(parameter), f"{name} {key}") for key in ("exp_avg", "exp_avg_sq")}}
     for name in ("fired", "last_fired", "mean", "scale"):
-        getattr(learner, name).copy_(saved(name))
+        into(getattr(learner, name), name)
     learner.l0 = float(saved("l0"))
 
 
@@ -483,7 +498,8 @@ class Log:
         if self.silent:
             return
         kept = [line for line in read_log(self.path) if line["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with atomic(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def __call__(self, step, learners):
         if self.silent or step % self.every:
@@ -503,7 +519,7 @@ def read_log(path):
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
             lines.append(parse_json(text))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def dead_fraction(learner, n_tokens):
@@ -517,21 +533,17 @@ def dead_fraction(learner, n_tokens):
 
 
 @torch.no_grad()
-def evaluate(model, saes, rows, means=None):
+def evaluate(model, saes, rows, means):
     """What each layer's SAE keeps of its z_cat, and what the model loses when z_cat is replaced -> {layer:
     metrics}.
 
-    saes: {layer: SAE}. rows (R,T): held-out tokens. means: {layer: (D,)}, the vector of mean ablation; if not
-    given, the mean over `rows`. Cross-entropies are nats per token over the predictions made from positions 1
+    saes: {layer: SAE}. rows (R,T): held-out tokens. means: {layer: (D,)}, the vector of mean ablation, from
+    training text. Cross-entropies are nats per token over the predictions made from positions 1
     to T-2; every replacement leaves position 0 (BOS) as it is. *zero* sets z_cat to 0 in the model's own
     weights (b_O stays). Intervals are 95% bootstrap intervals over rows. Where z_cat matters too little to
     tell, that is if CE_zero - CE_clean is below 0.05 nats or its interval reaches 0, ce_recovered_zero is
     None; so for mean.
     """
-    if means is None:
-        sums = [{layer: z[:, 1:].float().sum((0, 1)) for layer, z in model.z_cat_at(part, list(saes)).items()}
-                for part in rows.split(16)]
-        means = {layer: sum(one[layer] for one in sums) / rows[:, 1:].numel() for layer in saes}
     # {name: (R,...)}, filled in place: small results kept between large tensors would break memory up
     per_row = {layer: {} for layer in saes}
     widest = max(model.config.d_vocab, *(sae.d_sae for sae in saes.values()))
@@ -549,6 +561,13 @@ def evaluate(model, saes, rows, means=None):
                 whole = per_row[layer].setdefault(name, np.empty((len(rows), *value.shape[1:])))
                 whole[first:first + size] = value.cpu()
     return {layer: summarise(found, rows.shape[1] - 1) for layer, found in per_row.items()}
+
+
+def mean_z_cat(model, layers, rows):                                    # (R,T) -> {layer: (D,)}
+    """The mean of z_cat over all positions but 0."""
+    sums = [{layer: z[:, 1:].float().sum((0, 1)) for layer, z in model.z_cat_at(part, layers).items()}
+            for part in rows.split(16)]
+    return {layer: sum(one[layer] for one in sums) / rows[:, 1:].numel() for layer in layers}
 
 
 def replaced(model, sae, mean, layer, x, tokens):                       # (R,T,d_model), (R,T) -> {name: (R,)}
@@ -644,11 +663,13 @@ def finish(config, model, held_out, learners, folder, speed):
     return metrics
 
 
-def measure(config, model, held_out, folder):
-    """Measure the SAEs of --saes on held-out text -> {layer: metrics}, also written to measured.json."""
+def measure(config, model, tokenizer, held_out, folder):
+    """Measure the SAEs of --saes on held-out text -> {layer: metrics}, also written to measured.json. The mean
+    of mean ablation is that of as many rows of training text."""
     saes = load_all(config.saes, model, config.layers, held_out.device)
     print(f"measuring {config.saes} on {len(held_out)} held-out rows ...", flush=True)
-    metrics = evaluate(model, saes, held_out)
+    rows = next(data.rows(config.corpus, tokenizer, "train", config.n_ctx, config.n_eval_rows))
+    metrics = evaluate(model, saes, held_out, mean_z_cat(model, list(saes), rows.to(held_out.device)))
     write_json(folder / "measured.json", {"saes": config.saes, "corpus": config.corpus,
                                           "layers": {f"L{layer}": m for layer, m in metrics.items()}})
     print(table(metrics), f"\n\nwritten to {folder}/measured.json", sep="")

@@ -153,7 +153,7 @@ def check_writable(folder):
     """Make the folder. Raises UserError now, rather than in an hour, if nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"         # its own, should several processes try
+        probe = folder / f".writable.{os.getpid()}.tmp"     # its own, should several processes try
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -272,7 +272,8 @@ def fast_bfloat16(device):
     """Whether the processor multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (device.type == "cpu" and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def mean_of(values, rows=None, samples=1000):                           # (n,...), (n,) -> mean, [low, high]

@@ -57,7 +57,7 @@ TINY = ("report.json", "L0/metrics.json", "L1/metrics.json", "L2/metrics.json", 
 PROGRESS = re.compile(r"^ *[\d,]+/[\d,]+ \w+  ")
 BLOCK = re.compile(r"<!-- from ([\w-]+): (.*?) -->\n```\n(.*?)```", re.DOTALL)
 SECTION = re.compile(r"<!-- numbers of: ([\w, -]*?)(?:; settings: (.*?))? -->", re.DOTALL)
-NUMBER = re.compile(r"(?<![\w.,/-])[+-]?\d+(?:,\d{3})*(?:\.\d+)*%?(?![\w/])")
+NUMBER = re.compile(r"(?<![\w.,/-])[+-]?\d+(?:,\d{3})*(?:\.\d+)*%?(?![\w/]|[.,]\d)")
 
 
 def measure(name):

@@ -17,14 +17,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-def memory(what):
-    """MiB of this process: VmRSS, that it has now, or VmHWM, the most it has had since `forget_peak`."""
+def mebibytes(what):
+    """Of this process: VmRSS, what it has now, or VmHWM, the most it has had since `forget_peak`."""
+    if not Path("/proc/self/status").exists():
+        return 0.0
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
     return int(line.split()[1]) / 1024
 
 
 def forget_peak():
-    Path("/proc/self/clear_refs").write_text("5")
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_a_process(work, *args):
@@ -106,13 +109,13 @@ def begin_with(sae, W, bias):
 def timed(step, steps, loss):
     """Seconds per step after two steps to warm up, the last loss, peak memory above what there was before."""
     forget_peak()
-    begun_with = memory("VmRSS")
+    begun_with = mebibytes("VmRSS")
     for i in range(2):
         step(i)
     begun = time.perf_counter()
     for i in range(2, 2 + steps):
         step(i)
-    return (time.perf_counter() - begun) / steps, loss(), memory("VmHWM") - begun_with
+    return (time.perf_counter() - begun) / steps, loss(), mebibytes("VmHWM") - begun_with
 
 
 def encoder_product(d_in, d_sae, batch_size, steps):

@@ -118,6 +118,13 @@ def test_a_mistake_is_called_what_it_is(answers, i):
     assert any(word in message for test, message in failed.items() if number(test) == exercise), first
 
 
+def test_the_readme_lists_the_exercises():
+    page = (ROOT / "README.md").read_text(encoding="utf8")
+    for i, one in enumerate(course.EXERCISES, start=1):
+        functions = ", ".join(f"`{name}`" for name in one.functions)
+        assert f"| {i} | {one.title} | {functions} in `{one.file}` | {one.read} |" in page
+
+
 def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "answers.py").write_text("x = 1")
@@ -125,7 +132,7 @@ def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
         course.student_copy(tmp_path / "mine")
     course.student_copy(tmp_path / "new")
     sae = (tmp_path / "new" / "sae.py").read_text()
-    assert "dL/dW_dec" not in sae and "return pre * (pre > self.threshold)" not in sae
+    assert "f^T @ g" not in sae and "work out dL/dW_dec" in sae and "return pre * (pre > self.threshold)" not in sae
     assert "reconstruction" in sae and "def sparse_step" in sae
     assert (tmp_path / "new" / "data" / "tiny" / "model.safetensors").is_file()
     assert not (tmp_path / "new" / "tests" / "test_course.py").exists(), "it fails on answers in other words"

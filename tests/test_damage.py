@@ -30,6 +30,10 @@ from data.weights import TINY
 SECONDS = 20            # what takes longer hangs: each of these takes a few milliseconds
 
 
+class Hangs(BaseException):
+    """Not an Exception, which a loader might take for damage."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Every kind of file that is read here, small and whole."""
@@ -112,6 +116,7 @@ def load_sae(path):
     sae = S.SAE.load(path.parent if path.suffix == ".json" and path.name == "cfg.json"
                      or path.name == "sae_weights.safetensors" else path)
     assert sae(torch.zeros(3, sae.d_in)).isfinite().all()
+    return {name: tensor.tolist() for name, tensor in sae.state_dict().items()}
 
 
 def load_kissane(path):
@@ -186,7 +191,7 @@ def damaged_values(value, random, n):
 def outcome(load, path):
     """("refused", message), or ("whole", result); anything else is the failure that is looked for."""
     def hangs(number, frame):
-        raise TimeoutError(f"{path.name} was not read in {SECONDS} seconds")
+        raise Hangs(f"{path.name} was not read in {SECONDS} seconds")
 
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(SECONDS)
@@ -225,7 +230,8 @@ def test_damaged_bytes(folder, name):
     path, load = folder / name, BYTES[name]
     whole = load(path)
     random = np.random.default_rng(list(name.encode()))
-    same = (lambda result: result == whole) if name.endswith(".gz") else lambda result: True
+    summed = name.endswith((".gz", ".npz"))
+    same = (lambda result: result == whole) if summed else lambda result: True
     refused = check(load, path, damaged_bytes(path.read_bytes(), random, 24), same)
     assert refused >= 8, "hardly any damage was noticed: is this file read at all?"
 
@@ -234,8 +240,8 @@ def test_damaged_bytes(folder, name):
 def test_damaged_json(folder, name):
     path, random = folder / name, np.random.default_rng(list(name.encode()))
     values = [*damaged_values(json.loads(path.read_text()), random, 40), [], "x", None]
-    deep = b'{"n_layer": ' + b"[" * 100_000
-    check(BYTES[name], path, [*(json.dumps(value).encode() for value in values), deep])
+    check(BYTES[name], path, [json.dumps(value).encode() for value in values])
+    assert check(BYTES[name], path, [b'{"n_layer": ' + b"[" * 100_000]) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in BYTES if name.endswith(".safetensors")])
