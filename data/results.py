@@ -15,7 +15,8 @@ of a section has to stand in the outputs, or the JSON files, that are named unde
     <!-- numbers of: ioi, tiny; settings: 200, 1e6 -->
 
 rounded as it may be; those that do not are listed, and it is for the writer to look. Settings are numbers
-that nothing measured. Numbers in `code` and whole numbers up to twelve are not looked at.
+that nothing measured. Numbers in `code` and whole numbers up to twelve are not looked at, nor are sections
+without such a line.
 
 data/WALKTHROUGH.md is a program with text between: its code is run, and what it prints put below.
 """
@@ -43,13 +44,7 @@ COMMANDS = {
     "measure": "attribution.py --measure --saes data/tiny",
     "induction": "induction.py --saes data/tiny",
     "ioi": "ioi.py --saes data/tiny",
-    "features": "features.py --saes data/tiny",
-    "one-layer": "features.py --saes data/tiny --layers 2 --n-tokens 1e6",
-    "spaces": "-m data.spaces",
-    "calibrate": "tests/calibrate.py",
     "kills": "tests/test_kill.py 20",
-    "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise --lr 1.2e-3 "
-                 "--batch-size 4096 --n-tokens 163840 --n-eval-rows 8",
     "benchmark": "tests/benchmark.py",
 }
 PEERS = "tests/requirements-peers.txt"
@@ -70,16 +65,15 @@ def measure(name):
         process.returncode = os.waitstatus_to_exitcode(status)
         complaints.seek(0)
         if process.returncode:
-            raise UserError(f"python {COMMANDS[name]} failed: {complaints.read().strip().splitlines()[-1:]}; "
-                            f"nothing of it is kept.")
+            last = (complaints.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise UserError(f"python {COMMANDS[name]} failed, and nothing of it is kept: {last}")
     if PEERS in printed:
         raise UserError(f"{name} compares with other libraries: pip install -r {PEERS} first.")
     minutes, seconds = divmod(round(time.monotonic() - begun), 60)
     kept = [line.rstrip() for line in printed.splitlines() if not PROGRESS.match(line)]
     head = [f"python {COMMANDS[name]}", f"took {minutes} minutes {seconds} seconds, and "
-            f"{usage.ru_maxrss / 2**20:.1f} GiB of memory at its peak", f"on {machine()}", ""]
-    with atomic(OUTPUTS / f"{name}.txt") as temporary:
-        temporary.write_text("\n".join(head + kept) + "\n", encoding="utf8")
+            f"{usage.ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB of memory at its peak", f"on {machine()}", ""]
+    write(OUTPUTS / f"{name}.txt", "\n".join(head + kept) + "\n")
 
 
 def machine():
@@ -122,10 +116,9 @@ def unsupported(page):
     found = []
     for section in re.split(r"(?m)^(?=## )", page):
         if not (mark := SECTION.search(section)):
-            sources, settings = [], set()
-        else:
-            sources = [name.strip() for name in mark[1].split(",") if name.strip()]
-            settings = set(re.split(r",\s+", mark[2])) if mark[2] else set()
+            continue
+        sources = [name.strip() for name in mark[1].split(",") if name.strip()]
+        settings = set(re.split(r",\s+", mark[2])) if mark[2] else set()
         known = {number for name in sources for number in numbers_of(name)}
         text = BLOCK.sub("", SECTION.sub("", section))
         text = re.sub(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|https?://\S+", "", text, flags=re.DOTALL)
@@ -181,13 +174,20 @@ def walked(page):
     return re.sub(r"(?s)```python\n(.*?)```\n(?:\n```text\n.*?```\n)?", run_piece, page)
 
 
+def write(path, text):
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf8")
+
+
 def main():
     asked = sys.argv[1:]
     if unknown := [name for name in asked if name not in (*COMMANDS, "walkthrough", "--check")]:
         raise UserError(f"{unknown[0]} is unknown; there are: --check, walkthrough, {', '.join(COMMANDS)}.")
+    if "--check" in asked and len(asked) > 1:
+        raise UserError("--check runs nothing; give it alone.")
     for name in [] if "--check" in asked else asked or [*COMMANDS, "walkthrough"]:
         if name == "walkthrough":
-            WALK.write_text(walked(WALK.read_text(encoding="utf8")), encoding="utf8")
+            write(WALK, walked(WALK.read_text(encoding="utf8")))
         else:
             print(f"python {COMMANDS[name]}", flush=True)
             measure(name)
@@ -200,7 +200,7 @@ def main():
             print(f"{path.name}: {number} is in no output named for its section: {line[:100]}")
         stale |= bool(drifted) or after != before
         if "--check" not in asked and after != before:
-            path.write_text(after, encoding="utf8")
+            write(path, after)
         print(f"{path.name}: blocks {'as they were' if after == before else 'changed'}, "
               f"{len(drifted)} numbers to look at")
     if "--check" in asked and stale:

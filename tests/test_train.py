@@ -248,6 +248,39 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     run_short(tmp_path, resume=True)
 
 
+def test_training_curves_of_the_sparse_and_the_dense_step_overlay(tmp_path, monkeypatch):
+    """The same run by one step throughout; both count what resampling needs."""
+    curves = []
+    for step in (T.sparse_step, T.dense_step):
+        monkeypatch.setattr(T, "step_of", lambda learner, z: step)
+        run_short(tmp_path / step.__name__)
+        log = T.read_log(tmp_path / step.__name__ / "tiny" / "log.jsonl")
+        curves.append([line[layer]["mse"] + 0.2 * line[layer]["sparsity"] for line in log
+                       for layer in ("L0", "L2")])
+    assert len(curves[0]) == 2 * 46 and curves[0] == pytest.approx(curves[1], rel=2e-3)
+
+
+def test_a_checkpoint_of_a_step_after_the_end_is_damaged(tmp_path):
+    learner = T.new_learner(4, 8, 0.1, 1e-3)
+    learner.l0 = 8.0
+    config = dataclasses.replace(SHORT, batch_size=32)
+    T.learn(learner, torch.randn(32, 4), 0, config, 0)
+    T.save_checkpoint(tmp_path, config, 10**6, {0: learner})
+    with pytest.raises(UserError, match="damaged"):
+        T.load_checkpoint(tmp_path, config, {0: T.new_learner(4, 8, 0.1, 1e-3)})
+    T.save_checkpoint(tmp_path, config, 1, {0: learner})
+    assert T.load_checkpoint(tmp_path, config, {0: T.new_learner(4, 8, 0.1, 1e-3)}) == 1
+    with pytest.raises(UserError, match="damaged"):
+        T.load_checkpoint(tmp_path, config, {0: T.new_learner(4, 1, 0.1, 1e-3)})    # would broadcast
+
+
+def test_a_log_that_was_cut_short_is_read(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "x"\n\0\0\0\n[3]\n{"step": "4"}\n'
+                                        '{"step": 5}')
+    assert [line["step"] for line in T.read_log(tmp_path / "log.jsonl")] == [1, 5]
+    assert T.read_log(tmp_path / "none.jsonl") == []
+
+
 def test_a_truncated_checkpoint_is_named(tmp_path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "checkpoint.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
