@@ -171,7 +171,7 @@ def sparse_step(sae, z, l1):                                            # (B,d_i
     f = pre * active                                                    # (nnz,)
     e = weighted_rows(crow, cols, f, sae.W_dec) + sae.b_dec - z         # (B,d_in)
     g = 2 * e / B
-    d_pre = (product_at(crow, cols, g, sae.W_dec) + l1 / B) * active  # (nnz,)
+    d_pre = (product_at(crow, cols, g, sae.W_dec) + l1 / B) * active    # (nnz,)
 
     order = by_feature(cols, sae.d_sae)                                 # the same entries, feature by feature
     ccol, rows = starts(cols[order], sae.d_sae), rows[order]

@@ -46,7 +46,7 @@ from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_g
                  sparse_step, splice)
 
 DEAD_WINDOW = 1_000_000     # a feature is dead if it fired on none of the last so many training activations
-CHECKPOINT_EVERY = 500      # steps: what a power cut can cost
+CHECKPOINT_EVERY = 125      # steps: what a power cut can cost
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class TrainConfig:
                                   "0.8 to 3, of raw z_cat)")
     normalise: bool = field(True, "train on z_cat in units of its mean distance from its mean, so that one "
                             "l1 suits all layers (paper: no)")
-    lr: float = field(2.4e-3, "Adam's peak learning rate (paper: 1.2e-3)")
+    lr: float = field(4.8e-3, "Adam's peak learning rate (paper: 1.2e-3)")
     n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
-    batch_size: int = field(1024, "activations per step (paper: 4096)")
-    warmup: int = field(200, "steps from 0.1 to 1 x lr, again after each resampling; l1 rises from 0 over "
+    batch_size: int = field(4096, "activations per step (paper: 4096)")
+    warmup: int = field(50, "steps from 0.1 to 1 x lr, again after each resampling; l1 rises from 0 over "
                         "the first so many (paper: 1000)")
     decay: float = field(0.2, "last part of the run in which lr falls to 0 (paper: 0)")
-    resample_every: int = field(500, "steps between resamplings of dead features, none in the last half of "
+    resample_every: int = field(125, "steps between resamplings of dead features, none in the last half of "
                                 "the run (paper: 25000)")
     resample_times: int = field(4, "resamplings at most (paper: 4)")
     n_ctx: int = field(128, "tokens per row, BOS included (paper: 128)")
@@ -471,8 +471,8 @@ def load_checkpoint(folder, config, learners):
 
 @torch.no_grad()
 def put_back(learner, saved):
-    """Make a learner what it was when `saved(name)`, a function to tensors, was written. Raises ValueError for
-    one of another shape or type, or not finite."""
+    """Make a learner what it was when `saved(name)`, a function to tensors, was written. Raises ValueError
+    for one of another shape or type, or not finite."""
     def into(tensor, name):
         found = saved(name)
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype) or not found.isfinite().all():
@@ -664,8 +664,8 @@ def finish(config, model, held_out, learners, folder, speed):
 
 
 def measure(config, model, tokenizer, held_out, folder):
-    """Measure the SAEs of --saes on held-out text -> {layer: metrics}, also written to measured.json. The mean
-    of mean ablation is that of as many rows of training text."""
+    """Measure the SAEs of --saes on held-out text -> {layer: metrics}, also written to measured.json. The
+    mean of mean ablation is that of as many rows of training text."""
     saes = load_all(config.saes, model, config.layers, held_out.device)
     print(f"measuring {config.saes} on {len(held_out)} held-out rows ...", flush=True)
     rows = next(data.rows(config.corpus, tokenizer, "train", config.n_ctx, config.n_eval_rows))

@@ -71,8 +71,9 @@ def measure(name):
         raise UserError(f"{name} compares with other libraries: pip install -r {PEERS} first.")
     minutes, seconds = divmod(round(time.monotonic() - begun), 60)
     kept = [line.rstrip() for line in printed.splitlines() if not PROGRESS.match(line)]
-    head = [f"python {COMMANDS[name]}", f"took {minutes} minutes {seconds} seconds, and "
-            f"{usage.ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB of memory at its peak", f"on {machine()}", ""]
+    peak = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    head = [f"python {COMMANDS[name]}", f"took {minutes} minutes {seconds} seconds, and {peak:.1f} GiB of "
+            f"memory at its peak", f"on {machine()}", ""]
     write(OUTPUTS / f"{name}.txt", "\n".join(head + kept) + "\n")
 
 
@@ -94,13 +95,13 @@ def output(name):
 
 def excerpt(name, ranges):
     """Lines of an output: '"text" +n; ...' -> each line that starts with the text, and n more."""
-    lines, shown, last = output(name), [], None
+    lines, shown, last = output(name), [], -1
     for start, more in re.findall(r'"(.*?)"(?: \+(\d+))?', ranges):
-        first = next((i for i, line in enumerate(lines) if line.startswith(start) and i > (last or 0)), None)
+        first = next((i for i, line in enumerate(lines) if line.startswith(start) and i > last), None)
         if first is None:
             raise UserError(f"no line of data/results/{name}.txt, after those before, starts with {start!r}, "
                             f"which a page asks for.")
-        shown += ["..."] if last is not None and first > last + 1 else []
+        shown += ["..."] if shown and first > last + 1 else []
         last = min(first + int(more or 0), len(lines) - 1)
         shown += lines[first:last + 1]
     return "\n".join(shown)

@@ -82,8 +82,9 @@ def main():
     check_fits(tokenizer, model, own.model)
     layers = own.layers or tuple(range(model.config.n_layers))
     model.check_layers(layers)
-    config = replace(train.TrainConfig(), n_tokens=own.n_tokens, d_sae=(own.d_sae,), l1=(own.l1,),
-                     seed=own.seed, corpus=own.corpus, resample_times=0, n_ctx=min(128, model.config.n_ctx))
+    config = replace(train.TrainConfig(), batch_size=1024, lr=2.4e-3, warmup=200, n_tokens=own.n_tokens,
+                     d_sae=(own.d_sae,), l1=(own.l1,), seed=own.seed, corpus=own.corpus, resample_times=0,
+                     n_ctx=min(128, model.config.n_ctx))
     if own.n_tokens < config.batch_size or own.d_sae < 1 or own.n_eval_rows < 2:
         raise UserError(f"--n-tokens must be {config.batch_size} or more, --d-sae 1 and --n-eval-rows 2 or "
                         f"more.")

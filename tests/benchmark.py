@@ -158,7 +158,8 @@ def curve(dense):
     import data
     import model as models
     import train
-    config = train.TrainConfig(layers=(2,), n_tokens=400 * 1024, block_mib=128, resample_every=100)
+    config = train.TrainConfig(layers=(2,), batch_size=1024, lr=2.4e-3, warmup=200, n_tokens=400 * 1024,
+                               block_mib=128, resample_every=100)
     source = train.Source(models.load("tiny"), data.tokenizer("tiny"), config, (2,), torch.device("cpu"))
     train.step_of = lambda learner, z: train.dense_step if dense else train.sparse_step
     step, learners = train.start(config, source, Path())

@@ -18,8 +18,7 @@ def test_pages_are_what_the_outputs_say(path):
 
 def test_every_command_has_its_output_and_every_output_is_used():
     pages = "".join(path.read_text(encoding="utf8") for path in results.PAGES)
-    marks = re.findall(r"<!-- numbers of: ([\w, -]*)", pages)
-    named = {name.strip() for mark in marks for name in mark.split(",")}
+    named = {name.strip() for mark in results.SECTION.finditer(pages) for name in mark[1].split(",")}
     assert {path.stem for path in results.OUTPUTS.glob("*.txt")} == set(results.COMMANDS)
     assert set(results.COMMANDS) <= named
     for name in results.COMMANDS:

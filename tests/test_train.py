@@ -23,8 +23,8 @@ from data.common import UserError
 from data.team import Team
 from data.weights import TINY
 
-SHORT = T.TrainConfig(layers=(0, 2), d_sae=128, n_tokens=12_000, batch_size=256, warmup=10, resample_every=10,
-                      n_eval_rows=8, block_mib=8)
+SHORT = T.TrainConfig(layers=(0, 2), d_sae=128, n_tokens=12_000, batch_size=256, lr=2.4e-3, warmup=10,
+                      resample_every=10, n_eval_rows=8, block_mib=8)
 
 
 def run_short(folder, **changes):

@@ -126,7 +126,8 @@ def z_cat(model, tokens, layer=1):                              # (R,T) -> (R*(T
 
 def train_sae(z, d_sae=256, l1=0.1, n_steps=600, seed=0):
     """An SAE of some activations, by the steps of train.py."""
-    config = train.TrainConfig(batch_size=512, n_tokens=512 * n_steps, warmup=50, decay=0.3, seed=seed)
+    config = train.TrainConfig(batch_size=512, lr=2.4e-3, n_tokens=512 * n_steps, warmup=50, decay=0.3,
+                               seed=seed)
     learner = train.new_learner(z.shape[1], d_sae, l1, config.lr)
     train.initialise(learner, z, config, train.generator(seed, "start"))
     order = torch.randperm(len(z), generator=train.generator(seed, "order"))
