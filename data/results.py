@@ -45,6 +45,8 @@ COMMANDS = {
     "induction": "induction.py --saes data/tiny",
     "ioi": "ioi.py --saes data/tiny",
     "kills": "tests/test_kill.py 20",
+    "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise --lr 1.2e-3 "
+                 "--batch-size 4096 --n-tokens 163840 --n-eval-rows 8",         # README.md says how to make it
     "benchmark": "tests/benchmark.py",
 }
 PEERS = "tests/requirements-peers.txt"
