@@ -46,7 +46,7 @@ from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_g
                  sparse_step, splice)
 
 DEAD_WINDOW = 1_000_000     # a feature is dead if it fired on none of the last so many training activations
-CHECKPOINT_EVERY = 125      # steps: what a power cut can cost
+CHECKPOINT_EVERY = 250      # steps: what a power cut can cost
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class TrainConfig:
                                   "0.8 to 3, of raw z_cat)")
     normalise: bool = field(True, "train on z_cat in units of its mean distance from its mean, so that one "
                             "l1 suits all layers (paper: no)")
-    lr: float = field(4.8e-3, "Adam's peak learning rate (paper: 1.2e-3)")
+    lr: float = field(3.4e-3, "Adam's peak learning rate (paper: 1.2e-3)")
     n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
-    batch_size: int = field(4096, "activations per step (paper: 4096)")
-    warmup: int = field(50, "steps from 0.1 to 1 x lr, again after each resampling; l1 rises from 0 over "
+    batch_size: int = field(2048, "activations per step (paper: 4096)")
+    warmup: int = field(100, "steps from 0.1 to 1 x lr, again after each resampling; l1 rises from 0 over "
                         "the first so many (paper: 1000)")
     decay: float = field(0.2, "last part of the run in which lr falls to 0 (paper: 0)")
-    resample_every: int = field(125, "steps between resamplings of dead features, none in the last half of "
+    resample_every: int = field(250, "steps between resamplings of dead features, none in the last half of "
                                 "the run (paper: 25000)")
     resample_times: int = field(4, "resamplings at most (paper: 4)")
     n_ctx: int = field(128, "tokens per row, BOS included (paper: 128)")
@@ -553,7 +553,7 @@ def evaluate(model, saes, rows, means):
         x = model.embed(tokens)
         for layer in range(model.config.n_layers):              # x is the clean stream before it
             if layer in saes:
-                found[layer] = replaced(model, saes[layer], means[layer], layer, x, tokens)
+                found[layer] = evaluate_layer(model, saes[layer], means[layer], layer, x, tokens)
             x, _ = model.through(x, layers=(layer,))
         ce_clean = row_ce(model.unembed(x), tokens)
         for layer in saes:
@@ -570,9 +570,9 @@ def mean_z_cat(model, layers, rows):                                    # (R,T) 
     return {layer: sum(one[layer] for one in sums) / rows[:, 1:].numel() for layer in layers}
 
 
-def replaced(model, sae, mean, layer, x, tokens):                       # (R,T,d_model), (R,T) -> {name: (R,)}
-    """What one layer's SAE makes of its z_cat, and the cross-entropy with z_cat replaced; x is the stream
-    before the layer."""
+def evaluate_layer(model, sae, mean, layer, x, tokens):     # (D,), (R,T,d_model), (R,T) -> {name: (R,...)}
+    """What one layer's SAE makes of its z_cat, and the cross-entropy with z_cat replaced by the
+    reconstruction, by 0 and by the mean; x is the clean stream before the layer."""
     block = model.blocks[layer]
     z_cat = block.heads(x, with_pattern=False).z_cat
     result = reconstruction(sae, z_cat[:, 1:])

@@ -1,6 +1,6 @@
-"""Every number in the pages: the commands that print them, what they printed, a check that nothing drifts.
+"""Numbers in the pages: the commands that print them, what they printed, a check that nothing drifts.
 
-    python -m data.results              run all (about 50 minutes on two cores, half of it the benchmark)
+    python -m data.results              run all (about 40 minutes on two cores, most of it the benchmark)
     python -m data.results ioi train    run some; walkthrough is one of them
     python -m data.results --check      run none: are the pages what the stored outputs say?
 
@@ -19,6 +19,9 @@ that nothing measured. Numbers in `code` and whole numbers up to twelve are not 
 without such a line.
 
 data/WALKTHROUGH.md is a program with text between: its code is run, and what it prints put below.
+
+The commands write to out/ as they do when run by hand. benchmark takes tests/requirements-peers.txt, and
+gpt2-size the random model that README.md makes, with GPT-2's tokenizer.
 """
 
 import contextlib
@@ -45,8 +48,8 @@ COMMANDS = {
     "induction": "induction.py --saes data/tiny",
     "ioi": "ioi.py --saes data/tiny",
     "kills": "tests/test_kill.py 20",
-    "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise --lr 1.2e-3 "
-                 "--batch-size 4096 --n-tokens 163840 --n-eval-rows 8",         # README.md says how to make it
+    "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise "
+                 "--lr 1.2e-3 --batch-size 4096 --n-tokens 163840 --n-eval-rows 8",
     "benchmark": "tests/benchmark.py",
 }
 PEERS = "tests/requirements-peers.txt"
@@ -89,6 +92,7 @@ def machine():
 
 
 def output(name):
+    """The lines of a stored output. Raises UserError if there is none."""
     path = OUTPUTS / f"{name}.txt"
     if not path.is_file():
         raise UserError(f"{path} is missing; run python -m data.results {name}.")
@@ -149,7 +153,7 @@ def numbers_of(name):
 def parsed(number):
     """"-12.5%" -> 0.125 and a step of its last digit, 0.001."""
     text = number.lstrip("+-").replace(",", "").rstrip("%")
-    whole, _, decimals = text.partition(".")
+    decimals = text.partition(".")[2]
     if "." in decimals:                                                 # 2.13.0 is no number
         return 0.0, 0.0
     scale = 0.01 if number.endswith("%") else 1.0
@@ -178,6 +182,7 @@ def walked(page):
 
 
 def write(path, text):
+    """Put a text into a file, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf8")
 

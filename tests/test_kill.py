@@ -39,7 +39,7 @@ def bytes_of(process, out):
 
 def kill_often(out, kills, seed, say=lambda text: None):
     """Kill the run at drawn moments and go on, from the start again where it ended first; all ends must be
-    alike."""
+    alike -> how often it was killed, and how often a process went on with --resume."""
     begun = time.monotonic()
     whole = bytes_of(start(out), out)
     seconds, draw, killed, resumed = time.monotonic() - begun, random.Random(seed), 0, 0
@@ -60,10 +60,12 @@ def kill_often(out, kills, seed, say=lambda text: None):
             say("ended before it was killed, with the same bytes; again from the start")
     assert bytes_of(start(out), out) == whole, "other bytes after kills"
     say(f"{killed} kills, {resumed} of them or of the ends after --resume, and every end has the same bytes")
+    return killed, resumed
 
 
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path):
-    kill_often(tmp_path, kills=3, seed=0)
+    killed, resumed = kill_often(tmp_path, kills=3, seed=0)
+    assert killed >= 3 and resumed >= 1, "no kill fell between a checkpoint and the end: nothing was resumed"
 
 
 if __name__ == "__main__":
