@@ -2,7 +2,9 @@
 
     head weights   share[i,h] = |W_dec[i] at head h| / sum over heads of the same
     DFA            pre_i(q) = sum_{h,k} pattern[h,q,k] * (v[h,k] . w_i^h)  +  b_enc[i] - b_dec . w_i,
-                   with w_i = W_enc[:,i] and w_i^h its slice at head h
+                   with w_i = W_enc[:,i] and w_i^h its slice at head h. What all values of a head have in
+                   common (`model.value_bias`) is moved whatever a query looks at, as pattern rows sum to 1;
+                   the programs take it from v (`varying`) and count it with the bias (`constants`)
     recursive DFA  v[h,k] is linear in the residual stream once norm scales are frozen, and the stream is a
                    sum of what was written to it: embeddings, earlier SAE features, their errors, biases, MLP
                    outputs. So pre_i(q) is a sum over (head, source, what was written there), and a feature
@@ -32,13 +34,10 @@ import torch
 from torch import Tensor, nn
 
 import data
-import model as models
 from data import common, pages
-from data.bpe import check_fits
-from data.common import (UserError, bootstrap, check_writable, field, parse_flags, pick_device, run_folder,
-                         write_json)
-from data.sae_files import find_saes
-from sae import ablate, load_all
+from data.common import UserError, bootstrap, field, parse_flags, with_interval, write_json
+from data.study import StudyConfig, begin
+from sae import ablate, check_feature
 
 # ---- one layer: heads and sources ----
 
@@ -65,6 +64,18 @@ def dfa_at(pattern, v, w_enc, q):           # (H,q,k), (k,H,d_head), (m,D), (m,)
 def feature_bias(sae):                                                  # -> (d_sae,)
     """b_enc[i] - b_dec . W_enc[:,i]: with DFA summed over heads and sources, the pre-activation."""
     return sae.b_enc - sae.b_dec @ sae.W_enc
+
+
+@torch.no_grad()
+def varying(model, layer, v):                                           # (B,k,H,d_head) -> the same
+    """Values less what they all have in common: their DFA says something about sources."""
+    return v - model.value_bias(layer).unflatten(0, v.shape[2:])
+
+
+@torch.no_grad()
+def constants(model, layer, sae):                                       # -> (d_sae,)
+    """With DFA of `varying` values summed over heads and sources, the pre-activation."""
+    return feature_bias(sae) + model.value_bias(layer) @ sae.W_enc
 
 
 def head_logits(z_cat, matrices, direction, scale=1.0):                 # (...,D), (...,d_model) -> (...,H)
@@ -99,7 +110,8 @@ EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP, CONSTANT = range(len(
 class Parts(NamedTuple):
     """The residual stream of one prompt, cut up: the parts at a position add up to the stream there.
 
-    *feature* is f_j W_dec[j] @ W_O; *bias* is b_dec @ W_O + b_O; *error* is (z_cat - z_hat) @ W_O;
+    *feature* is f_j W_dec[j] @ W_O; *bias* is b_dec @ W_O + b_O; *error* is (z_cat - z_hat) @ W_O, each
+    divided by the layer's scales["attn_out"] where it has one (Gemma 2 and 3);
     *attention* is an attention output that no SAE takes apart (BOS, which SAEs do not see, and layers without
     an SAE).
     """
@@ -118,7 +130,7 @@ class Run(NamedTuple):
     cache: dict             # {layer: LayerCache}, B = 1
     f: dict                 # {layer: (T,d_sae)}, 0 at BOS
     parts: Parts            # in the order in which they are written
-    before: list            # before[layer]: so many of the parts are in the stream that the layer reads
+    before: list            # before[layer]: how many of the parts are in the stream that the layer reads
     matrices: list          # each layer's head_matrices
 
 
@@ -198,7 +210,8 @@ def children(run, layer, position, feature):
 
 
 class Node(NamedTuple):
-    """One node of the recursive DFA tree. Numbers are contributions to the root's pre-activation."""
+    """One node of the recursive DFA tree. Numbers are contributions to the root's pre-activation, but for the
+    last two, which are shares of the node."""
     kind: str               # one of KINDS
     layer: int              # where it was written; -1 for embeddings and constants
     position: int           # where it was written; -1 for constants
@@ -260,14 +273,10 @@ def _expand(run, node, found, least, depth, breadth):
 def check_node(run, layer, position, feature):
     """Raise UserError where there is no such layer, SAE, position or feature."""
     run.model.check_layers([layer])
-    if layer not in run.saes:
-        raise UserError(f"layer {layer} has no SAE; it has one on layers {', '.join(map(str, run.saes))}.")
+    check_feature(run.saes, layer, feature)
     if not 1 <= position < len(run.tokens):
         raise UserError(f"position {position} is out of range: this prompt has positions 1 to "
                         f"{len(run.tokens) - 1} after BOS.")
-    if not 0 <= feature < run.saes[layer].d_sae:
-        raise UserError(f"feature {feature} is out of range: this SAE has features 0 to "
-                        f"{run.saes[layer].d_sae - 1}.")
 
 
 # ---- why there: the score, taken apart ----
@@ -338,8 +347,8 @@ def qk(run, layer, head, query, key, against=None):
 def head_agreement(model, saes, rows):                                  # (R,T) -> {layer: dict}
     """Weight-based head attribution against DFA by head, over the features that fire in `rows`.
 
-    DFA by head of a feature is summed over the positions where it fires (z_h . w^h, which is DFA summed over
-    sources). rank: mean over features of Spearman's correlation over heads; top1: how often both name the
+    DFA by head of a feature is summed over the positions where it fires (z_h . w^h less the constant, which is
+    DFA of `varying` values summed over sources). rank: mean over features of Spearman's correlation over heads; top1: how often both name the
     same head; with 95% bootstrap intervals over features; None where there is nothing to compare.
     """
     tables = {}
@@ -348,7 +357,7 @@ def head_agreement(model, saes, rows):                                  # (R,T) 
         by_head, count = torch.zeros_like(weights), torch.zeros(sae.d_sae, device=weights.device)
         for tokens in rows.split(16):
             z = model.z_cat_at(tokens, [layer])[layer][:, 1:].flatten(0, 1)                         # (n,D)
-            active = (sae.encode(z) != 0).to(z.dtype)
+            active, z = (sae.encode(z) != 0).to(z.dtype), z - model.value_bias(layer)
             count += active.sum(0)
             for h, (z_h, w_h) in enumerate(zip(z.unflatten(-1, (H, -1)).unbind(1),
                                                sae.W_enc.unflatten(0, (H, -1)))):
@@ -356,7 +365,7 @@ def head_agreement(model, saes, rows):                                  # (R,T) 
         live = count > 0
         rank = spearman(weights[live], by_head[live]).numpy()
         top1 = (weights[live].argmax(-1) == by_head[live].argmax(-1)).cpu().double().numpy()
-        tables[layer] = {"n_live": int(live.sum()), "n_dead": int((~live).sum())}
+        tables[layer] = {"n_fired": int(live.sum()), "n_silent": int((~live).sum())}
         for name, each in (("rank", rank[np.isfinite(rank)]), ("top1", top1)):
             mean = lambda i, each=each: float(each[i].mean())
             tables[layer] |= ({name: mean(slice(None)), name + "_ci": bootstrap(mean, len(each))} if len(each)
@@ -366,7 +375,7 @@ def head_agreement(model, saes, rows):                                  # (R,T) 
 
 @torch.no_grad()
 def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10, seed=0):
-    """Attribution against removal, nothing frozen: for features of the last layer that has an SAE at
+    """One step of recursive DFA against removal, nothing frozen: for features of the last layer that has an SAE at
     positions drawn at random, the n_strong earlier features of largest direct attribution and n_random others
     are removed one at a time, each where it fired, and the model run anew.
 
@@ -439,11 +448,9 @@ def remove(run, chosen, layer, position, feature):                      # (n,) r
 
 
 @dataclass(frozen=True)
-class AttributionConfig:
+class AttributionConfig(StudyConfig):
     prompt: str = field("When Mary and John went to the store, John gave a drink to",
                         "the prompt; BOS is put before it", positional=True)
-    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
-    saes: str = field("", "folder with SAEs, kissane, gemma-scope; else the run in --out, else the shipped")
     layer: int = field(-1, "layer of the feature to take apart; -1: the last one that has an SAE")
     position: int = field(-1, "its position; 0 is BOS, -1 the last token")
     feature: int = field(-1, "the feature; -1: the strongest there")
@@ -452,25 +459,17 @@ class AttributionConfig:
     breadth: int = field(12, "children of each node on the terminal")
     page: bool = field(True, "write the explorer page; a long prompt through a large model takes minutes")
     measure: bool = field(False, "measure agreement over held-out text instead of reading a prompt")
-    corpus: str = field("python", "text for --measure: see train.py")
     n_rows: int = field(256, "held-out rows for --measure")
-    seed: int = field(0, "draws the features for --measure")
-    device: str = field("auto", "cpu, cuda, mps or auto")
-    out: str = field("out", "folder for results")
 
 
 def main():
     config = parse_flags(AttributionConfig, __doc__)
-    device = pick_device(config.device)
-    model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
-    check_fits(tokenizer, model, config.model)
-    saes = load_all(find_saes(config.saes, config.out, config.model), model, device=device)
-    folder = run_folder(config.out, config.model) / "attribution"
-    check_writable(folder)
+    model, tokenizer, saes, folder = begin(config, "attribution")
     if config.measure:
         measure(config, model, tokenizer, saes, folder)
         return
-    tokens = torch.tensor([tokenizer.bos, *tokenizer.encode(config.prompt)], device=device)
+    tokens = torch.tensor([tokenizer.bos, *tokenizer.encode(config.prompt)],
+                          device=next(model.parameters()).device)
     if len(tokens) < 2:
         raise UserError("the prompt is empty; give some text.")
     run = trace_run(model, saes, tokens)
@@ -511,12 +510,13 @@ def describe(run, texts, layer, position, feature, config):
     found, kept, sae = children(run, layer, position, feature), run.cache[layer], run.saes[layer]
     lines += ["", f"feature {layer}.{feature} at {position} {texts[position]!r}: pre-activation "
               f"{found.pre:.4f}, activation {float(run.f[layer][position, feature]):.4f}"]
-    per_source = dfa(kept.pattern, kept.v, sae.W_enc[:, feature])[0, :, position]                   # (H,k)
+    v = varying(run.model, layer, kept.v)
+    per_source = dfa(kept.pattern, v, sae.W_enc[:, feature])[0, :, position]                        # (H,k)
     weights = head_weights(sae.W_dec[feature], run.model.config.n_heads)
-    lines += ["", "head    DFA     share of decoder"]
-    lines += [f"{layer}.{h}  {float(per_source[h].sum()):8.4f}  {float(weights[h]):8.1%}"
+    lines += ["", "head         DFA   share of decoder"]
+    lines += [f"{f'{layer}.{h}':8} {float(per_source[h].sum()):8.4f}  {float(weights[h]):8.1%}"
               for h in range(len(weights))]
-    lines += [f"bias {float(feature_bias(sae)[feature]):8.4f}", "", "sources by DFA:"]
+    lines += [f"constant {float(constants(run.model, layer, sae)[feature]):8.4f}", "", "sources by DFA:"]
     for k in per_source.sum(0).abs().argsort(descending=True)[:5].tolist():
         h = int(per_source[:, k].abs().argmax())
         lines.append(f"{k:4d} {texts[k]!r:16} {float(per_source[:, k].sum()):8.4f}   most of it through head "
@@ -548,7 +548,9 @@ def outline(run, texts, node, whole, indent="  "):
     """The tree as indented lines; each number is a share of the root."""
     lines = []
     for child in node.children:
-        via = f" through head {node.layer}.{child.head}" if child.head >= 0 else " (bias of the feature)"
+        via = f" through head {node.layer}.{child.head}"
+        if child.position < 0:
+            via = f": the values of head {node.layer}.{child.head}" if child.head >= 0 else ": the feature's bias"
         name = name_part(child.kind, child.layer, child.feature, child.position, texts)
         lines.append(f"{indent}{child.value / whole:+7.1%}  {name}{via}")
         lines += outline(run, texts, child, whole, indent + "    ")
@@ -577,7 +579,9 @@ def explorer_data(run, texts, start, n_features=15, breadth=12, n_pairs=6):
         root = _expand(run, Node("feature", layer, position, feature, -1, found.pre), found, 0.0, 1, breadth)
         nodes[key] = {"pre": root.value, "f": float(run.f[layer][position, feature]),
                       "pruned": root.pruned, "n_pruned": root.n_pruned, "error": root.error, "mlp": root.mlp,
-                      "heads": [float(found.value[found.head == h].sum()) for h in range(H)],
+                      "heads": [float(found.value[(found.head == h) & (found.part >= 0)].sum())
+                                for h in range(H)],
+                      "constant": float(found.value[found.part < 0].sum()),
                       "weights": head_weights(run.saes[layer].W_dec[feature], H).tolist(),
                       "children": [[name_part(c.kind, c.layer, c.feature, c.position, texts), c.layer,
                                     c.position, c.feature, c.head, c.value] for c in root.children]}
@@ -608,31 +612,27 @@ def _rounded(value):
 
 def measure(config, model, tokenizer, saes, folder):
     """--measure: two tables, also written to agreement.json."""
-    rows = next(data.rows(config.corpus, tokenizer, "held-out", min(128, model.config.n_ctx), config.n_rows))
+    rows = next(data.rows(config.corpus, tokenizer, "held-out", min(128, model.config.n_ctx), config.n_rows,
+                          repeat_share=0.0))
     rows = rows.to(next(model.parameters()).device)
     heads = head_agreement(model, saes, rows)
 
-    def interval(r, name, form):
-        if r[name] is None:
-            return "n/a"
-        low, high = r[name + "_ci"]
-        return f"{r[name]:{form}} [{low:{form}}, {high:{form}}]"
-
-    print("weight-based head attribution against DFA by head, over live features; [95% interval]")
-    print("layer   live   dead    Spearman over heads       same top head")
+    shown = lambda r, name, form: with_interval(r[name], r[name + "_ci"], form)
+    print(f"weight-based head attribution against DFA by head, over features that fire in {len(rows)} rows; "
+          f"[95% interval]\nlayer  fired  silent    Spearman over heads       same top head")
     for layer, r in heads.items():
-        print(f"{layer:5d} {r['n_live']:6d} {r['n_dead']:6d}   {interval(r, 'rank', '.3f'):>22}  "
-              f"{interval(r, 'top1', '.1%'):>22}")
+        print(f"{layer:5d} {r['n_fired']:6d} {r['n_silent']:7d}   {shown(r, 'rank', '.3f'):>21}  "
+              f"{shown(r, 'top1', '.1%'):>22}")
     found = {"heads": {f"L{layer}": r for layer, r in heads.items()}}
     write_json(folder / "agreement.json", found)
     if len(saes) < 2:
         print("\nattribution against removal takes SAEs on two layers or more")
         return
     removal = ablation_agreement(model, saes, rows, seed=config.seed)
-    print(f"\nattribution against removal, nothing frozen: {removal['n_removed']} removals below "
+    print(f"\none step of recursive DFA against removal, nothing frozen: {removal['n_removed']} removals below "
           f"{removal['n_roots']} features of layer {removal['layer']}")
-    print(f"Spearman {interval(removal, 'rank', '.3f')}; same sign, strongest ten "
-          f"{interval(removal, 'sign', '.1%')}; fall per unit attributed {interval(removal, 'slope', '.2f')}")
+    print(f"Spearman {shown(removal, 'rank', '.3f')}; same sign, strongest ten "
+          f"{shown(removal, 'sign', '.1%')}; fall per unit attributed {shown(removal, 'slope', '.2f')}")
     write_json(folder / "agreement.json", found | {"removal": removal})
 
 

@@ -9,7 +9,8 @@ which the paper judges by eye, here by definition.
                 current token  else by the context needed: BOS and the last n tokens keep half of the
                 short-range    activation from n = 1 on, from n = 2 to 8 on, from more on
                 long-range
-    census      for every head, the features that lie in it most, grouped into roles by what they read
+    census      for every head, the features that lie in it most, and some that it gathers most for, grouped
+                into roles by what they read
     dashboards  one page for all features and heads: index.html
 
     python features.py                      all of it on the shipped model, in <out>/<model>/features/
@@ -32,17 +33,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-import model as models
-from attribution import dfa_at, head_weights
+from attribution import dfa_at, head_weights, varying
 from data import common, pages
-from data.bpe import check_fits
-from data.common import (Progress, UserError, check_writable, fast_bfloat16, field, parse_flags, pick_device,
-                         run_folder, wilson, write_json)
+from data.common import Progress, UserError, field, parse_flags, write_json
 from data.figures import plot_census, plot_families
 from data.keep import Collector, rank_in_group
-from data.sae_files import find_saes
+from data.study import StudyConfig, begin, reported
 from data.text import fuzzy
-from sae import active, active_entries, load_all
+from sae import active, active_entries
 
 BEFORE, AFTER, N_SOURCES = 10, 5, 8     # tokens shown around a place; sources kept of each
 
@@ -87,7 +85,7 @@ class Shown(NamedTuple):
 @torch.no_grad()
 def look_again(model, saes, tokens, collected, say=lambda done: None):
     """-> {layer: (Reads of the sample, Shown of the top, Shown of the spread)}."""
-    H, device = model.config.n_heads, next(model.parameters()).device
+    device = next(model.parameters()).device
     kinds = {layer: (kept.sample, kept.top, kept.spread) for layer, kept in collected.items()}
     orders = {layer: [one.row.argsort(stable=True) for one in three] for layer, three in kinds.items()}
     found = {layer: ([], [], []) for layer in saes}
@@ -97,7 +95,7 @@ def look_again(model, saes, tokens, collected, say=lambda done: None):
         for layer, cache in model.layer_by_layer(part, max(saes) + 1):
             if layer not in saes:
                 continue
-            sae, v = saes[layer], cache.v - model.value_bias(layer).unflatten(0, (H, -1))
+            sae, v = saes[layer], varying(model, layer, cache.v)
             for kind, (entries, order) in enumerate(zip(kinds[layer], orders[layer])):
                 starts = torch.searchsorted(entries.row[order], rows).tolist()
                 for i, (start, end) in enumerate(zip(starts, starts[1:])):
@@ -106,19 +104,13 @@ def look_again(model, saes, tokens, collected, say=lambda done: None):
                     mine = order[start:end]
                     feature, q = entries.feature[mine].to(device), entries.q[mine].to(device)
                     moved = dfa_at(cache.pattern[i], v[i], sae.W_enc.T[feature], q)                 # (m,H,k)
-                    new = (shown_of(moved, activations(sae, cache.z_cat[i], feature), q) if kind else
+                    new = (shown_of(moved, sae.activation(cache.z_cat[i], feature).T, q) if kind else
                            reads_of(moved, q))
                     found[layer][kind].append([column.cpu() for column in new])
         say(min(first + 32, len(tokens)))
     back = lambda parts, order: [torch.cat(column)[order.argsort()] for column in zip(*parts)]
     return {layer: [kind(*back(parts, order)) for kind, parts, order in
                     zip((Reads, Shown, Shown), found[layer], orders[layer])] for layer in saes}
-
-
-def activations(sae, z, features):                      # (T,D), (m,) -> (m,T)
-    """f of some features at every position of a row."""
-    pre = (z - sae.b_dec) @ sae.W_enc[:, features] + sae.b_enc[features]
-    return (pre * (pre > sae.threshold[features])).T
 
 
 def reads_of(moved, q):                                 # (m,H,k), (m,) -> Reads
@@ -233,7 +225,7 @@ def context_shares(model, saes, tokens, per_row=12, replaced_per_row=4, seed=0, 
     activation there, and of none more is kept than it had. Products are in bfloat16 where that is faster, in
     the whole rows too.
     """
-    random, T = torch.Generator().manual_seed(seed), tokens.shape[1]
+    random, T, device = torch.Generator().manual_seed(seed), tokens.shape[1], next(model.parameters()).device
     zeros = lambda sae: torch.zeros(5, sae.d_sae, len(CONTEXTS), dtype=torch.float64)
     sums = {layer: zeros(sae) for layer, sae in saes.items()}
     n = torch.tensor([n for n in CONTEXTS if n <= T // 2])
@@ -246,7 +238,8 @@ def context_shares(model, saes, tokens, per_row=12, replaced_per_row=4, seed=0, 
         few = torch.arange(len(row)) % per_row < replaced_per_row
         other = tokens[torch.randint(len(tokens), (int(few.sum()),), generator=random)].long()
         replaced = torch.where((t > 0) & (t < c[few]), other, part[row[few]])               # (m,T)
-        whole, cut, replaced = (z_cat_fast(model, rows, saes) for rows in (part, cut, replaced))
+        whole, cut, replaced = ({layer: z.cpu() for layer, z in model.z_cat_fast(rows.to(device), saes).items()}
+                                for rows in (part, cut, replaced))
         for layer, sae in saes.items():
             before = whole[layer][row[:, None], c + n - 1]                                  # (m,n,D)
             after = replaced[layer].gather(1, (c[few] + n - 1)[..., None].expand(-1, -1, before.shape[2]))
@@ -254,13 +247,6 @@ def context_shares(model, saes, tokens, per_row=12, replaced_per_row=4, seed=0, 
             sums[layer][3:] += kept_of(sae, before[few], after)[:2]
         say(min(first + 32, len(tokens)))
     return {layer: Context(one[0] / one[1], one[3] / one[4], one[2]) for layer, one in sums.items()}
-
-
-def z_cat_fast(model, rows, layers):                    # (m,t) -> {layer: (m,t,D)} float32, on the CPU
-    """model.z_cat_at, with products in bfloat16 where that is faster, as in training."""
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
-        return {layer: z.float().cpu() for layer, z in model.z_cat_at(rows.to(device), list(layers)).items()}
 
 
 def kept_of(sae, before, after):                        # (m,n,D) each -> (3,d_sae,len(CONTEXTS))
@@ -300,24 +286,29 @@ def family_of(families, n, share=SHARE, times=TIMES, least=KEPT):       # Famili
     return found
 
 
-def count_families(families, n):                        # -> {thresholds: {family: number of features}}
-    """With the thresholds as defined, and with each of them halved and doubled."""
-    variants = {"as defined": {}}
-    for name, value in (("share", SHARE), ("times", TIMES), ("least", KEPT)):
-        variants |= {f"{name} {value * factor:g}": {name: value * factor} for factor in (0.5, 2)}
+def count_families(families, n):                        # -> {variant: {family: number of features}}
+    """As defined; where earlier tokens are replaced and not cut off; and with each threshold lower and
+    higher. Each with the number of induction features that read one token X half of the time or more."""
+    replaced = families._replace(context=families.context._replace(cut=families.context.replaced))
+    variants = {"as defined": (families, {}), "replaced": (replaced, {})}
+    for name, values in (("share", (SHARE / 2, 1.5 * SHARE)), ("times", (TIMES / 2, 2 * TIMES)),
+                         ("least", (KEPT / 2, 1.5 * KEPT))):
+        variants |= {f"{name} {value:g}": (families, {name: value}) for value in values}
     counted = {}
-    for label, thresholds in variants.items():
-        family = family_of(families, n, **thresholds)
+    for label, (measured, thresholds) in variants.items():
+        family = family_of(measured, n, **thresholds)
         times = torch.bincount(family[family >= 0], minlength=len(FAMILIES))
         counted[label] = dict(zip(FAMILIES, times.tolist()))
+        counted[label]["one X"] = int(((family == 0) & (families.X_share >= 0.5)).sum())
     return counted
 
 
 # ---- the head census ----
 
 RELATIONS = ("itself", "the token before", "a token after a copy", "a copy")
-TOPS = (10, 25, 50)                 # so many of a head's features are looked at
-ALIKE = (0.35, 0.45, 0.55)          # similarities from which on a role is shared: see tests/calibrate.py
+TOPS, N_DRAWN = (10, 25, 50), 50    # how many of a head's features are looked at, of each choice
+CHOICES = (*(f"top {n}" for n in TOPS), f"{N_DRAWN} drawn")
+ALIKE = (0.4, 0.5, 0.6)             # similarities from which on a role is shared: see tests/calibrate.py
 MANY = 1.5                          # a head whose features have more roles than this is polysemantic
 
 
@@ -336,9 +327,8 @@ def head_profiles(kept, reads, head, tokens, classes, features, embedding, W_dec
     exclude one another, in the order of RELATIONS; those to a copy are less what the same distances give in
     other places, (share - chance) / (1 - chance), since frequent tokens have copies everywhere.
     """
-    entries, d_sae, (row, q, feature, f) = kept.sample, len(kept.n), kept.sample
-    k = reads.head_source[:, head].long()
-    weight = kept.weight / f * reads.head_value[:, head].clamp_min(0)
+    entries, d_sae, (row, q, feature, _) = kept.sample, len(kept.n), kept.sample
+    k, weight = reads.head_source[:, head].long(), gathered(kept, reads, head)
     share, shares = share_of(feature, weight, d_sae), []
     after = lambda row, q, k: (k < q - 1) & is_copy(classes, row, q, k - 1)
     copy = lambda row, q, k: (k < q - 1) & is_copy(classes, row, q, k) & ~after(row, q, k)
@@ -388,33 +378,54 @@ def number_of_roles(groups):
     return n * (n - 1) / pairs if pairs else float("inf")
 
 
-def head_census(model, sae, layer, kept, reads, tokens, classes, family, similarities=ALIKE):
+def gathered(kept, reads, head):                        # -> (n,)
+    """How much of its feature's activation each place of the sample stands for that comes from the strongest
+    source of one head."""
+    return kept.weight / kept.sample.f * reads.head_value[:, head].clamp_min(0)
+
+
+def head_census(model, sae, layer, kept, reads, tokens, classes, family, similarities=ALIKE, seed=0):
     """What each head of a layer does -> list of dicts, one a head.
 
-    Looked at are, of the features active at MIN_PLACES places or more, those with the largest weight in the
-    head (attribution.head_weights): "features", TOPS[-1] of them. "roles": {n: {similarity: number of roles
-    of the top n}}, None where there are fewer than n. Of the top TOPS[1]: "groups", their roles at the middle
-    similarity, largest first, with what they read; "relations", the same of all; "families", how many are in
-    each.
+    Looked at are features active at MIN_PLACES places or more, of two choices: those with the largest weight
+    in the head (attribution.head_weights), as the paper does; and, since these need not be what the head does
+    most, features drawn in proportion to the activation that it gathers. "roles": {one of CHOICES:
+    {similarity: number of roles}}, None where there are fewer features. "features": the top TOPS[-1]. "top"
+    (the first TOPS[1] of them) and "drawn" say more: "features"; their "weights" in the head; "relations",
+    what is read for them through it; "families", how many are in each; "groups", their roles at the middle
+    similarity, largest first, with what they read.
     """
     weights = head_weights(sae.W_dec, model.config.n_heads).cpu()
     W_dec, usual, census = sae.W_dec.cpu(), kept.n >= MIN_PLACES, []
     embedding, matrices = token_embeddings(model, tokens), model.head_matrices(layer)
     matrices = type(matrices)(*(one.cpu() for one in matrices))
+
+    def described(features, h, p, alike):
+        groups, source = roles(alike, similarities[len(similarities) // 2]), reads.head_source[:, h]
+        return {"features": features.tolist(), "weights": weights[features, h].tolist(),
+                "relations": p.relations.sum(0).div(max(len(features), 1)).tolist(),
+                "families": {name: int((family[features] == i).sum()) for i, name in enumerate(FAMILIES)},
+                "groups": [{"features": features[g].tolist(), "relations": p.relations[g].mean(0).tolist(),
+                            **typical(kept.sample, source, tokens, features[g])} for g in groups]}
+
     for h in range(model.config.n_heads):
-        order = torch.where(usual, weights[:, h], -1).argsort(descending=True)[:int(usual.sum())]
-        top, few = order[:TOPS[-1]], order[:TOPS[1]]
-        p = head_profiles(kept, reads, h, tokens, classes, top, embedding, W_dec, matrices)
-        alike = similarity(p)
-        found = {n: {least: number_of_roles(roles(alike[:n, :n], least)) if len(top) >= n else None
-                     for least in similarities} for n in TOPS}
-        groups = roles(alike[:len(few), :len(few)], similarities[len(similarities) // 2])
-        census.append({
-            "layer": layer, "head": h, "name": f"{layer}.{h}", "features": top.tolist(), "roles": found,
-            "weights": weights[few, h].tolist(), "relations": p.relations[:len(few)].mean(0).tolist(),
-            "families": {name: int((family[few] == i).sum()) for i, name in enumerate(FAMILIES)},
-            "groups": [{"features": few[g].tolist(), "relations": p.relations[g].mean(0).tolist(),
-                        **typical(kept.sample, reads.head_source[:, h], tokens, few[g])} for g in groups]})
+        top = torch.where(usual, weights[:, h], -1).argsort(descending=True)[:int(usual.sum())][:TOPS[-1]]
+        mass = torch.bincount(kept.sample.feature, gathered(kept, reads, h), minlength=len(usual)) * usual
+        random = torch.Generator().manual_seed(seed * 1000 + h)
+        n_drawn = min(N_DRAWN, int((mass > 0).sum()))
+        drawn = (torch.multinomial(mass, n_drawn, generator=random) if n_drawn else
+                 torch.empty(0, dtype=torch.int64))
+        chosen = {f"top {n}": top[:n] for n in TOPS} | {f"{N_DRAWN} drawn": drawn}
+        profiles = {name: head_profiles(kept, reads, h, tokens, classes, features, embedding, W_dec, matrices,
+                                        seed) for name, features in chosen.items()}
+        alike = {name: similarity(p) for name, p in profiles.items()}
+        found = {name: {least: number_of_roles(roles(alike[name], least)) if len(features) == wanted else None
+                        for least in similarities}
+                 for (name, features), wanted in zip(chosen.items(), (*TOPS, N_DRAWN))}
+        census.append({"layer": layer, "head": h, "name": f"{layer}.{h}", "features": top.tolist(),
+                       "roles": found} | {
+            key: described(chosen[name], h, profiles[name], alike[name])
+            for key, name in (("top", CHOICES[1]), ("drawn", CHOICES[-1]))})
     return census
 
 
@@ -505,7 +516,7 @@ def evidence(families, family, i, decode):
 
 
 def in_words(one, decode):
-    """One line about a head, built from what was measured."""
+    """A line about some features of a head ("top" or "drawn" of the census), built from what was measured."""
     quoted = lambda ids: " ".join(repr(decode([i])) for i in ids) or "nothing that stands out"
     read = [f"{share:.0%} {name}" for name, share in zip(RELATIONS, one["relations"]) if share >= 0.05]
     groups = []
@@ -519,8 +530,9 @@ def in_words(one, decode):
             f"in it by {min(weights):.0%} to {max(weights):.0%}")
 
 
-def in_number(x, n):
-    """A number of roles among n features."""
+def in_number(x, choice):
+    """A number of roles among features of one of CHOICES."""
+    n = next(word for word in choice.split() if word.isdigit())
     return "n/a" if x is None else f"> {n}" if x == float("inf") else f"{x:.1f}"
 
 
@@ -528,40 +540,28 @@ def in_number(x, n):
 
 
 @dataclass(frozen=True)
-class FeaturesConfig:
-    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
-    saes: str = field("", "folder with SAEs, kissane, gemma-scope; else the run in --out, else the shipped")
+class FeaturesConfig(StudyConfig):
     layers: tuple[int, ...] = field((), "layers, such as 0,2; all that have an SAE if not given")
-    corpus: str = field("python", "real text, of which held-out rows are read: see train.py")
     n_tokens: int = field(500_000, "tokens of text (paper: 1e6)")
     n_places: int = field(200, "places of each feature, drawn in proportion to activation")
     sample: int = field(0, "list so many live features of each layer, drawn at random, to judge by eye")
     pages: bool = field(True, "write the dashboards: 10 to 15 kB a feature")
-    seed: int = field(0, "draws places, cuts and the sample")
-    device: str = field("auto", "cpu, cuda, mps or auto")
-    out: str = field("out", "folder for results")
 
 
 def main():
     config = parse_flags(FeaturesConfig, __doc__)
-    device = pick_device(config.device)
-    model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
-    check_fits(tokenizer, model, config.model)
+    model, tokenizer, saes, folder = begin(config, "features", config.layers)
     T = min(128, model.config.n_ctx)
     n_rows = config.n_tokens // (T - 1)
     if n_rows < 16:
         raise UserError(f"--n-tokens must be {16 * (T - 1)} or more, not {config.n_tokens}.")
     if config.n_places < 10 or config.sample < 0:
         raise UserError("--n-places must be 10 or more, and --sample at least 0.")
-    saes = load_all(find_saes(config.saes, config.out, config.model), model, config.layers, device)
-    folder = run_folder(config.out, config.model) / "features"
-    check_writable(folder)
     stream = data.rows(config.corpus, tokenizer, "held-out", T, 128, config.seed, repeat_share=0.0)
 
     def progress(what, n):
         print(what, flush=True)
-        line = Progress(n, "rows")
-        return lambda done: line(done, last=done == n)
+        return Progress(n, "rows")
 
     tokens, collected = collect(model, saes, stream, n_rows, config.n_places, config.seed,
                                 progress("reading text", n_rows))
@@ -580,12 +580,12 @@ def main():
         family[layer] = family_of(families[layer], kept.n)
         records[layer] = describe_features(model, sae, layer, kept, families[layer], family[layer], tokens,
                                            tokenizer)
-        census += head_census(model, sae, layer, kept, reads, tokens, classes, family[layer])
+        census += head_census(model, sae, layer, kept, reads, tokens, classes, family[layer],
+                              seed=config.seed)
     report_families(families, family, collected, folder)
     report_heads(model, census, tokenizer, folder)
-    if config.model == "gpt2":
-        print("reported (GPT-2 Small): 14 of 144 heads plausibly monosemantic, so at least 90% polysemantic, "
-              "judged by eye on the top 10 features of each")
+    reported(config, "14 of 144 heads plausibly monosemantic, so at least 90% polysemantic, judged by eye on "
+             "the top 10 features of each")
     for layer, found in records.items():
         write_json(folder / f"L{layer}" / "features.json",
                    {"n_tokens": tokens[:, 1:].numel(), "features": found})
@@ -602,13 +602,15 @@ def main():
 
 
 def report_families(families, family, collected, folder):
-    """Counts by layer, with the thresholds and with half and double of each; the figure of the two axes."""
+    """Counts by layer, as defined and in its variants; the figure of the two axes."""
     counts = {layer: count_families(families[layer], collected[layer].n) for layer in families}
-    print("\nfeatures by family; share and times are induction's thresholds, least is the activation kept\n"
-          "layer  thresholds   " + "".join(f"{name:>15}" for name in FAMILIES))
+    print("\nfeatures by family; replaced: what stood before is replaced by other text, not cut off; share and "
+          "times:\ninduction's thresholds; least: the activation kept; one X: induction features that read one "
+          "token half of the time\nlayer  variant      " + "".join(f"{name:>15}" for name in FAMILIES) + "  one X")
     for layer, by_label in counts.items():
         for label, found in by_label.items():
-            print(f"{layer:5d}  {label:12} " + "".join(f"{found[name]:15d}" for name in FAMILIES))
+            print(f"{layer:5d}  {label:12} " + "".join(f"{found[name]:15d}" for name in FAMILIES)
+                  + f"{found['one X']:7d}")
     write_json(folder / "families.json", {"share": SHARE, "times": TIMES, "least": KEPT, "contexts": CONTEXTS,
                                           "layers": {f"L{layer}": c for layer, c in counts.items()}})
     axes = {layer: (context_needed(one.context.cut)[0].numpy(), one.induction.numpy(), family[layer].numpy())
@@ -617,33 +619,39 @@ def report_families(families, family, collected, folder):
 
 
 def report_heads(model, census, tokenizer, folder):
-    """Roles of every head and a line about it, added to the census as "text"; the share of heads that is
-    polysemantic."""
-    print(f"\nroles of the features that lie in each head most; in brackets at similarity {ALIKE[0]} and "
-          f"{ALIKE[2]}\nhead " + "".join(f"{f'top {n}':>22}" for n in TOPS))
+    """Roles of every head and two lines about it, added to the census as "text"; how many heads are
+    polysemantic, and how many are so whatever is looked at."""
+    print(f"\nroles of the features that lie in each head most, and of {N_DRAWN} drawn by what it gathers; in "
+          f"brackets at similarity {ALIKE[0]} and {ALIKE[2]}\nhead " + "".join(f"{name:>22}" for name in CHOICES))
     for one in census:
-        one["text"] = in_words(one, tokenizer.decode)
-        shown = ([in_number(one["roles"][n][least], n) for least in ALIKE] for n in TOPS)
+        one["text"] = {key: in_words(one[key], tokenizer.decode) for key in ("top", "drawn")}
+        shown = ([in_number(one["roles"][name][least], name) for least in ALIKE] for name in CHOICES)
         print(f"{one['name']:5}" + "".join(f"{b:>8} [{a:>5}, {c:>5}]" for a, b, c in shown))
-    print("\nwhat they read")
-    print(*(f"{one['name']:5} {one['text']}" for one in census), sep="\n")
-    found = {}
-    print(f"\npolysemantic heads (more than {MANY} roles); [95% interval]")
-    for n in TOPS:
+    print(f"\nwhat they read: the top {TOPS[1]}, and below them the {N_DRAWN} drawn")
+    for one in census:
+        print(f"{one['name']:5} {one['text']['top']}\n      {one['text']['drawn']}")
+    verdicts, found = [[] for _ in census], {}
+    print(f"\npolysemantic heads (more than {MANY} roles)\n{'similarity':12}"
+          + "".join(f"{least:>10}" for least in ALIKE))
+    for name in CHOICES:
+        shown = []
         for least in ALIKE:
-            known = [one["roles"][n][least] for one in census if one["roles"][n][least] is not None]
-            many, interval = sum(x > MANY for x in known), wilson(sum(x > MANY for x in known), len(known))
-            found[f"top {n}, similarity {least}"] = {"polysemantic": many, "heads": len(known),
-                                                     "interval": interval}
-            if known:
-                print(f"top {n}, similarity {least}: {many:3d} of {len(known):3d}  {many / len(known):6.1%} "
-                      f"[{interval[0]:.1%}, {interval[1]:.1%}]")
+            known = [(at, one["roles"][name][least] > MANY) for at, one in enumerate(census)
+                     if one["roles"][name][least] is not None]
+            for at, many in known:
+                verdicts[at].append(many)
+            found[f"{name}, similarity {least}"] = {"polysemantic": sum(many for _, many in known),
+                                                    "heads": len(known)}
+            shown.append(f"{sum(many for _, many in known)} of {len(known)}")
+        print(f"{name:12}" + "".join(f"{text:>10}" for text in shown))
+    always, never = sum(map(all, verdicts)), sum(not any(each) for each in verdicts)
+    print(f"by every choice and similarity {always}, by none {never}, by some {len(census) - always - never}")
     finite = lambda x: None if x is None or x == float("inf") else x
     write_json(folder / "census.json", {
         "similarities": ALIKE, "many": MANY, "polysemantic": found,
-        "heads": [one | {"roles": {n: {least: finite(x) for least, x in by.items()}
-                                   for n, by in one["roles"].items()}} for one in census]})
-    plot_census(census, TOPS, ALIKE, MANY, folder / "census.png")
+        "heads": [one | {"roles": {name: {least: finite(x) for least, x in by.items()}
+                                   for name, by in one["roles"].items()}} for one in census]})
+    plot_census(census, dict(zip(CHOICES, (*TOPS, N_DRAWN))), ALIKE, MANY, folder / "census.png")
 
 
 def index_page(config, n_heads, tokens, records, census, tokenizer):
@@ -659,22 +667,23 @@ def index_page(config, n_heads, tokens, records, census, tokenizer):
             "induction": of("induction"), "context": of("context"), "fires": of("fires_on"),
             "logits": [[i for i, _ in pairs[:3]] for pairs in of("raises")]}
 
-    def shown(one, n):
-        low, middle, high = (in_number(one["roles"][n][least], n) for least in ALIKE)
+    def shown(one, name):
+        low, middle, high = (in_number(one["roles"][name][least], name) for least in ALIKE)
         return f"{middle} [{low}, {high}]"
 
     return {"text": f"Features of the SAEs of {config.model}, over {tokens[:, 1:].numel():,} tokens of "
                     f"held-out text (--corpus {config.corpus}). After a copy: share of the activation read "
                     f"from a token after an earlier copy of the current one. Context: how many of the last "
                     f"tokens keep half of the activation.",
-            "census_note": f"Number of roles among the features that lie most in each head: 1 / (probability "
-                           f"that two of them share a role), from similarity {ALIKE[1]} on; in brackets "
-                           f"{ALIKE[0]} and {ALIKE[2]}.",
+            "census_note": f"Number of roles among the features that lie most in each head, and among "
+                           f"{N_DRAWN} drawn by what it gathers: 1 / (probability that two of them share a "
+                           f"role), from similarity {ALIKE[1]} on; in brackets {ALIKE[0]} and {ALIKE[2]}. Below "
+                           f"each other: what the top {TOPS[1]} read through the head, and what those drawn do.",
             "families": FAMILIES, "contexts": CONTEXTS, "n_heads": n_heads,
-            "chunk": pages.CHUNK, "tops": TOPS, "features": columns,
+            "chunk": pages.CHUNK, "choices": CHOICES, "features": columns,
             "vocab": [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)],
-            "heads": [{"name": one["name"], "text": one["text"], "roles": {n: shown(one, n) for n in TOPS}}
-                      for one in census]}
+            "heads": [{"name": one["name"], "text": [one["text"]["top"], one["text"]["drawn"]],
+                       "roles": [shown(one, name) for name in CHOICES]} for one in census]}
 
 
 def list_sample(config, collected, records, tokens, tokenizer, folder):

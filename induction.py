@@ -31,23 +31,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-import model as models
 from attribution import head_logits
 from data import common
-from data.bpe import check_fits
-from data.common import (Progress, UserError, check_writable, field, mean_of, parse_flags,
-                         pick_device, run_folder, write_json)
+from data.common import Progress, UserError, field, interval, mean_of, parse_flags, write_json
 from data.figures import plot_feature, plot_heads, plot_intervention, plot_lengths, plot_prefixes
 from data.keep import Keeper
-from data.sae_files import find_saes
+from data.study import StudyConfig, begin, reported
 from data.text import fuzzy
-from sae import ablate, active_entries, load_all
+from sae import ablate, active_entries, check_feature
 
 LENGTHS = range(10)             # prefix lengths of the paired protocol
 ATTENDS = 0.3                   # attention above which a head counts as attending (Fig. 4b)
 SHARE, EXCESS, N_ACTIVE = 0.5, 0.25, 100    # what makes a feature an induction feature: see `find_features`
-REPORTED = {"prefix": "5.1 below 0.3 for short prefixes, over 0.7 for long ones; 5.5 already 0.7 for short",
-            "intervention": "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43"}
 
 # ---- which tokens match ----
 
@@ -411,9 +406,7 @@ def details(model, saes, wanted, tokens, classes):      # [(layer, feature, X)] 
     for part in tokens.split(32):
         z = model.z_cat_at(part, layers)
         for each, (layer, feature, _) in zip(found, wanted):
-            sae = saes[layer]
-            pre = (z[layer][:, 1:-1] - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
-            each.append(pre * (pre > sae.threshold[feature]))
+            each.append(saes[layer].activation(z[layer][:, 1:-1], feature))
     return [Detail(torch.cat(f), proxy_everywhere(tokens, classes, X)[:, :-1], tokens[:, 2:] == X)
             for f, (_, _, X) in zip(found, wanted)]
 
@@ -496,45 +489,35 @@ def show_places(d, tokens, tokenizer, n=5, seed=0):                     # -> {ki
 
 
 @dataclass(frozen=True)
-class InductionConfig:
-    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
-    saes: str = field("", "folder with SAEs, kissane, gemma-scope; else the run in --out, else the shipped")
+class InductionConfig(StudyConfig):
     feature: str = field("", "the feature to draw, as layer.feature; empty: the first of those found")
-    corpus: str = field("python", "real text, of which held-out rows are read: see train.py")
     n_sequences: int = field(400, "random sequences for each prefix length (the paper: 400)")
     n_examples: int = field(300, "places in real text where a token is replaced, for each condition")
     n_rows: int = field(2048, "rows of real text")
-    seed: int = field(0, "draws sequences, replacements and examples")
-    device: str = field("auto", "cpu, cuda, mps or auto")
-    out: str = field("out", "folder for results")
 
 
 def main():
     config = parse_flags(InductionConfig, __doc__)
-    device = pick_device(config.device)
-    model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
-    check_fits(tokenizer, model, config.model)
     for flag, value in (("--n-sequences", config.n_sequences), ("--n-examples", config.n_examples),
                         ("--n-rows", config.n_rows)):
         if value < 2:
             raise UserError(f"{flag} must be 2 or more, not {value}.")
     layer, feature = parse_feature(config.feature)
-    saes = load_all(find_saes(config.saes, config.out, config.model), model, device=device)
+    model, tokenizer, saes, folder = begin(config, "induction")
     if layer is not None:
         check_feature(saes, layer, feature)
-    folder = run_folder(config.out, config.model) / "induction"
-    check_writable(folder)
     T = min(128, model.config.n_ctx)
     rows = next(data.rows(config.corpus, tokenizer, "held-out", T, config.n_rows, repeat_share=0.0))
     if len(rows) < 16:
         raise UserError(f"--corpus {config.corpus} gave {len(rows)} held-out rows, and 16 are needed; give "
                         f"more text, or raise --n-rows.")
+    device = next(model.parameters()).device
     rows, table = rows.to(device), fuzzy(tokenizer).to(device)
     study_heads(config, model, tokenizer, rows, table, folder)
     heads = study_prefixes(config, model, tokenizer, table, folder)
-    print_reported(config, "prefix")
+    reported(config, "5.1 below 0.3 for short prefixes, over 0.7 for long ones; 5.5 already 0.7 for short")
     study_intervention(config, model, rows, table, heads, folder)
-    print_reported(config, "intervention")
+    reported(config, "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43")
     study_features(config, model, tokenizer, saes, rows, table, (layer, feature), folder)
     print(f"\nwritten to {folder}/")
 
@@ -547,21 +530,6 @@ def parse_feature(text):
     if not (layer.isdecimal() and feature.isdecimal()):
         raise UserError(f"--feature is written layer.feature, such as 2.271, not {text!r}.")
     return int(layer), int(feature)
-
-
-def check_feature(saes, layer, feature):
-    """Raise UserError where there is no such SAE or feature."""
-    if layer not in saes:
-        raise UserError(f"layer {layer} has no SAE; it has one on layers {', '.join(map(str, saes))}.")
-    if feature >= saes[layer].d_sae:
-        raise UserError(f"feature {feature} is out of range: this SAE has features 0 to "
-                        f"{saes[layer].d_sae - 1}.")
-
-
-def print_reported(config, item):
-    """For GPT-2 Small itself: what the paper reports."""
-    if config.model == "gpt2":
-        print(f"reported (GPT-2 Small): {REPORTED[item]}")
 
 
 def study_heads(config, model, tokenizer, rows, table, folder):
@@ -585,7 +553,7 @@ def study_prefixes(config, model, tokenizer, table, folder):            # -> (sh
     """The paired protocol for every head; picks the short-prefix and the long-prefix head."""
     progress = Progress(config.n_sequences, "sequences")
     curves = prefix_curves(model, tokenizer.bos, table, config.n_sequences, config.seed,
-                           lambda done: progress(done, last=done == config.n_sequences))
+                           progress)
     short, long = pick_heads(curves.attention)
     statistics = {}
     for name, values in zip(PrefixCurves._fields, curves):
@@ -640,8 +608,7 @@ def study_features(config, model, tokenizer, saes, rows, table, asked, folder, n
     """Every "X is next by induction" feature; one of them in full."""
     classes, progress = table[rows], Progress(len(rows), "rows")
     print("\nlooking for features ...", flush=True)
-    found, n_live, names = find_features(model, saes, rows, classes,
-                                         lambda n: progress(n, last=n == len(rows)))
+    found, n_live, names = find_features(model, saes, rows, classes, progress)
     rows, classes = rows[len(rows) // 2:], classes[len(rows) // 2:]
     counts = {layer: sum(one["layer"] == layer for one in found) for layer in saes}
     print("\"X is next by induction\" features: "

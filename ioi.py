@@ -33,16 +33,14 @@ import torch
 from torch import Tensor
 
 import data
-import model as models
-from attribution import KINDS, children, dfa, feature_bias, head_logits, name_part, qk, trace_run
+from attribution import KINDS, children, constants, dfa, head_logits, name_part, qk, trace_run, varying
 from data import common
-from data.bpe import Tokenizer, check_fits
-from data.common import (Progress, UserError, bootstrap, check_writable, field, mean_of, parse_flags,
-                         pick_device, run_folder, write_json)
+from data.bpe import Tokenizer
+from data.common import Progress, UserError, bootstrap, field, interval, mean_of, parse_flags, wilson, write_json
 from data.figures import plot_ablations, plot_cells, plot_circuit, plot_effects, plot_signal
-from data.sae_files import find_saes
 from data.stories import HELD_OUT_NAMES, OBJECTS, PLACES
-from sae import ablate, load_all, splice
+from data.study import StudyConfig, begin, reported
+from sae import ablate, splice
 
 # ---- prompts ----
 
@@ -391,19 +389,17 @@ def reads(model, sae, layer, feature, prompts, base, place):            # -> {or
     """DFA of a feature by what stands at the source, in the prompts of each order where it is most active:
     sum over prompts, as a share of the sum of its activations.
 
-    The constant part of the values, model.value_bias, says nothing about sources: it is counted with the
-    feature's own bias. With "bias" the shares sum to 1.
+    With "constant" (attribution.constants) the shares sum to 1.
     """
     found, (rows_of, f) = {}, most_active(sae, layer, feature, prompts, base, place)
-    w, constant = sae.W_enc[:, feature], model.value_bias(layer)
+    w, constant = sae.W_enc[:, feature], float(constants(model, layer, sae)[feature])
     for order, rows in rows_of.items():
         sums = {}
         if len(rows):
             for _, kept in model.layer_by_layer(prompts.tokens[rows], layer + 1):
                 pass                                                    # the last one is the layer's
-            moved = dfa(kept.pattern, kept.v - constant.unflatten(0, kept.v.shape[2:]), w)        # (B,H,q,k)
-            bias = float(feature_bias(sae)[feature] + constant @ w) * len(rows)
-            sums["bias"] = bias / float(f[rows].sum())
+            moved = dfa(kept.pattern, varying(model, layer, kept.v), w)                           # (B,H,q,k)
+            sums["constant"] = constant * len(rows) / float(f[rows].sum())
         for i, row in enumerate(rows.tolist()):
             q = int(prompts.pos[place][row])
             for k, value in enumerate(moved[i, :, q, :q + 1].sum(0).tolist()):
@@ -416,7 +412,7 @@ def reads(model, sae, layer, feature, prompts, base, place):            # -> {or
 @torch.no_grad()
 def reads_further(model, saes, layer, feature, prompts, base, place):   # -> {order: {(role, writer): share}}
     """One step of recursive DFA, in the same prompts and units as `reads`: what was written at the sources,
-    and by whom; the constants together are ("bias", "")."""
+    and by whom; the constants together are ("constant", "")."""
     found, (rows_of, f) = {}, most_active(saes[layer], layer, feature, prompts, base, place)
     for order, rows in rows_of.items():
         sums = {}
@@ -425,7 +421,7 @@ def reads_further(model, saes, layer, feature, prompts, base, place):   # -> {or
             below = children(run, layer, int(prompts.pos[place][row]), feature)
             columns = [column.tolist() for column in run.parts[:4]]     # kind, layer, position, feature
             for part, value in zip(below.part.tolist(), below.value.tolist()):
-                key = "bias", ""
+                key = "constant", ""
                 if part >= 0:
                     kind, l, k, j = (column[part] for column in columns)
                     key = role_of(k, prompts.pos, row), name_part(KINDS[kind], l, j)
@@ -521,23 +517,11 @@ def why_io(model, saes, head, prompts, n=24):           # -> score, [(at the end
 
 # ---- the program ----
 
-REPORTED = {
-    "circuit": """name movers 9.9 9.6 10.0, negative 10.7 11.10, S-inhibition 7.3 7.9 8.6 8.10,
-    induction 5.5 6.9, duplicate token 0.1 3.0, previous token 2.2 4.11 (Wang et al.)""",
-    "signal": """layers 5 and 6: other names and filler, order around " and" kept: 93% recovered;
-    " alongside": 43%"""}
-
-
 @dataclass(frozen=True)
-class IOIConfig:
-    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
-    saes: str = field("", "folder with SAEs, kissane, gemma-scope; else the run in --out, else the shipped")
+class IOIConfig(StudyConfig):
     n_prompts: int = field(200, "prompts, half of them ABBA and half BABA")
     names: str = field(",".join(HELD_OUT_NAMES), "names, each one token with a space before it")
     corpus: str = field("python", "text in which the frequency of words is counted: see train.py")
-    seed: int = field(0, "draws the prompts")
-    device: str = field("auto", "cpu, cuda, mps or auto")
-    out: str = field("out", "folder for results")
 
 
 @dataclass(frozen=True)
@@ -556,17 +540,10 @@ class Study:
         prompts = build(words, self.tokenizer, self.prompts.tokens.device)
         return prompts, base_run(self.model, prompts)
 
-    @property
-    def is_gpt2_small(self):
-        """Whether what is reported is of this model, and can be printed beside."""
-        return self.config.model == "gpt2"
-
 
 def main():
     config = parse_flags(IOIConfig, __doc__)
-    device = pick_device(config.device)
-    model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
-    check_fits(tokenizer, model, config.model)
+    model, tokenizer, saes, folder = begin(config, "ioi")
     if config.n_prompts < 20:
         raise UserError(f"--n-prompts must be 20 or more for intervals, not {config.n_prompts}.")
     names = [name.strip() for name in config.names.split(",")]
@@ -574,12 +551,8 @@ def main():
     longest = max(FILLERS, key=lambda filler: len(tokenizer.encode(" " + filler)))
     longest = placed(words, [longest] * len(words), "a sentence")
     model.check_length(build(longest, tokenizer).tokens.shape[1])
-    saes = load_all(find_saes(config.saes, config.out, config.model), model, device=device)
-    T = min(128, model.config.n_ctx)
-    text = next(data.rows(config.corpus, tokenizer, "held-out", T, 512))
-    folder = run_folder(config.out, config.model) / "ioi"
-    check_writable(folder)
-    prompts = build(words, tokenizer, device)
+    text = next(data.rows(config.corpus, tokenizer, "held-out", min(128, model.config.n_ctx), 512))
+    prompts = build(words, tokenizer, next(model.parameters()).device)
     study = Study(config, model, tokenizer, names, folder, prompts, base_run(model, prompts))
     movers, layers = study_circuit(study)
     study_saes(study, saes)
@@ -612,8 +585,7 @@ def study_circuit(study):                               # -> [(layer, head)], [l
     if not told_apart:
         whole = 1.0                                                     # effects stay in logits
     progress = Progress(model.config.n_layers, "layers")
-    c = circuit(model, prompts, source, base, source_run,
-                lambda done: progress(done, last=done == model.config.n_layers))
+    c = circuit(model, prompts, source, base, source_run, progress)
     share = {name: getattr(c, name).mean(0) / whole for name in ("direct", "at_end", "at_S2")}      # (L,H)
     attention = {look: at.mean(0) for look, at in c.attention.items()}
     found = roles(attention, **share) if told_apart else {role: [] for role in ROLES}
@@ -631,10 +603,10 @@ def study_circuit(study):                               # -> [(layer, head)], [l
     whole_layers = [patch_S2(model, prompts, base, source_run, source, [layer]) - base.ld
                     for layer in range(model.config.n_layers)]
     at_S2 = np.array([float(change.mean()) / whole for change in whole_layers])
-    layers = [5, 6] if study.is_gpt2_small else sorted(np.argsort(-abs(at_S2), kind="stable")[:2].tolist())
+    layers = [5, 6] if study.config.model == "gpt2" else sorted(np.argsort(-abs(at_S2), kind="stable")[:2].tolist())
     print("whole layers patched at S2: " + "  ".join(f"{l} {x:+.1%}" for l, x in enumerate(at_S2)))
-    if study.is_gpt2_small:
-        print(f"reported (GPT-2 Small): {REPORTED['circuit']}")
+    reported(study.config, "name movers 9.9 9.6 10.0, negative 10.7 11.10, S-inhibition 7.3 7.9 8.6 8.10, "
+             "induction 5.5 6.9, duplicate token 0.1 3.0, previous token 2.2 4.11 (Wang et al.)")
     write_json(study.folder / "circuit.json", {
         "logit_difference": mean_of(ld), "source": mean_of(source_ld), "accuracy": mean_of(ld > 0),
         "roles": found, "attention": {look: at.tolist() for look, at in attention.items()},
@@ -729,8 +701,8 @@ def study_signal(study, layers, frequent):
         interval = "[{:.1%}, {:.1%}]".format(*ways["recovered"][1]) if ways["recovered"][1] else ""
         print(f"{name:30} {float(ld.mean()):8.2f}   {shown[0]:>7} {interval:17} {shown[1]:>7}  "
               f"{shown[2]:>7}   {shown[3]:>9}   {shown[4]:>20}")
-    if study.is_gpt2_small:
-        print(f"reported (GPT-2 Small): {REPORTED['signal']}")
+    reported(study.config, "layers 5 and 6: other names and filler, order around \" and\" kept: 93% "
+             "recovered; \" alongside\": 43%")
     cells = side_and_position(study, layers, others)
     write_json(study.folder / "signal.json", {
         "layers": layers, "frequent_word": frequent, "sources": found, "side_and_position": cells,

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import weights
-from data.common import UserError
+from data.common import UserError, fast_bfloat16
 from data.layout import read_config
 
 
@@ -82,9 +82,9 @@ class Linear(nn.Module):
 def attend(q, k, v, scale, window=None, cap=None, with_pattern=True):   # (B,T,H,d_head) each -> Heads
     """Every head's pattern and what it gathers: z = softmax(scale * q k^T over the keys up to the query) v.
 
-    window: a query sees so many keys, its own position included; None is all up to it. cap: scores become
-    cap * tanh(score / cap), before the mask. Without the pattern, and with no cap, fused attention gives the same z_cat and
-    builds no (q,k) tensor.
+    window: a query sees the last `window` keys, its own among them; None: all up to and including its own.
+    cap: scores become cap * tanh(score / cap), before the mask. Without the pattern, and with no cap, fused
+    attention gives the same z_cat and builds no (q,k) tensor.
     """
     T = q.shape[1]
     if not with_pattern and not cap:
@@ -164,6 +164,12 @@ class Transformer(nn.Module):
                 attn_out, mlp_out, _ = block.rest(x, z_cat)
                 x = x + attn_out + mlp_out
         return found
+
+    @torch.no_grad()
+    def z_cat_fast(self, tokens, layers):                               # (B,T) -> {layer: (B,T,D)} float32
+        """z_cat_at with products in bfloat16 where that is faster; the residual stream stays float32."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=fast_bfloat16(tokens.device)):
+            return {layer: z.float() for layer, z in self.z_cat_at(tokens, layers).items()}
 
     def embed(self, tokens):                                            # (B,T) -> (B,T,d_model)
         """The residual stream before layer 0."""
@@ -348,7 +354,7 @@ class GemmaConfig:
     n_ctx: int              # the longest prompt
     eps: float              # RMSNorm adds it to the mean square
     score_scale: float      # what q . k is multiplied by: query_pre_attn_scalar^-0.5
-    windows: tuple          # per layer: how many keys a query sees, itself included; None: all before it
+    windows: tuple          # per layer: how many keys a query sees, its own included; None: all up to its own
     thetas: tuple           # per layer: the base of the rotation's wave lengths
     score_cap: float | None     # soft cap of the scores (Gemma 2)
     logit_cap: float | None     # soft cap of the logits (Gemma 2)

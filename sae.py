@@ -8,11 +8,11 @@
 
 An SAE reads the z_cat of one attention layer, so d_in = D = H*d_head. Here are the two functions, the loss
 with its gradient (`dense_step`, and the same in `sparse_step` at a fraction of the cost), what keeps the
-decoder's rows at unit norm, how dead features are drawn anew, the edits of z_cat that use an SAE, and saving
-and loading.
+decoder's rows at unit norm, how dead features are drawn anew, where features are active in text, the edits of
+z_cat that use an SAE, and saving and loading.
 
-Shapes: B batch (or any leading dimensions), d_in, d_sae; nnz is the number of active features in the whole
-batch.
+Shapes: B batch (or any leading dimensions), d_in, d_sae; nnz entries (input, feature) of a batch that may be
+active, of which some turn out not to be.
 """
 
 import warnings
@@ -55,6 +55,11 @@ class SAE(nn.Module):
         """Feature activations, never negative where threshold >= 0."""
         pre = (z - self.b_dec) @ self.W_enc + self.b_enc
         return pre * (pre > self.threshold)
+
+    def activation(self, z, features):              # (...,d_in), int or (m,) -> (...) or (...,m)
+        """encode(z) at one feature or a few, for the price of these."""
+        pre = (z - self.b_dec) @ self.W_enc[:, features] + self.b_enc[features]
+        return pre * (pre > self.threshold[features])
 
     def decode(self, f):                                                # (...,d_sae) -> z_hat (...,d_in)
         """The reconstruction."""
@@ -121,6 +126,15 @@ def load_all(where, model, layers=None, device="cpu"):
     return saes
 
 
+def check_feature(saes, layer, feature):
+    """Raise UserError where there is no such SAE or feature."""
+    if layer not in saes:
+        raise UserError(f"layer {layer} has no SAE; it has one on layers {', '.join(map(str, saes))}.")
+    if not 0 <= feature < saes[layer].d_sae:
+        raise UserError(f"feature {feature} is out of range: this SAE has features 0 to "
+                        f"{saes[layer].d_sae - 1}.")
+
+
 # ---- the loss and its gradient ----
 #
 # With x = z - b_dec, e = z_hat - z, and every sum over the batch carrying 1/B:
@@ -136,13 +150,13 @@ class Step(NamedTuple):
     """One batch's loss and gradients."""
     mse: Tensor             # sum over d_in, mean over B
     sparsity: Tensor        # sum_i f_i, mean over B: the loss is mse + l1 * sparsity
-    fired: Tensor           # (d_sae,) rows in which each feature was active; their sum over B is L0
+    fired: Tensor           # (d_sae,) int64, inputs on which each feature was active; their sum over B is L0
     gradients: dict         # {"W_enc": (d_in,d_sae), "b_enc": ..., "W_dec": ..., "b_dec": ...}
 
 
 @torch.no_grad()
 def dense_step(sae, z, l1):                                             # (B,d_in) -> Step
-    """Loss and gradient by five dense products of (B,d_in,d_sae)."""
+    """Loss and gradient by five dense matrix products of B * d_in * d_sae multiplications each."""
     x = z - sae.b_dec
     pre = x @ sae.W_enc + sae.b_enc
     active = pre > sae.threshold
@@ -158,9 +172,9 @@ def dense_step(sae, z, l1):                                             # (B,d_i
 
 @torch.no_grad()
 def sparse_step(sae, z, l1):                                            # (B,d_in) -> Step
-    """The same to float precision for one low-precision product: the rest touches active entries only.
+    """The same to float precision, at the price of one low-precision product: the rest touches nnz entries.
 
-    The nnz entries of a batch that may be active are a list, row by row: entry j is feature cols[j] in row
+    The entries of a batch that may be active are a list, row by row: entry j is feature cols[j] in row
     rows[j], and the entries of row b begin at crow[b]. Products with such a matrix are weighted sums of a few
     rows (`embedding_bag`); the values of a dense product at its entries alone are `sampled_addmm`.
     """
@@ -264,8 +278,10 @@ def resample(sae, optimizer, dead, z, generator):
     dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in) inputs to draw from, with replacement
     and with probability ~ (squared error)^2. W_dec's row is the input less b_dec, normalised; W_enc's column
     the same direction at 0.2 times the mean norm of live columns; b_enc is 0. In Adam (`optimizer.state[p]`,
-    for p the parameter), "exp_avg" is 0 and "exp_avg_sq" the element-wise mean over live features: zero would
-    make the first update huge, as Adam's step count, which corrects for a young average, is no longer young.
+    for p the parameter), "exp_avg" is 0 and "exp_avg_sq" the element-wise mean over live features. Adam
+    divides the second moment by 1 - beta2^step, with the step of the whole run, so that one begun anew at 0
+    would be far too small and the first update up to 1 / sqrt(1 - beta2) = 100 times the learning rate.
+    generator: for the draw, on the CPU.
     """
     live = ~dead
     if not dead.any() or not live.any():

@@ -37,8 +37,8 @@ import data
 import model as models
 from data.bpe import check_fits
 from data.common import (Progress, UserError, atomic, bootstrap, check_writable, deferred_interrupt,
-                         fast_bfloat16, field, keep_freed_memory, parse_flags, parse_json, pick_device,
-                         pick_dtype, run, run_folder, write_json)
+                         field, keep_freed_memory, parse_flags, parse_json, pick_device, pick_dtype, run,
+                         run_folder, with_interval, write_json)
 from data.figures import plot_training
 from data.team import Team, join
 from data.weights import read_tensors
@@ -91,9 +91,9 @@ class Learner:
     sae: SAE
     optimizer: torch.optim.Adam
     l1: float
-    fired: Tensor           # (d_sae,) rows in which it was active since the last resampling: 0 is dead there
+    fired: Tensor           # (d_sae,) inputs on which it was active since the last resampling; 0: it is dead
     last_fired: Tensor      # (d_sae,) training activations seen when it was last active: dead in the metrics
-    l0: float               # active features per row in the last step: chooses the dense or the sparse step
+    l0: float               # active features per input in the last step: chooses the dense or sparse step
     mean: Tensor            # (D,) mean activation over the first block, the vector of mean ablation
     scale: Tensor           # () what activations are divided by: 1, or their mean distance from the mean
     mse: float = math.nan   # the last step's, for the log
@@ -135,14 +135,16 @@ def train(config):
                      "L0 by layer: " + "  ".join(f"{one.l0:.1f}" for one in learners.values()))
             log(step, learners)
             stop = team.any(interrupted())
-            if team.leads and (stop or step % CHECKPOINT_EVERY == 0):
+            if team.leads and (stop or step % CHECKPOINT_EVERY == 0 or step == n_steps):
                 save_checkpoint(folder, config, step, learners)
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step}; --resume goes on from there.")
     if step < n_steps:
+        if team.leads and step > first_step:
+            save_checkpoint(folder, config, step, learners)
         raise UserError(f"the text of --corpus {config.corpus} ended after {step * config.batch_size:,} of "
-                        f"{config.n_tokens:,} activations; give more text, or --n-tokens "
-                        f"{step * config.batch_size} and another --out.")
+                        f"{config.n_tokens:,} activations; put more text there and --resume, or start anew "
+                        f"with --n-tokens {step * config.batch_size} and another --out.")
     speed = (step - first_step) * config.batch_size / (time.monotonic() - begun)
     progress(step * config.batch_size, last=True)
     return finish(config, model, held_out, learners, folder, speed) if team.leads else {}
@@ -173,9 +175,7 @@ def preset(config):
 
 def check(config, model, tokenizer, layers, folder, team):
     """Raise UserError for settings that cannot work, before any time is spent."""
-    if bad := [layer for layer in layers if not 0 <= layer < model.config.n_layers]:
-        raise UserError(f"--layers {bad[0]} is out of range: this model has layers 0 to "
-                        f"{model.config.n_layers - 1}.")
+    model.check_layers(layers)
     check_fits(tokenizer, model, config.model)
     if len(set(layers)) != len(layers):
         raise UserError("--layers names a layer twice; name each once.")
@@ -287,6 +287,8 @@ class Source:
         n_steps, size = self.config.n_tokens // self.config.batch_size, self.config.batch_size
         number, place = divmod(first_step, self.steps_per_block)
         step = first_step
+        if step == n_steps:
+            return
         for tokens in self._blocks(number):
             if number != self.number:
                 self.fill(tokens, number)
@@ -313,7 +315,7 @@ class Source:
             self.rows = {layer: torch.empty(shape, device=self.device) for layer in self.layers}
             self.z = {layer: rows.flatten(0, 1) for layer, rows in self.rows.items()}
         for i in range(0, len(tokens), 64):
-            found = z_cat(self.model, tokens[i:i + 64].to(self.device), self.layers)
+            found = self.model.z_cat_fast(tokens[i:i + 64].to(self.device), self.layers)
             for layer in self.layers:
                 self.rows[layer][i:i + len(tokens[i:i + 64])] = found[layer][:, 1:]
 
@@ -330,13 +332,6 @@ class Source:
     def _blocks(self, number):
         return data.rows(self.config.corpus, self.tokenizer, "train", self.config.n_ctx, self.n_rows,
                          self.config.seed, number * self.n_rows)
-
-
-@torch.no_grad()
-def z_cat(model, tokens, layers):                                       # (R,T) -> {layer: (R,T,D)} float32
-    """model.z_cat_at, with products in bfloat16 where that is faster; the residual stream stays float32."""
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=fast_bfloat16(tokens.device)):
-        return {layer: z.float() for layer, z in model.z_cat_at(tokens, layers).items()}
 
 
 # ---- start, stop, go on ----
@@ -678,19 +673,14 @@ def measure(config, model, tokenizer, held_out, folder):
 
 def table(metrics):
     """The metrics of all layers, a line each."""
-    def recovered(m, kind):
-        if m[f"ce_recovered_{kind}"] is None:
-            return "n/a".rjust(20)
-        low, high = m[f"ce_recovered_{kind}_ci"]
-        return f"{m[f'ce_recovered_{kind}']:.1%} [{low:.1%}, {high:.1%}]".rjust(20)
-
+    recovered = lambda m, kind: with_interval(m[f"ce_recovered_{kind}"], m[f"ce_recovered_{kind}_ci"], ".1%")
     lines = ["cross-entropy in nats per token, clean and with z_cat replaced; [95% interval]",
              "layer    L0   clean     SAE    zero    mean   recovered over zero   recovered over mean   "
              "variance   dead"]
     for layer, m in metrics.items():
         lines.append(f"{layer:5d} {m['l0']:5.1f} {m['ce_clean']:7.3f} {m['ce_sae']:7.3f} {m['ce_zero']:7.3f} "
-                     f"{m['ce_mean']:7.3f}  {recovered(m, 'zero')}"
-                     f"  {recovered(m, 'mean')}  {m['explained_variance']:9.1%} "
+                     f"{m['ce_mean']:7.3f}  {recovered(m, 'zero'):>20}"
+                     f"  {recovered(m, 'mean'):>20}  {m['explained_variance']:9.1%} "
                      + (f"{m['dead_fraction']:6.1%}" if "dead_fraction" in m else "   n/a"))
     return "\n".join(lines)
 

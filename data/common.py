@@ -1,5 +1,5 @@
 """What every program here shares: flags from a dataclass, one-sentence errors, atomic writes, a progress
-line, bootstrap intervals."""
+line, Ctrl-C between two steps, device and number type, intervals."""
 
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -137,8 +138,9 @@ def atomic(path, way_out="choose another --out"):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {way_out}.") from error
+    except (OSError, SafetensorError) as error:     # safetensors has its own for a disk that is full
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {why}; {way_out}.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -194,11 +196,15 @@ class Progress:
     def __init__(self, total, unit="tokens", every=None):
         self.total, self.unit, self.start, self.first, self.shown = total, unit, time.monotonic(), None, 0.0
         self.every = every if every is not None else (0.5 if sys.stdout.isatty() else 10.0)
+        self.ended = False
 
     def __call__(self, done, text="", last=False):
         """Show `done` of `total`, its rate, the time left and `text`; silent if the last line is younger than
-        `every` seconds."""
-        now = time.monotonic()
+        `every` seconds. The line ends where all is done, or where `last` says so."""
+        now, last = time.monotonic(), last or done >= self.total
+        if self.ended:
+            return
+        self.ended = last
         if self.first is None:
             self.first = done                           # a resumed run starts with work already done
         if now - self.shown < self.every and not last:
@@ -288,6 +294,11 @@ def mean_of(values, rows=None, samples=1000):                           # (n,...
     counts = np.bincount(group)
     mean = lambda i: sums[i].sum(0) / counts[i].sum()
     return values.mean(0).tolist(), bootstrap(mean, len(sums), samples)
+
+
+def with_interval(value, bounds, form=".3f"):
+    """"0.812 [0.790, 0.831]", and "n/a" where there is no value."""
+    return "n/a" if value is None else "{:{f}} [{:{f}}, {:{f}}]".format(value, *bounds, f=form)
 
 
 def wilson(k, n):

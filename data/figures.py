@@ -283,20 +283,20 @@ def plot_families(axes, families, contexts, path):
     save(fig, path)
 
 
-def plot_census(census, tops, similarities, many, path):
-    """Roles of every head, by how many of its features are looked at; lines from the lowest to the highest
-    threshold of similarity."""
+def plot_census(census, choices, similarities, many, path):
+    """Roles of every head, by which of its features are looked at ({name: how many}); lines from the lowest
+    to the highest threshold of similarity."""
     fig, ax = figure(max(6.0, 0.42 * len(census) + 3), 3.8)
-    for i, (n, colour) in enumerate(zip(tops, COLOURS)):
-        side = (i - (len(tops) - 1) / 2) * 0.24
+    for i, ((name, n), colour) in enumerate(zip(choices.items(), COLOURS)):
+        side = (i - (len(choices) - 1) / 2) * 0.2
         for at, one in enumerate(census):
-            values = [one["roles"][n][a] for a in similarities]
+            values = [one["roles"][name][a] for a in similarities]
             if None in values:
                 continue
             low, middle, high = (min(value, 2 * n) for value in values)     # no shared pair: at the top
             ax.vlines(at + side, low, high, color=colour, linewidth=1.2)
             ax.plot(at + side, middle, "o", color=colour, markersize=4,
-                    label=f"top {n} features" if at == 0 else None)
+                    label=name if at == 0 else None)
     ax.axhline(many, color="black", linewidth=0.7, linestyle=":")
     ax.set_xticks(range(len(census)), [one["name"] for one in census], rotation=60, fontsize=8)
     ax.set(yscale="log", ylabel="number of roles",

@@ -47,6 +47,10 @@ COMMANDS = {
     "measure": "attribution.py --measure --saes data/tiny",
     "induction": "induction.py --saes data/tiny",
     "ioi": "ioi.py --saes data/tiny",
+    "features": "features.py --saes data/tiny",
+    "one-layer": "features.py --saes data/tiny --layers 2 --n-tokens 1e6 --out out/one-layer",
+    "calibrate": "tests/calibrate.py",
+    "spaces": "-m data.spaces",
     "kills": "tests/test_kill.py 20",
     "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise "
                  "--lr 1.2e-3 --batch-size 4096 --n-tokens 163840 --n-eval-rows 8",

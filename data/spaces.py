@@ -3,9 +3,10 @@ told apart, and assumes that they do.)
 
     python -m data.spaces
 
-For every layer three SAEs see the same batches: one on z_cat, one on z_cat @ W_O, and another on z_cat from
+For every layer four SAEs see the same batches: one on z_cat, one on z_cat @ W_O, and another of each from
 other initial weights, since two SAEs of the same activations differ too. On held-out text a feature's match
-in another SAE is the feature whose activation correlates most with its own.
+in another SAE is the feature whose activation correlates most with its own. The settings are the same for
+all; L0 and the number of features that are alive are what comes of them, and stand beside the result.
 
 Shapes: B batch, N held-out activations, D = H*d_head, d_sae.
 """
@@ -23,6 +24,8 @@ from data.common import (Progress, UserError, check_writable, field, mean_of, pa
                          run_folder, write_json)
 
 MATCHED, MIN_PLACES = 0.7, 20       # a match correlates so much; a feature is compared if active at so many
+Z, OUT, Z2, OUT2 = SPACES = "z_cat", "z_cat @ W_O", "z_cat, other start", "z_cat @ W_O, other start"
+PAIRS = (Z, OUT), (Z, Z2), (OUT, Z), (OUT, OUT2)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ def started(z, config, key):                            # (N,d_in) -> train.Lear
     return learner
 
 
+def read_by(name, z, W_O):                              # (N,D), (D,d_model) -> (N,d_in)
+    """What the SAE of this name reads."""
+    return z @ W_O if name in (OUT, OUT2) else z
+
+
 def best_matches(f, g, chunk=512):                      # (N,m), (N,n) -> (m,), (m,)
     """For every column of f the column of g that correlates most with it, and the correlation."""
     unit = lambda x: torch.nn.functional.normalize(x - x.mean(0), dim=0)
@@ -58,12 +66,11 @@ def best_matches(f, g, chunk=512):                      # (N,m), (N,n) -> (m,), 
 def compare(saes, z, W_O):                              # {name: SAE}, (N,D), (D,d_model) -> {pair: {...}}
     """Every SAE's features against their matches in another's: mean correlation, share of matches, mean
     cosine of the directions written to the residual stream; with 95% intervals over features."""
-    read = {name: z @ W_O if name == "z_cat @ W_O" else z for name in saes}
-    f = {name: sae.encode(read[name]) for name, sae in saes.items()}
+    f = {name: sae.encode(read_by(name, z, W_O)) for name, sae in saes.items()}
     usual = {name: ((one > 0).sum(0) >= MIN_PLACES).nonzero()[:, 0] for name, one in f.items()}
-    written = {name: sae.W_dec if name == "z_cat @ W_O" else sae.W_dec @ W_O for name, sae in saes.items()}
+    written = {name: sae.W_dec if name in (OUT, OUT2) else sae.W_dec @ W_O for name, sae in saes.items()}
     results = {}
-    for a, b in (("z_cat", "z_cat @ W_O"), ("z_cat @ W_O", "z_cat"), ("z_cat", "z_cat, other start")):
+    for a, b in PAIRS:
         match, correlation = best_matches(f[a][:, usual[a]], f[b][:, usual[b]])
         cosine = torch.cosine_similarity(written[a][usual[a]], written[b][usual[b]][match])
         values = torch.stack([correlation, (correlation >= MATCHED).float(), cosine], 1).cpu().numpy()
@@ -93,32 +100,30 @@ def main():
     held_out = next(data.rows(own.corpus, tokenizer, "held-out", config.n_ctx, own.n_eval_rows)).to(device)
     source = train.Source(model, tokenizer, config, layers, device)
     W_O = {layer: model.head_matrices(layer).W_O.flatten(0, 1) for layer in layers}
-    spaces = {"z_cat": lambda z, layer: z, "z_cat @ W_O": lambda z, layer: z @ W_O[layer],
-              "z_cat, other start": lambda z, layer: z}
     source.fill(next(source._blocks(0)), 0)
-    learners = {(layer, name): started(space(source.z[layer][:source.n_filled], layer), config,
+    learners = {(layer, name): started(read_by(name, source.z[layer][:source.n_filled], W_O[layer]), config,
                                        f"{layer} {name}")
-                for layer in layers for name, space in spaces.items()}
+                for layer in layers for name in SPACES}
     progress = Progress(own.n_tokens, "tokens")
     with common.keep_freed_memory():
         for step, batches in enumerate(source.batches(0)):
             for (layer, name), learner in learners.items():
-                train.learn(learner, spaces[name](batches[layer], layer), step, config, layer)
+                train.learn(learner, read_by(name, batches[layer], W_O[layer]), step, config, layer)
             progress((step + 1) * config.batch_size)
     progress(own.n_tokens // config.batch_size * config.batch_size, last=True)
     results = {}
     print(f"\na match correlates by {MATCHED} or more; [95% interval over features]\n"
-          f"{'layer  features of ... in ...':39}{'number':>7} {'L0':>5}   {'mean correlation':22}  "
+          f"{'layer  features of ... in ...':46}{'number':>7} {'L0':>5}   {'mean correlation':22}  "
           f"{'matched':20}  cosine")
     for layer in layers:
-        mine = {name: learners[layer, name] for name in spaces}
+        mine = {name: learners[layer, name] for name in SPACES}
         saes = {name: one.sae.rescale(one.scale).requires_grad_(False) for name, one in mine.items()}
         z = torch.cat([model.z_cat_at(part, [layer])[layer][:, 1:].flatten(0, 1)
                        for part in held_out.split(32)])
         results[f"L{layer}"] = compare(saes, z, W_O[layer])
         for pair, r in results[f"L{layer}"].items():
             shown = lambda name, form: "{:{f}} [{:{f}}, {:{f}}]".format(r[name], *r[name + "_ci"], f=form)
-            print(f"{layer:5d}  {pair:32}{r['n_features']:7d} {r['l0']:5.1f}   "
+            print(f"{layer:5d}  {pair:39}{r['n_features']:7d} {r['l0']:5.1f}   "
                   f"{shown('correlation', '.3f'):22}  {shown('matched', '.1%'):20}  {shown('cosine', '.3f')}")
     write_json(folder / "spaces.json", {"matched": MATCHED, "n_tokens": own.n_tokens, "layers": results})
     print(f"\nwritten to {folder}/spaces.json")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import features as F  # noqa: E402
 import wired as W  # noqa: E402
-from data.common import Progress, wilson  # noqa: E402
+from data.common import Progress, wilson, with_interval  # noqa: E402
 
 LEAST = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8]       # similarities tried
 
@@ -31,8 +31,8 @@ LEAST = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8]       
 class Head(NamedTuple):
     """One hand-wired head."""
     n_jobs: int
-    true: dict              # {n: number of roles among its top n features, by the jobs wired}
-    found: dict             # {n: {similarity: the number found}}
+    true: dict              # {choice: number of roles among its features of that choice, by the jobs wired}
+    found: dict             # {choice: {similarity: the number found}}
 
 
 def census_of_wired(seed):
@@ -50,9 +50,13 @@ def census_of_wired(seed):
     census = F.head_census(model, sae, 1, collected[1], reads, tokens, classes, family, LEAST)
     heads = []
     for jobs, one in zip(jobs_of, census):
-        truth = [true_job(jobs, one["head"], i, collected[1], reads, tokens) for i in one["features"]]
-        groups = lambda n: [[i for i in range(n) if truth[i] == job] for job in set(truth[:n])]
-        heads.append(Head(len(jobs), {n: F.number_of_roles(groups(n)) for n in F.TOPS}, one["roles"]))
+        chosen = {f"top {n}": one["features"][:n] for n in F.TOPS} | {F.CHOICES[-1]: one["drawn"]["features"]}
+        true = {}
+        for choice, features in chosen.items():
+            truth = [true_job(jobs, one["head"], i, collected[1], reads, tokens) for i in features]
+            groups = [[i for i, its in enumerate(truth) if its == job] for job in set(truth)]
+            true[choice] = F.number_of_roles(groups)
+        heads.append(Head(len(jobs), true, one["roles"]))
     return heads
 
 
@@ -65,15 +69,16 @@ def true_job(jobs, h, feature, kept, reads, tokens):
     return next((i for i, (_, kinds) in enumerate(jobs) if int(by_kind.argmax()) in kinds), -1)
 
 
-def wrong(heads, n, least):                             # -> (one role called many, many called one)
+def wrong(heads, choice, least):                        # -> (one role called many, many called one)
     """Numbers of heads on the wrong side, of each kind."""
-    called = [(one.true[n] > F.MANY, one.found[n][least] > F.MANY) for one in heads]
+    called = [(one.true[choice] > F.MANY, one.found[choice][least] > F.MANY) for one in heads]
     return sum(got and not true for true, got in called), sum(true and not got for true, got in called)
 
 
-def distance(heads, n, least):
-    """Median factor between the number of roles found and the true one."""
-    return 2 ** float(np.median([abs(math.log2(min(one.found[n][least], n) / min(one.true[n], n)))
+def distance(heads, choice, least):
+    """Median factor between the number of roles found and the true one; where no two share a role, a hundred
+    stands for infinitely many."""
+    return 2 ** float(np.median([abs(math.log2(min(one.found[choice][least], 100) / min(one.true[choice], 100)))
                                  for one in heads]))
 
 
@@ -82,34 +87,34 @@ def main():
     progress, halves = Progress(n_models, "models"), ([], [])
     for seed in range(n_models):
         halves[seed % 2].extend(census_of_wired(seed))
-        progress(seed + 1, last=seed == n_models - 1)
+        progress(seed + 1)
     chosen_on, judged_on = halves
-    n = F.TOPS[1]
-    print(f"\n{len(chosen_on)} heads to choose on, their top {n} features\n"
+    choice = F.CHOICES[1]
+    print(f"\n{len(chosen_on)} heads to choose on, their {choice} features\n"
           f"similarity   wrong   median factor")
-    n_wrong = [sum(wrong(chosen_on, n, least)) for least in LEAST]
+    n_wrong = [sum(wrong(chosen_on, choice, least)) for least in LEAST]
     fewest = [least for least, number in zip(LEAST, n_wrong) if number == min(n_wrong)]
     best = fewest[(len(fewest) - 1) // 2]
     for least, number in zip(LEAST, n_wrong):
-        print(f"{least:10.2f} {number:7d} {distance(chosen_on, n, least):12.2f}")
-    print(f"chosen: {best}, in the middle of those with the fewest\n\non the other {len(judged_on)} heads\n"
-          "features  similarity   one role called many   "
+        print(f"{least:10.2f} {number:7d} {distance(chosen_on, choice, least):12.2f}")
+    print(f"chosen: {best}, in the middle of those with the fewest\n\non the other {len(judged_on)} heads; "
+          "intervals as if the heads of one model were independent\n"
+          "features   similarity   one role called many   "
           "many called one       wrong [95% interval]   median factor")
-    for n in F.TOPS:
+    for choice in F.CHOICES:
         for least in LEAST:
-            one, many = wrong(judged_on, n, least)
-            n_one = sum(head.true[n] <= F.MANY for head in judged_on)
-            low, high = wilson(one + many, len(judged_on))
-            print(f"{n:8d} {least:11.2f} {one:16d} of {n_one:2d} {many:14d} of {len(judged_on) - n_one:2d} "
-                  f"{(one + many) / len(judged_on):14.1%} [{low:.1%}, {high:.1%}] "
-                  f"{distance(judged_on, n, least):10.2f}")
-    print("\nheads with several jobs whose top features are nearly all of one job, so that no judgement of "
-          "these features could tell:")
-    for n in F.TOPS:
+            one, many = wrong(judged_on, choice, least)
+            n_one = sum(head.true[choice] <= F.MANY for head in judged_on)
+            share = with_interval((one + many) / len(judged_on), wilson(one + many, len(judged_on)), ".1%")
+            print(f"{choice:9} {least:11.2f} {one:16d} of {n_one:2d} {many:14d} of {len(judged_on) - n_one:2d} "
+                  f"{share:>26} {distance(judged_on, choice, least):10.2f}")
+    print("\nheads with several jobs whose features of a choice are nearly all of one job, so that no judgement of "
+          "these could tell:")
+    for choice in F.CHOICES:
         several = [one for one in chosen_on + judged_on if one.n_jobs > 1]
-        hidden = sum(one.true[n] <= F.MANY for one in several)
-        low, high = wilson(hidden, len(several))
-        print(f"top {n}: {hidden} of {len(several)}, {hidden / len(several):.1%} [{low:.1%}, {high:.1%}]")
+        hidden = sum(one.true[choice] <= F.MANY for one in several)
+        share = with_interval(hidden / len(several), wilson(hidden, len(several)), ".1%")
+        print(f"{choice}: {hidden} of {len(several)}, {share}")
 
 
 if __name__ == "__main__":

@@ -321,13 +321,38 @@ def test_the_census_names_the_jobs(wired):
     model, sae, tokens, classes, kept, reads = wired
     family = torch.zeros(sae.d_sae, dtype=torch.int64)
     census = F.head_census(model, sae, 1, kept, reads, tokens, classes, family)
-    one = [head["roles"][25][F.ALIKE[1]] for head in census]
-    assert one[0] < F.MANY and one[2] < F.MANY, "heads with one job are monosemantic"
-    assert one[3] > F.MANY, "two sets that share no token are two roles"
-    relations = np.array([head["relations"] for head in census])
-    assert relations[0].argmax() == F.RELATIONS.index("a token after a copy") and relations[2, 0] > 0.9
-    assert "read a token after a copy" in F.in_words(census[0], lambda ids: str(ids))
-    assert sum(census[1]["families"].values()) == 25 and len(census[1]["features"]) == 50
+    for choice, key in (("top 25", "top"), ("50 drawn", "drawn")):
+        one = [head["roles"][choice][F.ALIKE[1]] for head in census]
+        assert one[0] < F.MANY and one[2] < F.MANY, f"{choice}: heads with one job are monosemantic"
+        assert one[3] > F.MANY, f"{choice}: two sets that share no token are two roles"
+        relations = np.array([head[key]["relations"] for head in census])
+        assert relations[0].argmax() == F.RELATIONS.index("a token after a copy") and relations[2, 0] > 0.9
+        assert "read a token after a copy" in F.in_words(census[0][key], lambda ids: str(ids))
+    assert sum(census[1]["top"]["families"].values()) == 25 and len(census[1]["features"]) == 50
+
+
+def test_features_of_the_census_are_drawn_by_what_the_head_gathers(wired):
+    """A feature that a head gathers nothing for is never drawn, and those drawn have most of what it does."""
+    model, sae, tokens, classes, kept, reads = wired
+    family = torch.zeros(sae.d_sae, dtype=torch.int64)
+    census = F.head_census(model, sae, 1, kept, reads, tokens, classes, family)
+    for one in census:
+        mass = np.zeros(sae.d_sae)
+        for place in range(len(kept.weight)):
+            value = max(float(reads.head_value[place, one["head"]]), 0.0)
+            mass[kept.sample.feature[place]] += float(kept.weight[place] / kept.sample.f[place]) * value
+        drawn = one["drawn"]["features"]
+        assert len(set(drawn)) == F.N_DRAWN and (mass[drawn] > 0).all()
+        assert mass[drawn].sum() > 2 * np.sort(mass)[::-1][F.N_DRAWN:].sum() / len(mass) * F.N_DRAWN
+
+
+def test_a_census_of_an_sae_that_is_all_but_dead_is_empty(wired):
+    model, sae, tokens, classes, kept, reads = wired
+    rare = kept._replace(n=kept.n.clamp_max(1))
+    census = F.head_census(model, sae, 1, rare, reads, tokens, classes, torch.zeros(sae.d_sae, dtype=torch.int64))
+    assert all(one["features"] == one["drawn"]["features"] == [] for one in census)
+    assert all(count is None for one in census for by in one["roles"].values() for count in by.values())
+    json.dumps(census, allow_nan=False)
 
 
 def test_similarity_and_roles_by_hand():
@@ -342,7 +367,7 @@ def test_similarity_and_roles_by_hand():
     assert sorted(map(sorted, F.roles(alike, 0.5))) == [[0, 1], [2, 3], [4]]
     assert F.number_of_roles([[0, 1], [2, 3], [4]]) == 5
     assert F.number_of_roles([[0], [1], [2]]) == math.inf
-    assert F.in_number(math.inf, 3) == "> 3" and F.in_number(None, 3) == "n/a"
+    assert F.in_number(math.inf, "top 3") == "> 3" and F.in_number(None, "top 3") == "n/a"
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -378,7 +403,7 @@ def test_gemma_goes_through_all_of_it(tmp_path):
         families = F.Families(*F.induction_shares(kept[layer], looked[layer][0], tokens, rows), context[layer])
         family = F.family_of(families, kept[layer].n)
         census = F.head_census(model, sae, layer, kept[layer], looked[layer][0], tokens, rows, family)
-        assert len(census) == 4 and all(one["roles"][10][F.ALIKE[1]] >= 1 for one in census)
+        assert len(census) == 4 and all(one["roles"]["top 10"][F.ALIKE[1]] >= 1 for one in census)
 
 
 # ---- the program ----

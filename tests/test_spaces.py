@@ -30,15 +30,19 @@ def test_an_sae_seen_through_an_orthogonal_map_has_the_same_features():
     mapped, unlike = S.SAE(16, 40).requires_grad_(False), S.SAE(16, 40, generator=g).requires_grad_(False)
     mapped.W_enc.copy_(W_O.T @ one.W_enc), mapped.W_dec.copy_(one.W_dec @ W_O), mapped.b_enc.copy_(one.b_enc)
     z = torch.randn(3000, 16, generator=g)
-    found = spaces.compare({"z_cat": one, "z_cat @ W_O": mapped, "z_cat, other start": unlike}, z, W_O)
+    four = {"z_cat": one, "z_cat @ W_O": mapped, "z_cat, other start": unlike, "z_cat @ W_O, other start": unlike}
+    found = spaces.compare(four, z, W_O)
     for pair in ("z_cat in z_cat @ W_O", "z_cat @ W_O in z_cat"):
-        assert found[pair]["matched"] == 1 and found[pair]["cosine"] > 0.999 and found[pair]["n_features"] == 40
-    assert found["z_cat in z_cat, other start"]["matched"] < 0.5
+        same = found[pair]
+        assert same["matched"] == 1 and same["cosine"] > 0.999 and same["n_features"] == 40
+    for pair in ("z_cat in z_cat, other start", "z_cat @ W_O in z_cat @ W_O, other start"):
+        assert found[pair]["matched"] < 0.5
 
 
 def test_the_program_writes_its_table(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "data.spaces", "--layers", "1", "--d-sae", "64", "--n-tokens", "4096",
-                           "--n-eval-rows", "8", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    small = ["--layers", "1", "--d-sae", "64", "--n-tokens", "4096", "--n-eval-rows", "8"]
+    done = subprocess.run([sys.executable, "-m", "data.spaces", *small, "--out", tmp_path], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "z_cat @ W_O in z_cat" in done.stdout
     assert list(json.loads((tmp_path / "tiny" / "spaces.json").read_text())["layers"]) == ["L1"]

@@ -101,7 +101,7 @@ def test_every_activation_of_a_block_is_used_once_and_bos_never(tiny):
     source = T.Source(tiny, data.tokenizer("tiny"), config, (0,), torch.device("cpu"))
     got = torch.cat([b[0] for b in source.batches(0)])
     rows = next(data.rows("python", data.tokenizer("tiny"), "train", 128, source.n_rows, 0))
-    expected = torch.cat([T.z_cat(tiny, part, [0])[0][:, 1:].flatten(0, 1) for part in rows.split(64)])
+    expected = torch.cat([tiny.z_cat_fast(part, [0])[0][:, 1:].flatten(0, 1) for part in rows.split(64)])
     assert len(got) == len(expected)
     direction = torch.randn(256, generator=torch.Generator().manual_seed(0)).double()
     order = lambda z: z[(z.double() @ direction).argsort()]
@@ -175,7 +175,7 @@ def test_a_perfect_sae_recovers_everything_and_the_mean_nothing(tiny):
     eye = torch.cat([torch.eye(256), -torch.eye(256)])
     perfect.W_dec.copy_(eye)
     perfect.W_enc.copy_(eye.T)
-    means = {0: T.z_cat(tiny, rows, [0])[0][:, 1:].mean((0, 1))}
+    means = {0: tiny.z_cat_fast(rows, [0])[0][:, 1:].mean((0, 1))}
     lazy.b_enc.fill_(-1e6)
     lazy.b_dec.copy_(means[0])
     result = T.evaluate(tiny, {0: perfect}, rows, means)[0]
@@ -249,15 +249,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_training_curves_of_the_sparse_and_the_dense_step_overlay(tmp_path, monkeypatch):
-    """The same run by one step throughout; both count what resampling needs."""
-    curves = []
+    """The same run by one step throughout; both count what resampling needs. Nothing is resampled: a draw
+    turns the last bit of an error into another feature."""
+    curves, dead = [], []
     for step in (T.sparse_step, T.dense_step):
         monkeypatch.setattr(T, "step_of", lambda learner, z: step)
-        run_short(tmp_path / step.__name__)
+        run_short(tmp_path / step.__name__, resample_times=0)
         log = T.read_log(tmp_path / step.__name__ / "tiny" / "log.jsonl")
         curves.append([line[layer]["mse"] + 0.2 * line[layer]["sparsity"] for line in log
                        for layer in ("L0", "L2")])
+        dead.append([line[layer]["dead"] for line in log for layer in ("L0", "L2")])
     assert len(curves[0]) == 2 * 46 and curves[0] == pytest.approx(curves[1], rel=2e-3)
+    assert dead[0] == pytest.approx(dead[1], abs=0.02)
 
 
 def test_a_checkpoint_of_a_step_after_the_end_is_damaged(tmp_path):
@@ -300,6 +303,31 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert (tmp_path / "tiny" / "checkpoint.safetensors").is_file()
 
 
+def test_a_run_stopped_while_it_is_measured_trains_nothing_again(finished, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(T, "evaluate", stopped)
+        run_short(tmp_path)
+    monkeypatch.setattr(T, "learn", stopped)
+    run_short(tmp_path, resume=True)
+    for layer in (0, 2):
+        file = f"L{layer}/sae.safetensors"
+        assert (tmp_path / "tiny" / file).read_bytes() == (finished[0] / file).read_bytes()
+
+
+def test_a_disk_that_is_full_is_one_sentence(tmp_path):
+    pytest.importorskip("resource")
+    code = ("import resource, signal, sys, sae\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+            "from data.common import run\n"
+            "run(lambda: sae.SAE(32, 64).save(sys.argv[1] + '/sae.safetensors'))")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot write" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir()), "a part of a file was left behind"
+
+
 # ---- bad input ----
 
 
@@ -310,6 +338,12 @@ def test_a_text_that_ends_stops_the_run_with_a_checkpoint(tmp_path):
         run_short(tmp_path, corpus=str(tmp_path / "book.txt"), n_tokens=1_000_000)
     enough = int(str(e.value).split("--n-tokens ")[1].split()[0])
     assert 20_000 < enough < 100_000
+    assert (tmp_path / "tiny" / "checkpoint.safetensors").is_file()
+    with open(tmp_path / "book.txt", "a") as book:
+        book.writelines(f"Later on, line {i} tells of {i % 13} more owls and of {i % 7} mice.\n" for i in range(4000))
+    with pytest.raises(UserError, match="ended after") as later:
+        run_short(tmp_path, corpus=str(tmp_path / "book.txt"), n_tokens=1_000_000, resume=True)
+    assert int(str(later.value).split("--n-tokens ")[1].split()[0]) > enough
     metrics = run_short(tmp_path / "again", corpus=str(tmp_path / "book.txt"), n_tokens=enough)
     assert metrics[0]["n_train_tokens"] == enough, "the number that the message advises does not work"
 
@@ -383,7 +417,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_named(tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--model", "nowhere"], ["--model nowhere"]),
-    (["--layers", "0,9"], ["--layers 9", "out of range"]),
+    (["--layers", "0,9"], ["layer 9", "out of range"]),
     (["--layers", "0,1", "--l1", "1,2,3"], ["--l1", "3 values for 2 layers"]),
     (["--n-ctx", "129"], ["--n-ctx 129"]),
     (["--n-tokens", "10"], ["--n-tokens 10"]),
