@@ -42,7 +42,7 @@ from sae import ablate, check_feature
 # ---- one layer: heads and sources ----
 
 
-def head_weights(W_dec, n_heads):                                       # (d_sae,D) -> (d_sae,H)
+def head_weights(W_dec, n_heads):                                       # (...,D) -> (...,H)
     """Weight-based head attribution: the norm of a decoder row's slice at each head, over the sum of these
     norms; a row of zeros stays 0."""
     norms = W_dec.unflatten(-1, (n_heads, -1)).norm(dim=-1)
@@ -87,6 +87,14 @@ def head_logits(z_cat, matrices, direction, scale=1.0):                 # (...,D
     """
     z = z_cat.unflatten(-1, matrices.b_V.shape)                                               # (...,H,d_head)
     return torch.einsum("...hd,hdm,...m->...h", z, matrices.W_O, direction / scale)
+
+
+@torch.no_grad()
+def token_effects(model, layer, sae, features):                         # int or (m,) -> (...,d_vocab)
+    """W_dec[i] @ W_O @ W_U: what a feature adds to every token's logit per unit of activation, less the mean
+    over all tokens, the final norm's scale being 1."""
+    directions = model.logit_directions(torch.arange(model.config.d_vocab, device=sae.W_dec.device))
+    return sae.W_dec[features] @ model.head_matrices(layer).W_O.flatten(0, 1) @ directions.T
 
 
 def spearman(a, b):                                                     # (...,n), (...,n) -> (...)
@@ -191,7 +199,7 @@ def children(run, layer, position, feature):
 
     pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (part_n @ W_V[h] . w_i^h)
                + sum_h b_V[h] . w_i^h + b_enc[i] - b_dec . w_i,
-    with part n a row of run.parts, at position k_n, scale the layer's scales["attn_in"] in run.cache, W_V with
+    with part n a row of run.parts at position k_n, scale the layer's scales["attn_in"] in run.cache, W_V with
     the norm's gain and centring in it, and w_i^h the slice of W_enc[:,i] at head h.
     """
     kept, sae, m = run.cache[layer], run.saes[layer], run.matrices[layer]
@@ -347,9 +355,10 @@ def qk(run, layer, head, query, key, against=None):
 def head_agreement(model, saes, rows):                                  # (R,T) -> {layer: dict}
     """Weight-based head attribution against DFA by head, over the features that fire in `rows`.
 
-    DFA by head of a feature is summed over the positions where it fires (z_h . w^h less the constant, which is
-    DFA of `varying` values summed over sources). rank: mean over features of Spearman's correlation over heads; top1: how often both name the
-    same head; with 95% bootstrap intervals over features; None where there is nothing to compare.
+    DFA by head of a feature is summed over the positions where it fires: z_h . w^h less the constant, which
+    is DFA of `varying` values summed over sources. rank: mean over features of Spearman's correlation over
+    heads; top1: how often both name the same head; with 95% bootstrap intervals over features; None where
+    there is nothing to compare.
     """
     tables = {}
     for layer, sae in saes.items():
@@ -375,9 +384,9 @@ def head_agreement(model, saes, rows):                                  # (R,T) 
 
 @torch.no_grad()
 def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10, seed=0):
-    """One step of recursive DFA against removal, nothing frozen: for features of the last layer that has an SAE at
-    positions drawn at random, the n_strong earlier features of largest direct attribution and n_random others
-    are removed one at a time, each where it fired, and the model run anew.
+    """One step of recursive DFA against removal, nothing frozen: for features of the last layer that has an
+    SAE at positions drawn at random, the n_strong earlier features of largest direct attribution and n_random
+    others are removed one at a time, each where it fired, and the model run anew.
 
     Returns {"rank": mean over roots of Spearman's correlation of attribution (summed over heads) with the
     fall of the pre-activation, "sign": how often their signs agree among the strong ones, "slope": fall per
@@ -548,9 +557,9 @@ def outline(run, texts, node, whole, indent="  "):
     """The tree as indented lines; each number is a share of the root."""
     lines = []
     for child in node.children:
-        via = f" through head {node.layer}.{child.head}"
-        if child.position < 0:
-            via = f": the values of head {node.layer}.{child.head}" if child.head >= 0 else ": the feature's bias"
+        head, via = f"head {node.layer}.{child.head}", ": the feature's bias"
+        if child.head >= 0:
+            via = f" through {head}" if child.position >= 0 else f": the values of {head}"
         name = name_part(child.kind, child.layer, child.feature, child.position, texts)
         lines.append(f"{indent}{child.value / whole:+7.1%}  {name}{via}")
         lines += outline(run, texts, child, whole, indent + "    ")
@@ -629,8 +638,8 @@ def measure(config, model, tokenizer, saes, folder):
         print("\nattribution against removal takes SAEs on two layers or more")
         return
     removal = ablation_agreement(model, saes, rows, seed=config.seed)
-    print(f"\none step of recursive DFA against removal, nothing frozen: {removal['n_removed']} removals below "
-          f"{removal['n_roots']} features of layer {removal['layer']}")
+    print(f"\none step of recursive DFA against removal, nothing frozen: {removal['n_removed']} removals "
+          f"below {removal['n_roots']} features of layer {removal['layer']}")
     print(f"Spearman {shown(removal, 'rank', '.3f')}; same sign, strongest ten "
           f"{shown(removal, 'sign', '.1%')}; fall per unit attributed {shown(removal, 'slope', '.2f')}")
     write_json(folder / "agreement.json", found | {"removal": removal})

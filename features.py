@@ -33,13 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from attribution import dfa_at, head_weights, varying
+from attribution import dfa_at, head_weights, token_effects, varying
 from data import common, pages
 from data.common import Progress, UserError, field, parse_flags, write_json
 from data.figures import plot_census, plot_families
 from data.keep import Collector, rank_in_group
 from data.study import StudyConfig, begin, reported
-from data.text import fuzzy
+from data.text import fuzzy, in_text
 from sae import active, active_entries
 
 BEFORE, AFTER, N_SOURCES = 10, 5, 8     # tokens shown around a place; sources kept of each
@@ -238,12 +238,11 @@ def context_shares(model, saes, tokens, per_row=12, replaced_per_row=4, seed=0, 
         few = torch.arange(len(row)) % per_row < replaced_per_row
         other = tokens[torch.randint(len(tokens), (int(few.sum()),), generator=random)].long()
         replaced = torch.where((t > 0) & (t < c[few]), other, part[row[few]])               # (m,T)
-        whole, cut, replaced = ({layer: z.cpu() for layer, z in model.z_cat_fast(rows.to(device), saes).items()}
-                                for rows in (part, cut, replaced))
+        whole, cut, replaced = (model.z_cat_fast(rows.to(device), saes) for rows in (part, cut, replaced))
         for layer, sae in saes.items():
-            before = whole[layer][row[:, None], c + n - 1]                                  # (m,n,D)
-            after = replaced[layer].gather(1, (c[few] + n - 1)[..., None].expand(-1, -1, before.shape[2]))
-            sums[layer][:3] += kept_of(sae, before, cut[layer][:, n])
+            before = whole[layer].cpu()[row[:, None], c + n - 1]                            # (m,n,D)
+            after = replaced[layer].cpu()[torch.arange(len(replaced[layer]))[:, None], c[few] + n - 1]
+            sums[layer][:3] += kept_of(sae, before, cut[layer].cpu()[:, n])
             sums[layer][3:] += kept_of(sae, before[few], after)[:2]
         say(min(first + 32, len(tokens)))
     return {layer: Context(one[0] / one[1], one[3] / one[4], one[2]) for layer, one in sums.items()}
@@ -455,15 +454,11 @@ def typical(entries, source, tokens, features, n=3):    # -> {"at": token ids, "
 # ---- in numbers and words ----
 
 
-@torch.no_grad()
 def logit_effects(model, sae, layer, features, n=20):   # (m,) -> [[id, effect], ...] raised, and lowered
-    """The tokens whose logits W_dec[i] @ W_O @ W_U raises and lowers most, less the mean over all tokens, the
-    final norm's scale being 1; for each feature."""
-    W_O = model.head_matrices(layer).W_O.flatten(0, 1)
-    directions = model.logit_directions(torch.arange(model.config.d_vocab, device=W_O.device))
+    """The tokens that each feature raises and lowers most; see attribution.token_effects."""
     found = [], []
-    for some in features.to(W_O.device).split(256):
-        effects = sae.W_dec[some] @ W_O @ directions.T                                              # (m,V)
+    for some in features.to(sae.W_dec.device).split(256):
+        effects = token_effects(model, layer, sae, some)                                            # (m,V)
         for sign, lists in zip((1, -1), found):
             values, ids = (sign * effects).topk(min(n, effects.shape[1]))
             lists += [[[i, round(sign * x, 3)] for i, x in zip(*pair)]
@@ -604,9 +599,10 @@ def main():
 def report_families(families, family, collected, folder):
     """Counts by layer, as defined and in its variants; the figure of the two axes."""
     counts = {layer: count_families(families[layer], collected[layer].n) for layer in families}
-    print("\nfeatures by family; replaced: what stood before is replaced by other text, not cut off; share and "
-          "times:\ninduction's thresholds; least: the activation kept; one X: induction features that read one "
-          "token half of the time\nlayer  variant      " + "".join(f"{name:>15}" for name in FAMILIES) + "  one X")
+    print("\nfeatures by family; replaced: what stood before is replaced by other text, not cut off; "
+          "share and times:\ninduction's thresholds; least: the activation kept; one X: induction features "
+          "that read one token half of the time\nlayer  variant      "
+          + "".join(f"{name:>15}" for name in FAMILIES) + "  one X")
     for layer, by_label in counts.items():
         for label, found in by_label.items():
             print(f"{layer:5d}  {label:12} " + "".join(f"{found[name]:15d}" for name in FAMILIES)
@@ -621,8 +617,9 @@ def report_families(families, family, collected, folder):
 def report_heads(model, census, tokenizer, folder):
     """Roles of every head and two lines about it, added to the census as "text"; how many heads are
     polysemantic, and how many are so whatever is looked at."""
-    print(f"\nroles of the features that lie in each head most, and of {N_DRAWN} drawn by what it gathers; in "
-          f"brackets at similarity {ALIKE[0]} and {ALIKE[2]}\nhead " + "".join(f"{name:>22}" for name in CHOICES))
+    print(f"\nroles of the features that lie in each head most, and of {N_DRAWN} drawn by what it gathers; "
+          f"in brackets at similarity {ALIKE[0]} and {ALIKE[2]}\nhead "
+          + "".join(f"{name:>22}" for name in CHOICES))
     for one in census:
         one["text"] = {key: in_words(one[key], tokenizer.decode) for key in ("top", "drawn")}
         shown = ([in_number(one["roles"][name][least], name) for least in ALIKE] for name in CHOICES)
@@ -677,8 +674,9 @@ def index_page(config, n_heads, tokens, records, census, tokenizer):
                     f"tokens keep half of the activation.",
             "census_note": f"Number of roles among the features that lie most in each head, and among "
                            f"{N_DRAWN} drawn by what it gathers: 1 / (probability that two of them share a "
-                           f"role), from similarity {ALIKE[1]} on; in brackets {ALIKE[0]} and {ALIKE[2]}. Below "
-                           f"each other: what the top {TOPS[1]} read through the head, and what those drawn do.",
+                           f"role), from similarity {ALIKE[1]} on; in brackets {ALIKE[0]} and {ALIKE[2]}. "
+                           f"Below each other: what the top {TOPS[1]} read through the head, and what those "
+                           f"drawn do.",
             "families": FAMILIES, "contexts": CONTEXTS, "n_heads": n_heads,
             "chunk": pages.CHUNK, "choices": CHOICES, "features": columns,
             "vocab": [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)],
@@ -696,11 +694,9 @@ def list_sample(config, collected, records, tokens, tokenizer, folder):
               f"{config.seed}")
         for r in (found[i] for i in chosen):
             at = int(torch.searchsorted(kept.top.feature, r["feature"]))
-            row, q = tokens[kept.top.row[at]].tolist(), int(kept.top.q[at])
-            before, here, after = (tokenizer.decode(part).replace("\n", "\\n") for part in
-                                   (row[max(q - 12, 0):q], row[q:q + 1], row[q + 1:q + 4]))
             name = f"{layer}.{r['feature']}"
-            print(f"{name:8} {r['family']:14} {before}\u27e8{here}\u27e9{after}")
+            text = in_text(tokens[kept.top.row[at]], int(kept.top.q[at]), tokenizer)
+            print(f"{name:8} {r['family']:14} {text}")
             lines.append(f"{name},index.html#{name},,")
     with common.atomic(folder / "sample.csv") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf8")

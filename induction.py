@@ -4,7 +4,7 @@
 An induction head at a query looks for the same token earlier in the text, and attends to the one after it:
 
     ... A B C X ...... A B C        prefix length 3: query C attends to key X, since A B C stood before X
-              k            q        L[q,k] = number of tokens up to and including q that equal those before k
+              k            q        L[q,k] = length of the longest run up to q that equals the run before k
 
     heads          induction, previous-token and duplicate-token score of every head
     prefix         one random row, its prefix grown from 0 to 9 tokens with key and query in place: attention
@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from attribution import head_logits
+from attribution import head_logits, token_effects
 from data import common
-from data.common import Progress, UserError, field, interval, mean_of, parse_flags, write_json
+from data.common import Progress, UserError, field, mean_of, parse_flags, with_interval, write_json
 from data.figures import plot_feature, plot_heads, plot_intervention, plot_lengths, plot_prefixes
 from data.keep import Keeper
 from data.study import StudyConfig, begin, reported
-from data.text import fuzzy
+from data.text import fuzzy, in_text
 from sae import ablate, active_entries, check_feature
 
 LENGTHS = range(10)             # prefix lengths of the paired protocol
@@ -48,7 +48,8 @@ SHARE, EXCESS, N_ACTIVE = 0.5, 0.25, 100    # what makes a feature an induction 
 
 
 def prefix_lengths(classes):                                            # (B,T) -> (B,q,k)
-    """L[q,k]: how many tokens up to and including q match those that end before k; 0 for k > q and for k = 0.
+    """L[q,k]: the length of the longest run of tokens that ends at q and matches the run that ends at k-1; 0
+    for k > q and for k = 0.
 
     classes: an integer for each token, equal where tokens match; BOS is -1, which matches nothing.
 
@@ -434,9 +435,7 @@ def downstream(model, sae, layer, feature, X, tokens, d, n_rows=64, seed=0):
     """
     rows = (d.f > 0).any(1).nonzero()[:, 0].cpu()
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_rows]]
-    written = sae.W_dec[feature] @ model.head_matrices(layer).W_O.flatten(0, 1)                   # (d_model,)
-    every_token = torch.arange(model.config.d_vocab, device=tokens.device)
-    effects = model.logit_directions(every_token) @ written                                       # (d_vocab,)
+    effects = token_effects(model, layer, sae, feature)                                           # (d_vocab,)
     direct, change, is_X, owner = [], [], [], []
     for row in rows.split(16):
         part, f = tokens[row], d.f[row]
@@ -462,14 +461,6 @@ def downstream(model, sae, layer, feature, X, tokens, d, n_rows=64, seed=0):
     return result
 
 
-def in_text(tokens, tokenizer, row, q, before=10, after=2):
-    """A position in its text, the token in angle brackets."""
-    ids = tokens[row].tolist()
-    decode = lambda part: tokenizer.decode(part).replace("\n", "\\n")
-    return (decode(ids[max(q - before, 0):q]) + "\u27e8" + decode(ids[q:q + 1]) + "\u27e9"
-            + decode(ids[q + 1:q + 1 + after]))
-
-
 def show_places(d, tokens, tokenizer, n=5, seed=0):                     # -> {kind: list of text}
     """True positives and false positives with the largest activation, and false negatives drawn at random."""
     generator, shown = torch.Generator().manual_seed(seed), {}
@@ -481,7 +472,7 @@ def show_places(d, tokens, tokenizer, n=5, seed=0):                     # -> {ki
     silent = ((d.f == 0) & d.proxy).nonzero()
     drawn = silent[torch.randperm(len(silent), generator=generator)[:n]].tolist()
     shown["silent, X followed earlier"] = [(0.0, row, q) for row, q in drawn]
-    return {kind: [{"f": f, "text": in_text(tokens, tokenizer, row, q + 1)} for f, row, q in places]
+    return {kind: [{"f": f, "text": in_text(tokens[row], q + 1, tokenizer)} for f, row, q in places]
             for kind, places in shown.items()}
 
 
@@ -573,7 +564,7 @@ def study_prefixes(config, model, tokenizer, table, folder):            # -> (sh
     for l, h in dict.fromkeys([short, long, *strong]):
         role = {short: "  short-prefix head", long: "  long-prefix head"}.get((l, h), "")
         print(f"{l}.{h:<3}" + "".join(f"{a:6.2f}" for a in mean[:, l, h])
-              + f"   {rise[l][h]:+.2f} [{rise_ci[0][l][h]:+.2f}, {rise_ci[1][l][h]:+.2f}]{role}")
+              + "   " + with_interval(rise[l][h], [rise_ci[0][l][h], rise_ci[1][l][h]], "+.2f") + role)
     return short, long
 
 
@@ -595,9 +586,8 @@ def study_intervention(config, model, rows, table, heads, folder):
                 if (one := r.get(f"{layer}.{h}")) is None:
                     print(f"{choice:22}{condition:22}{0:5}  {layer}.{h}   n/a: no such place in this text")
                     continue
-                low, high = one["change_ci"]
                 print(f"{choice:22}{condition:22}{r['n']:5}  {layer}.{h}  {one['before']:6.2f} "
-                      f"{one['after']:6.2f}   {one['change']:+.3f} [{low:+.3f}, {high:+.3f}]")
+                      f"{one['after']:6.2f}   {with_interval(one['change'], one['change_ci'], '+.3f')}")
     names = [f"{layer}.{h}" for layer, h in heads]
     write_json(folder / "intervention.json", {"heads": names, "conditions": found, "prefix_lengths": lengths})
     plot_intervention(found, names, folder / "intervention.png")
@@ -637,7 +627,8 @@ def study_features(config, model, tokenizer, saes, rows, table, asked, folder, n
     d, = details(model, saes, [(layer, feature, X)], rows, classes)
     drawn = {"layer": layer, "feature": feature, "X": X, "X_text": tokenizer.decode([X]),
              "found": any((one["layer"], one["feature"]) == (layer, feature) for one in found),
-             "precision_and_recall": precision_and_recall(d), "places": show_places(d, rows, tokenizer),
+             "precision_and_recall": precision_and_recall(d),
+             "places": show_places(d, rows, tokenizer, seed=config.seed),
              "downstream": downstream(model, saes[layer], layer, feature, X, rows, d, seed=config.seed)}
     print_feature(drawn)
     write_json(folder / "features.json", result | {"drawn": drawn})
@@ -658,8 +649,7 @@ def print_feature(drawn):
     for name, meaning in (("direct_logit", "adds to X's logit, directly"),
                           ("loss_if_X", "loss without it, X next"), ("loss_if_not_X", "X not next")):
         r = drawn["downstream"]
-        interval = "" if r[name] is None else " {:+.3f} [{:+.3f}, {:+.3f}]".format(r[name], *r[name + "_ci"])
-        print(f"{meaning:28}{interval or ' n/a'}, n = {r['n_' + name]}")
+        print(f"{meaning:28} {with_interval(r[name], r[name + '_ci'], '+.3f')}, n = {r['n_' + name]}")
     for kind, examples in drawn["places"].items():
         print(kind + ":")
         for e in examples:

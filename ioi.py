@@ -33,10 +33,12 @@ import torch
 from torch import Tensor
 
 import data
-from attribution import KINDS, children, constants, dfa, head_logits, name_part, qk, trace_run, varying
+from attribution import (KINDS, children, constants, dfa, head_logits, name_part, qk, token_effects,
+                         trace_run, varying)
 from data import common
 from data.bpe import Tokenizer
-from data.common import Progress, UserError, bootstrap, field, interval, mean_of, parse_flags, wilson, write_json
+from data.common import (Progress, UserError, bootstrap, field, mean_of, parse_flags, wilson, with_interval,
+                         write_json)
 from data.figures import plot_ablations, plot_cells, plot_circuit, plot_effects, plot_signal
 from data.stories import HELD_OUT_NAMES, OBJECTS, PLACES
 from data.study import StudyConfig, begin, reported
@@ -242,6 +244,7 @@ class Circuit(NamedTuple):
 
 
 LOOKS = (("end", "IO"), ("end", "S1"), ("end", "S2"), ("S2", "S1"), ("S2", "S1+1"), ("S1+1", "S1"))
+ANYWHERE = "each -> the one before"
 
 
 @torch.no_grad()
@@ -250,10 +253,14 @@ def circuit(model, prompts, source, base, source_run, say=lambda done: None):
     effects are of putting the source's z of a head, at S2 or at the end, into the base run."""
     L, H = model.config.n_layers, model.config.n_heads
     rows, end = torch.arange(len(prompts.tokens), device=prompts.tokens.device), prompts.pos["end"]
-    attention, gathered = {look: [] for look in LOOKS}, []
+    attention, before, gathered = {look: [] for look in LOOKS}, [], []
+    queries = torch.arange(1, prompts.tokens.shape[1], device=end.device)
+    counted = ((queries > 1) & (queries <= end[:, None])).to(base.ld.dtype)     # (N,T-1); BOS is not counted
     for _, kept in model.layer_by_layer(prompts.tokens):
         for q, k in LOOKS:
             attention[q, k].append(kept.pattern[rows, :, prompts.pos[q], prompts.pos[k]])
+        to_before = kept.pattern.diagonal(-1, 2, 3)                                            # (N,H,T-1)
+        before.append((to_before * counted[:, None]).sum(-1) / counted.sum(-1, keepdim=True))
         scale = kept.scales["attn_out"][rows, end] if "attn_out" in kept.scales else 1.0
         gathered.append((kept.z_cat[rows, end], scale))
     final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[rows, end]
@@ -274,7 +281,8 @@ def circuit(model, prompts, source, base, source_run, say=lambda done: None):
                     effects["direct"].append(edited(model, base, prompts, patch | later) - base.ld)
         say(layer + 1)
     stack = lambda found: torch.stack(found, 1).unflatten(1, (L, H)).cpu().numpy()
-    attention = {f"{q} -> {k}": torch.stack(found, 1).cpu().numpy() for (q, k), found in attention.items()}
+    attention = {f"{q} -> {k}": found for (q, k), found in attention.items()} | {ANYWHERE: before}
+    attention = {look: torch.stack(found, 1).cpu().numpy() for look, found in attention.items()}
     dla = torch.stack(dla, 1).cpu().numpy()
     return Circuit(attention, dla, stack(effects["direct"]), stack(effects["end"]), stack(effects["S2"]))
 
@@ -293,8 +301,9 @@ def roles(attention, direct, at_end, at_S2):            # {look: (L,H)}, (L,H) x
     S-inhibition         looks from the end at S2, and in all has 5% more than directly: through later heads
     duplicate token      looks from S2 at S1, and patched at S2 has 5% or more
     induction            looks from S2 at S1+1, and patched at S2 has 5% or more
-    previous token       looks from S1+1 at S1: by attention alone, since the patch cannot reach it
-    To look is an attention of 0.2 or more.
+    previous token       looks from S1+1 at S1, and from all tokens at the one before: by attention alone,
+                         since the patch cannot reach it
+    To look is an attention of 0.2 or more, on average.
     """
     looks = {look: at >= ATTENDS for look, at in attention.items()}
     found = {"name mover": looks["end -> IO"] & (direct <= -MATTERS),
@@ -302,7 +311,7 @@ def roles(attention, direct, at_end, at_S2):            # {look: (L,H)}, (L,H) x
              "S-inhibition": looks["end -> S2"] & (at_end - direct <= -MATTERS),
              "duplicate token": looks["S2 -> S1"] & (np.abs(at_S2) >= MATTERS),
              "induction": looks["S2 -> S1+1"] & (np.abs(at_S2) >= MATTERS),
-             "previous token": looks["S1+1 -> S1"]}
+             "previous token": looks["S1+1 -> S1"] & looks[ANYWHERE]}
     return {role: [tuple(map(int, head)) for head in np.argwhere(heads)] for role, heads in found.items()}
 
 
@@ -360,7 +369,8 @@ def rank_features(effects, prompts, n_top):                             # {layer
         by_order = {order: float(change[is_abba == (order == "ABBA")].mean()) for order in ORDERS}
         by_template = {t: float(change[of_template == t].mean()) for t in np.unique(of_template).tolist()}
         found.append({"layer": layer, "feature": i, "n_active": int(mine.sum()), "effect": mean,
-                      "effect_ci": interval, **by_order, "by_template": by_template})
+                      "effect_ci": interval, "where_active": float(e.change[mine].mean()), **by_order,
+                      "by_template": by_template})
     return found
 
 
@@ -563,8 +573,7 @@ def main():
 
 def in_words(values, form="+.2f"):                                      # (N,) -> "mean [low, high]"
     """A mean over prompts with its 95% interval."""
-    mean, (low, high) = mean_of(values)
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+    return with_interval(*mean_of(values), form)
 
 
 def study_circuit(study):                               # -> [(layer, head)], [layer]
@@ -575,15 +584,16 @@ def study_circuit(study):                               # -> [(layer, head)], [l
     print(f"{len(ld)} prompts, such as: {text!r}")
     for order in ORDERS:
         mine = np.array([one.order == order for one in prompts.words])
-        right = in_words(ld[mine] > 0, ".1%")
+        right = with_interval((ld[mine] > 0).mean(), wilson(int((ld[mine] > 0).sum()), mine.sum()), ".1%")
         print(f"{order}  logit difference {in_words(ld[mine])}, IO above S in {right}")
     if mean_of(ld)[1][0] <= 0 or (ld > 0).mean() < 0.6:
         print("this model does not do the task; what follows describes its heads all the same")
     source, source_run = study.run(other_giver(prompts.words))
     source_ld = -source_run.ld.cpu().numpy()                            # IO and S have changed roles
     whole, told_apart = float(ld.mean() - source_ld.mean()), mean_of(ld - source_ld)[1][0] > 0
+    form, unit = ".1%", "part of clean - source"
     if not told_apart:
-        whole = 1.0                                                     # effects stay in logits
+        whole, form, unit = 1.0, ".2f", "logits"
     progress = Progress(model.config.n_layers, "layers")
     c = circuit(model, prompts, source, base, source_run, progress)
     share = {name: getattr(c, name).mean(0) / whole for name in ("direct", "at_end", "at_S2")}      # (L,H)
@@ -596,25 +606,27 @@ def study_circuit(study):                               # -> [(layer, head)], [l
     order = np.argsort(-sum(map(abs, share.values())), axis=None)[:12]
     for head in (divmod(int(i), model.config.n_heads) for i in order):
         looks = ", ".join(f"{look} {at[head]:.2f}" for look, at in attention.items() if at[head] >= ATTENDS)
-        print(f"{head[0]}.{head[1]:<4} {c.dla.mean(0)[head]:+10.2f} {share['direct'][head]:+26.1%} "
-              f"{share['at_end'][head]:+10.1%} {share['at_S2'][head]:+13.1%}   {looks}")
+        print(f"{head[0]}.{head[1]:<4} {c.dla.mean(0)[head]:+10.2f} {share['direct'][head]:+26{form}} "
+              f"{share['at_end'][head]:+10{form}} {share['at_S2'][head]:+13{form}}   {looks}")
     for role, heads in found.items():
         print(f"{role:20} " + (" ".join(f"{layer}.{h}" for layer, h in heads) or "none"))
     whole_layers = [patch_S2(model, prompts, base, source_run, source, [layer]) - base.ld
                     for layer in range(model.config.n_layers)]
     at_S2 = np.array([float(change.mean()) / whole for change in whole_layers])
-    layers = [5, 6] if study.config.model == "gpt2" else sorted(np.argsort(-abs(at_S2), kind="stable")[:2].tolist())
-    print("whole layers patched at S2: " + "  ".join(f"{l} {x:+.1%}" for l, x in enumerate(at_S2)))
+    layers = sorted(np.argsort(-abs(at_S2), kind="stable")[:2].tolist())
+    layers = [5, 6] if study.config.model == "gpt2" else layers
+    print("whole layers patched at S2: " + "  ".join(f"{l} {x:+{form}}" for l, x in enumerate(at_S2)))
     reported(study.config, "name movers 9.9 9.6 10.0, negative 10.7 11.10, S-inhibition 7.3 7.9 8.6 8.10, "
              "induction 5.5 6.9, duplicate token 0.1 3.0, previous token 2.2 4.11 (Wang et al.)")
     write_json(study.folder / "circuit.json", {
-        "logit_difference": mean_of(ld), "source": mean_of(source_ld), "accuracy": mean_of(ld > 0),
+        "logit_difference": mean_of(ld), "source": mean_of(source_ld),
+        "accuracy": [float((ld > 0).mean()), wilson(int((ld > 0).sum()), len(ld))],
         "roles": found, "attention": {look: at.tolist() for look, at in attention.items()},
         "clean_less_source": whole if told_apart else None,
         "layers_at_S2_as_share": at_S2.tolist(),
         **{name: mean_of(getattr(c, name)) for name in ("dla", *share)}})
     plot_effects({"direct logit attribution": c.dla.mean(0), "patched at the end, directly": share["direct"],
-                  "patched at the end": share["at_end"], "patched at S2": share["at_S2"]},
+                  "patched at the end": share["at_end"], "patched at S2": share["at_S2"]}, unit,
                  study.folder / "heads.png")
     plot_circuit(found, share["at_end"], share["at_S2"], study.folder / "circuit.png")
     most_direct = divmod(int(share["direct"].argmin()), model.config.n_heads)
@@ -646,24 +658,31 @@ def study_place(study, saes, place, n_shown=12, n_read=5):
     errors = {layer: remove_error(model, sae, layer, *at).cpu().numpy() for layer, sae in saes.items()}
     ranked, n_removed = rank_features(effects, prompts, n_shown), sum(len(e.row) for e in effects.values())
     print(f"\nat {place}: {n_removed:,} removals of one feature; change of the logit difference, mean over "
-          f"all prompts\nfeature    active in   change                     ABBA    BABA")
+          f"all prompts,\nby order of names, and over those where it is active; ranked and measured on the "
+          f"same prompts\n"
+          f"feature    active in   change                     ABBA    BABA   where active   raises most")
     for one in ranked:
-        low, high = one["effect_ci"]
-        print(f"{one['layer']}.{one['feature']:<8} {one['n_active']:5}      {one['effect']:+.3f} "
-              f"[{low:+.3f}, {high:+.3f}]  {one['ABBA']:+6.3f}  {one['BABA']:+6.3f}")
+        effects_on = token_effects(model, one["layer"], saes[one["layer"]], one["feature"])
+        one["raises"] = study.tokenizer.decode([int(effects_on.argmax())])
+        change = with_interval(one["effect"], one["effect_ci"], "+.3f")
+        print(f"{one['layer']}.{one['feature']:<8} {one['n_active']:5}      {change}  {one['ABBA']:+6.3f}  "
+              f"{one['BABA']:+6.3f} {one['where_active']:+11.2f}    {one['raises']!r}")
     for layer, change in errors.items():
         print(f"SAE error {layer}           {in_words(change, '+.3f')}")
     for one in ranked[:n_read]:
         layer, i = one["layer"], one["feature"]
         one["reads"] = reads(model, saes[layer], layer, i, *at)
+        one["n_read"] = {order: len(rows) for order, rows in
+                         most_active(saes[layer], layer, i, *at)[0].items()}
         further = reads_further(model, saes, layer, i, *at)
         one["reads_further"] = {order: sorted(([*key, x] for key, x in shares.items() if key[1]),
                                               key=lambda item: -abs(item[2]))[:8]
                                 for order, shares in further.items()}
-        print(f"{layer}.{i} reads, in shares of its activation")
+        print(f"{layer}.{i} reads, in shares of its activation, in so many prompts")
         for order, by_role in one["reads"].items():
             best = sorted(by_role.items(), key=lambda item: -abs(item[1]))[:5]
-            print(f"  {order}  " + ("  ".join(f"{role} {x:+.0%}" for role, x in best) or "never active"))
+            print(f"  {order} ({one['n_read'][order]})  "
+                  + ("  ".join(f"{role} {x:+.0%}" for role, x in best) or "never active"))
             if best:
                 print("        written by  " + "  ".join(f"{writer} at {role} {x:+.0%}" for role, writer, x
                                                          in one["reads_further"][order][:4]))
@@ -698,9 +717,8 @@ def study_signal(study, layers, frequent):
         for way, (value, interval) in ways.items():
             found[name] |= {way: value, way + "_ci": interval}
         shown = ["n/a" if value is None else f"{value:.1%}" for value, _ in ways.values()]
-        interval = "[{:.1%}, {:.1%}]".format(*ways["recovered"][1]) if ways["recovered"][1] else ""
-        print(f"{name:30} {float(ld.mean()):8.2f}   {shown[0]:>7} {interval:17} {shown[1]:>7}  "
-              f"{shown[2]:>7}   {shown[3]:>9}   {shown[4]:>20}")
+        print(f"{name:30} {float(ld.mean()):8.2f}   {with_interval(*ways['recovered'], '.1%'):25} "
+              f"{shown[1]:>7}  {shown[2]:>7}   {shown[3]:>9}   {shown[4]:>20}")
     reported(study.config, "layers 5 and 6: other names and filler, order around \" and\" kept: 93% "
              "recovered; \" alongside\": 43%")
     cells = side_and_position(study, layers, others)
@@ -736,8 +754,7 @@ def side_and_position(study, layers, others):           # -> {"side, position" o
         cells[name] = recovered(ld[one] - ld[other] + zero, base.ld, zero)
     print(f"\nside of the connector and position of S1, from prompts with other names\n{'':47}recovered")
     for name, (value, interval) in cells.items():
-        shown = "n/a" if value is None else "{:+.1%} [{:+.1%}, {:+.1%}]".format(value, *interval)
-        print(f"{name:46} {shown}")
+        print(f"{name:46} {with_interval(value, interval, '+.1%')}")
     return {name: {"recovered": value, "recovered_ci": interval} for name, (value, interval) in cells.items()}
 
 

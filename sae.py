@@ -196,7 +196,7 @@ def sparse_step(sae, z, l1):                                            # (B,d_i
     return Step(e.square().sum() / B, f.sum() / B, fired, gradients)
 
 
-def pre_activations(sae, x):                            # (B,d_in) -> rows, cols (nnz,), crow (B+1,), pre (nnz,)
+def pre_activations(sae, x):                    # (B,d_in) -> rows, cols (nnz,), crow (B+1,), pre (nnz,)
     """The pre-activations of all entries that may be active, in float32, as a list row by row."""
     W = sae.W_enc.T.contiguous()                        # a feature's weights side by side
     rows, cols = candidates(x, W, sae.b_enc - sae.threshold)
@@ -208,18 +208,18 @@ def candidates(x, W, bias):                     # (B,d_in), (d_sae,d_in), (d_sae
     """Every entry of x @ W^T + bias that may be above 0, found by a bfloat16 product; some that are not come
     along.
 
-    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-8 of itself. With x' and w' rounded, x . w
-    is moved by at most |x - x'| |w| + u |x'| |w| (Cauchy-Schwarz), and the float32 sum of d products by another
-    d 2^-24 |x'| |w|. The bias rides along as one more dimension of x and W, and this margin as another, both
-    made larger by what their own rounding can take: where the sum is not above 0, the exact value is not.
-    Processors that only emulate bfloat16 take the product in float32, where u is 2^-24.
+    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-8 of itself. With x' and w' rounded,
+    x . w is moved by at most |x - x'| |w| + u |x'| |w| (Cauchy-Schwarz), and the float32 sum of d products by
+    another d 2^-24 |x'| |w|. The bias rides along as one more dimension of x and W, and this margin as
+    another, both made larger by what their own rounding can take: where the sum is not above 0, the exact
+    value is not. Processors that only emulate bfloat16 take the product in float32, where u is 2^-24.
     """
     kind = torch.bfloat16 if fast_bfloat16(x.device) else torch.float32
     two_u, rounded, bias = torch.finfo(kind).eps, x.to(kind), bias[:, None]
     size = lambda rows: rows.norm(dim=1, keepdim=True)
     margin = size(x - rounded) + (two_u / 2 + (x.shape[1] + 2) * 2.0**-24) * size(x)            # (B,1)
-    left = torch.cat([x, torch.ones_like(margin), (1 + 3 * two_u) * margin], 1)                 # (B,d_in+2)
-    right = torch.cat([W, bias + two_u * bias.abs(), size(W)], 1)                               # (d_sae,d_in+2)
+    left = torch.cat([x, torch.ones_like(margin), (1 + 3 * two_u) * margin], 1)             # (B,d_in+2)
+    right = torch.cat([W, bias + two_u * bias.abs(), size(W)], 1)                           # (d_sae,d_in+2)
     left, right, found = left.to(kind), right.to(kind).T, []
     for first in range(0, len(x), 512):         # a product of so many rows is still in the cache when read
         product = left[first:first + 512] @ right                                             # (512,d_sae)

@@ -289,7 +289,7 @@ class Source:
         step = first_step
         if step == n_steps:
             return
-        for tokens in self._blocks(number):
+        for tokens in self.blocks(number):
             if number != self.number:
                 self.fill(tokens, number)
             order = torch.randperm(self.n_filled, generator=generator(self.config.seed, "block", number))
@@ -329,7 +329,7 @@ class Source:
         self.team.sum(z)
         return z
 
-    def _blocks(self, number):
+    def blocks(self, number):
         return data.rows(self.config.corpus, self.tokenizer, "train", self.config.n_ctx, self.n_rows,
                          self.config.seed, number * self.n_rows)
 
@@ -349,7 +349,7 @@ def start(config, source, folder):
     if source.team.size > 1:                            # everybody begins with the same, from the whole block
         source = Source(source.model, source.tokenizer, config, source.layers, source.device)
     begun = time.monotonic()
-    source.fill(next(source._blocks(0)), 0)
+    source.fill(next(source.blocks(0)), 0)
     seconds_per_token = (time.monotonic() - begun) / source.n_filled
     for layer, learner in learners.items():
         initialise(learner, source.z[layer][:source.n_filled], config, generator(config.seed, "start", layer))
@@ -598,7 +598,7 @@ def reconstruction(sae, z):                                             # (R,T,D
             "power": z.square().sum((-1, -2)), "z_sum": z.sum(1)}
 
 
-def ce_recovered(ablated, sae, clean):          # cross-entropies of the same rows, (R,) each -> float
+def ce_recovered(ablated, sae, clean):          # cross-entropies of the same rows, numpy (R,) each -> float
     """(CE_ablated - CE_sae) / (CE_ablated - CE_clean), a ratio of means over rows, no mean of ratios."""
     return (ablated - sae).mean() / (ablated - clean).mean()
 

@@ -30,9 +30,9 @@ class Exercise(NamedTuple):
 
 EXERCISES = (
     Exercise("an attention layer up to z_cat", "model.py", ("attend",),
-             "the head of model.py; Attention.heads and Attention.out, the two halves around the seam"),
-    Exercise("the sparse autoencoder's two functions", "sae.py", ("SAE.encode", "SAE.decode"),
-             "the head of sae.py; the paper, section 2"),
+             "the top of model.py; Attention.heads and Attention.out, the two halves around the seam"),
+    Exercise("what the sparse autoencoder computes", "sae.py", ("SAE.encode", "SAE.activation", "SAE.decode"),
+             "the top of sae.py; the paper, section 2"),
     Exercise("its loss, and the gradient by hand", "sae.py", ("dense_step",),
              "sae.Step; the chain rule; note that b_dec enters twice"),
     Exercise("decoder rows of unit norm", "sae.py", ("project_decoder_gradient", "normalise_decoder"),
@@ -47,10 +47,10 @@ EXERCISES = (
     Exercise("one step of recursive DFA", "attribution.py", ("children",),
              "attribution.Parts, Run, trace_run and Children; model.HeadMatrices and LayerCache"),
     Exercise("the length of a prefix that matches", "induction.py", ("prefix_lengths",),
-             "the head of induction.py"),
+             "the top of induction.py"),
     Exercise("a feature removed where it matters", "sae.py", ("ablate",), "sae.splice; ioi.remove_features"),
     Exercise("how much of the logit difference is recovered", "ioi.py", ("recovered",),
-             "the head of ioi.py; data.common.bootstrap and mean_of"),
+             "the top of ioi.py; data.common.bootstrap and mean_of"),
 )
 
 

@@ -145,9 +145,9 @@ def plot_feature(f, proxy, title, path):
 # ---- the IOI study ----
 
 
-def plot_effects(panels, path):
-    """One number for every head: {title: (layers,H)}, the first in logits, the others as parts of the clean
-    less the source run and on one scale."""
+def plot_effects(panels, unit, path):
+    """One number for every head: {title: (layers,H)}, the first in logits, the others in `unit` and on one
+    scale."""
     fig, axes = figure(12, 3.2, panels=len(panels))
     whole = max(abs(np.array(values)).max() for values in list(panels.values())[1:])
     for i, (ax, (title, values)) in enumerate(zip(axes, panels.items())):
@@ -157,7 +157,7 @@ def plot_effects(panels, path):
         ax.title.set_size(9)
         for axis in (ax.xaxis, ax.yaxis):
             axis.get_major_locator().set_params(integer=True)
-        fig.colorbar(image, ax=ax, label="part of clean - source" if i else "logits")
+        fig.colorbar(image, ax=ax, label=unit if i else "logits")
     axes[0].set_ylabel("layer")
     save(fig, path)
 
@@ -300,7 +300,8 @@ def plot_census(census, choices, similarities, many, path):
     ax.axhline(many, color="black", linewidth=0.7, linestyle=":")
     ax.set_xticks(range(len(census)), [one["name"] for one in census], rotation=60, fontsize=8)
     ax.set(yscale="log", ylabel="number of roles",
-           title=f"Roles of each head's features; dotted: {many}, above it polysemantic")
+           title=f"Roles of each head's features from similarity {similarities[1]} on (lines: "
+                 f"{similarities[0]} to {similarities[-1]}); above the dotted line polysemantic")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.title.set_size(10)
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -310,11 +311,11 @@ def plot_census(census, choices, similarities, many, path):
 # ---- the overview in the README ----
 
 
-def plot_overview(z_cat, f, feature, moved, bias, tokens, layer, path):
+def plot_overview(z_cat, f, feature, moved, constant, tokens, layer, path):
     """z_cat, an SAE of it and DFA, for one feature of one token.
 
-    z_cat (D,); f {feature: activation} of those active; moved (H,k): DFA; bias: the constant; tokens: k
-    texts, of which the last is the one looked at.
+    z_cat (D,); f {feature: activation} of those active; moved (H,k): DFA; constant: with DFA the activation;
+    tokens: k texts, of which the last is the one looked at.
     """
     H, reach, most = len(moved), np.abs(moved).max(), np.abs(z_cat).max()
     fig = figure(11, 5.0, panels=(1, 1))[0]
@@ -351,10 +352,10 @@ def plot_overview(z_cat, f, feature, moved, bias, tokens, layer, path):
     sources.set_yticks(range(H), [f"head {layer}.{head}" for head in range(H)], fontsize=8)
     sources.set_title(f"DFA: what feature {layer}.{feature} read, by head and source token", fontsize=10)
     bottom.colorbar(image, ax=sources, pad=0.01)
-    values = [*moved.sum(1), bias]
+    values = [*moved.sum(1), constant]
     heads.barh(range(H + 1), values, color=["#e08214" if value >= 0 else "#8073ac" for value in values])
     heads.axvline(0, color="black", linewidth=0.8)
-    heads.set_yticks(range(H + 1), [*(f"head {layer}.{head}" for head in range(H)), "bias"], fontsize=8)
+    heads.set_yticks(range(H + 1), [*(f"head {layer}.{head}" for head in range(H)), "constant"], fontsize=8)
     heads.invert_yaxis()
     heads.set_title(f"sum: {sum(values):.2f}, its activation", fontsize=10)
     save(fig, path)

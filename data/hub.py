@@ -131,7 +131,7 @@ def _copy(response, path, name, instead):
             for digest in digests.values():
                 digest.update(chunk)
             if size > 10 * CHUNK:
-                progress(done, last=done == size)
+                progress(done)
     if size >= 0 and done != size:
         raise UserError(f"{name} broke off after {done:,} of {size:,} bytes; try again, {instead}.")
     if len(stated) in digests and digests[len(stated)].hexdigest() != stated:

@@ -3,8 +3,8 @@
     python -m data.make_tiny [--out out/make_tiny] [--n-steps 18000]
 
 A GPT-2 of about 4 million parameters, trained on the corpus "python" (data/text.py). Interrupted, the same
-command goes on where it stopped. Copy the result over data/tiny/ to ship it. The report says what was
-reached, measured on the stored float16 weights.
+command goes on from the last checkpoint, 1000 steps back at most. Copy the result over data/tiny/ to ship it.
+The report says what was reached, measured on the stored float16 weights.
 """
 
 import dataclasses
@@ -155,16 +155,22 @@ def save_checkpoint(model, optimizer, step, folder):
 
 
 def resume(model, optimizer, folder):
-    """Put the last checkpoint back, if there is one -> the step to go on from."""
-    if not (folder / "training.checkpoint").is_file():
+    """Put the last checkpoint back, if there is one -> the step to go on from. UserError if it is damaged, or
+    of a model of another size."""
+    path = folder / "training.checkpoint"
+    if not path.is_file():
         return 0
-    state = dict(read_tensors(folder / "training.checkpoint"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state["weight " + name])
-            optimizer.state[parameter] = {key: state[f"{key} {name}"].to(parameter.device)
-                                          for key in ("exp_avg", "exp_avg_sq", "step")}
-    return int(state["step"])
+    state = dict(read_tensors(path))
+    try:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(state["weight " + name])
+                optimizer.state[parameter] = {key: state[f"{key} {name}"].to(parameter.device)
+                                              for key in ("exp_avg", "exp_avg_sq", "step")}
+        return int(state["step"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged, or was made with other settings; remove it to start "
+                        f"anew.") from error
 
 
 def write_model(model, folder):

@@ -1,6 +1,6 @@
 """Numbers in the pages: the commands that print them, what they printed, a check that nothing drifts.
 
-    python -m data.results              run all (about 40 minutes on two cores, most of it the benchmark)
+    python -m data.results              run all (about an hour on two cores, half of it the benchmark)
     python -m data.results ioi train    run some; walkthrough is one of them
     python -m data.results --check      run none: are the pages what the stored outputs say?
 
@@ -18,7 +18,8 @@ rounded as it may be; those that do not are listed, and it is for the writer to 
 that nothing measured. Numbers in `code` and whole numbers up to twelve are not looked at, nor are sections
 without such a line.
 
-data/WALKTHROUGH.md is a program with text between: its code is run, and what it prints put below.
+data/WALKTHROUGH.md is a program with text between: its code is run, and what it prints put below. Figures
+that the commands draw are copied over those of the pages, data/pictures/<name>-*.png.
 
 The commands write to out/ as they do when run by hand. benchmark takes tests/requirements-peers.txt, and
 gpt2-size the random model that README.md makes, with GPT-2's tokenizer.
@@ -30,6 +31,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,7 +41,7 @@ from pathlib import Path
 from data.common import UserError, atomic, fast_bfloat16, run
 
 ROOT = Path(__file__).parent.parent
-OUTPUTS, WALK = ROOT / "data" / "results", ROOT / "data" / "WALKTHROUGH.md"
+OUTPUTS, WALK, PICTURES = ROOT / "data/results", ROOT / "data/WALKTHROUGH.md", ROOT / "data/pictures"
 PAGES = (ROOT / "README.md", ROOT / "data" / "RESULTS.md")
 COMMANDS = {
     "train": "train.py",
@@ -185,6 +187,14 @@ def walked(page):
     return re.sub(r"(?s)```python\n(.*?)```\n(?:\n```text\n.*?```\n)?", run_piece, page)
 
 
+def copy_pictures(name):
+    """The figures that a command drew, over those in the pages."""
+    drawn = ROOT / "out" / ("walkthrough" if name == "walkthrough" else f"tiny/{name}")
+    for picture in PICTURES.glob(f"{name}-*.png"):
+        if (new := drawn / picture.name.removeprefix(f"{name}-")).is_file():
+            shutil.copyfile(new, picture)
+
+
 def write(path, text):
     """Put a text into a file, whole or not at all."""
     with atomic(path) as temporary:
@@ -203,6 +213,7 @@ def main():
         else:
             print(f"python {COMMANDS[name]}", flush=True)
             measure(name)
+        copy_pictures(name)
     stale = False
     for path in PAGES:
         before = path.read_text(encoding="utf8")

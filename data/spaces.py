@@ -100,7 +100,7 @@ def main():
     held_out = next(data.rows(own.corpus, tokenizer, "held-out", config.n_ctx, own.n_eval_rows)).to(device)
     source = train.Source(model, tokenizer, config, layers, device)
     W_O = {layer: model.head_matrices(layer).W_O.flatten(0, 1) for layer in layers}
-    source.fill(next(source._blocks(0)), 0)
+    source.fill(next(source.blocks(0)), 0)
     learners = {(layer, name): started(read_by(name, source.z[layer][:source.n_filled], W_O[layer]), config,
                                        f"{layer} {name}")
                 for layer in layers for name in SPACES}

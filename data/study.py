@@ -1,4 +1,4 @@
-"""What the programs that read a model through its SAEs have in common: their first flags, and how they begin."""
+"""What the programs that read a model through its SAEs have in common: some flags, and how they begin."""
 
 import dataclasses
 from dataclasses import dataclass

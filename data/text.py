@@ -178,3 +178,11 @@ def fuzzy(tokenizer):                                                   # -> (n_
         key = i if "\ufffd" in text else text.lower()
         classes.append(-1 if i == tokenizer.bos else numbers.setdefault(key, len(numbers)))
     return torch.tensor(classes)
+
+
+def in_text(row, q, tokenizer, before=10, after=3):                     # (T,) -> str
+    """Position q of a row with the text around it, its token in angle brackets."""
+    ids = row.tolist()
+    decode = lambda part: tokenizer.decode(part).replace("\n", "\\n")
+    return (decode(ids[max(q - before, 0):q]) + "\u27e8" + decode(ids[q:q + 1]) + "\u27e9"
+            + decode(ids[q + 1:q + 1 + after]))

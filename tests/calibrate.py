@@ -78,8 +78,8 @@ def wrong(heads, choice, least):                        # -> (one role called ma
 def distance(heads, choice, least):
     """Median factor between the number of roles found and the true one; where no two share a role, a hundred
     stands for infinitely many."""
-    return 2 ** float(np.median([abs(math.log2(min(one.found[choice][least], 100) / min(one.true[choice], 100)))
-                                 for one in heads]))
+    pairs = [(min(one.found[choice][least], 100), min(one.true[choice], 100)) for one in heads]
+    return 2 ** float(np.median([abs(math.log2(found / true)) for found, true in pairs]))
 
 
 def main():
@@ -106,10 +106,10 @@ def main():
             one, many = wrong(judged_on, choice, least)
             n_one = sum(head.true[choice] <= F.MANY for head in judged_on)
             share = with_interval((one + many) / len(judged_on), wilson(one + many, len(judged_on)), ".1%")
-            print(f"{choice:9} {least:11.2f} {one:16d} of {n_one:2d} {many:14d} of {len(judged_on) - n_one:2d} "
-                  f"{share:>26} {distance(judged_on, choice, least):10.2f}")
-    print("\nheads with several jobs whose features of a choice are nearly all of one job, so that no judgement of "
-          "these could tell:")
+            print(f"{choice:9} {least:11.2f} {one:16d} of {n_one:2d} {many:14d} of "
+                  f"{len(judged_on) - n_one:2d} {share:>26} {distance(judged_on, choice, least):10.2f}")
+    print("\nheads with several jobs whose features of a choice are nearly all of one job, so that no "
+          "judgement of these could tell:")
     for choice in F.CHOICES:
         several = [one for one in chosen_on + judged_on if one.n_jobs > 1]
         hidden = sum(one.true[choice] <= F.MANY for one in several)

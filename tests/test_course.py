@@ -45,8 +45,9 @@ MISTAKES = [
     (1, "scores = scale * torch.einsum", "scores = torch.einsum", "scale times q . k"),
     (1, "pattern = scores.softmax(-1,", "pattern = scores.nan_to_num(neginf=-1e30).softmax(-2,",
      "over the keys"),
-    (2, "return pre * (pre > self.threshold)", "return pre", "ReLU"),
-    (2, "pre = (z - self.b_dec) @ self.W_enc", "pre = z @ self.W_enc", "b_dec is subtracted"),
+    (2, "return pre * (pre > self.threshold)\n", "return pre\n", "ReLU"),
+    (2, "pre = (z - self.b_dec) @ self.W_enc + self.b_enc\n", "pre = z @ self.W_enc + self.b_enc\n",
+     "b_dec is subtracted"),
     (3, "e.square().sum() / len(z), f.sum()", "e.square().mean(), f.sum()", "sum over d_in"),
     (3, '"b_dec": g.sum(0) - sae.W_enc @ d_b_enc}\n    return Step(e.square().sum() / len(z)',
      '"b_dec": g.sum(0)}\n    return Step(e.square().sum() / len(z)', "b_dec enters twice"),
@@ -65,6 +66,9 @@ MISTAKES = [
      "(classes[:, :, None] == classes[:, None])", "BOS matches nothing"),
     (11, "torch.where(where[..., None], z - removed, z)",
      "torch.where(where.any(0)[:, None], z - removed, z)", "own positions"),
+    (11, "f = pre * (pre > sae.threshold[i, None])", "f = pre", "ReLU"),
+    (3, "active = pre > sae.threshold\n    f = pre * active\n    e = f @", "active = pre > 0\n"
+     "    f = pre * active\n    e = f @", "sae.threshold"),
     (12, "ratio = lambda i: (patched[i] - zero[i]).mean() / (clean[i] - zero[i]).mean()",
      "ratio = lambda i: ((patched[i] - zero[i]) / (clean[i] - zero[i])).mean()", "not a mean of ratios"),
 ]
@@ -132,7 +136,8 @@ def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
         course.student_copy(tmp_path / "mine")
     course.student_copy(tmp_path / "new")
     sae = (tmp_path / "new" / "sae.py").read_text()
-    assert "f^T @ g" not in sae and "work out dL/dW_dec" in sae and "return pre * (pre > self.threshold)" not in sae
+    assert "f^T @ g" not in sae and "work out dL/dW_dec" in sae
+    assert "return pre * (pre > self.threshold" not in sae
     assert "reconstruction" in sae and "def sparse_step" in sae
     assert (tmp_path / "new" / "data" / "tiny" / "model.safetensors").is_file()
     assert not (tmp_path / "new" / "tests" / "test_course.py").exists(), "it fails on answers in other words"

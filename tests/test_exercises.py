@@ -67,7 +67,7 @@ def test_01_attention():
         ahead = torch.ones(5, 5, dtype=torch.bool).triu(1)
         assert (heads.pattern[..., ahead] == 0).all(), "a query sees keys that stand after it: causal mask?"
         assert near(heads.pattern.sum(-1), torch.ones(2, 3, 5).double()), \
-            "the weights of a query should sum to 1: softmax over the keys, the last dimension, after the mask?"
+            "a query's weights should sum to 1: softmax over the keys, the last dimension, after the mask?"
         seen = "" if window is None or near(heads.pattern > 0, pattern > 0) else \
             f"; with window {window} a query sees {window} keys, its own position among them"
         assert near(heads.pattern, pattern), \
@@ -75,7 +75,9 @@ def test_01_attention():
             f"then the mask{seen}"
         assert heads.z_cat.shape == z_cat.shape, "z_cat is (B,q,D): heads side by side"
         assert near(heads.z_cat, z_cat), "wrong z_cat: z_h = sum_k pattern[q,k] v[k], then [z_0 | z_1 | ...]"
-        assert heads.v is v or near(heads.v, v)
+        for name, given in (("q", q), ("k", k), ("v", v)):
+            assert getattr(heads, name) is given or near(getattr(heads, name), given), \
+                f"{name} goes along as it came: it is read by attribution"
         assert near(models.attend(q, k, v, 0.7, window, cap, with_pattern=False).z_cat, z_cat), \
             "without the pattern z_cat is the same"
 
@@ -98,6 +100,9 @@ def test_02_encode_and_decode():
     sae.threshold.copy_(torch.tensor([2.2, 0, 2.2]))
     assert near(sae.encode(z), torch.tensor([[0, 0, 2.5]])), \
         "f is pre where pre > threshold, else 0; the threshold is not subtracted"
+    for features in (2, [2, 0]):
+        assert near(sae.activation(z, torch.tensor(features)), sae.encode(z)[:, features]), \
+            "activation(z, features) is encode(z)[..., features], from these columns of W_enc alone"
     z_hat = sae.decode(torch.tensor([[2, 0, 2.5]]))
     assert near(z_hat, torch.tensor([[4.5, 4.0]]), 1e-6), \
         f"f @ W_dec + b_dec is [[4.5, 4.0]], and z_hat is {z_hat.tolist()}: b_dec?"
@@ -108,7 +113,8 @@ def test_02_encode_and_decode():
 
 def by_autograd(sae, z, l1):
     named = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
-    f = torch.relu((z - named["b_dec"]) @ named["W_enc"] + named["b_enc"])
+    pre = (z - named["b_dec"]) @ named["W_enc"] + named["b_enc"]
+    f = pre * (pre > sae.threshold)
     mse, sparsity = ((f @ named["W_dec"] + named["b_dec"] - z) ** 2).sum(1).mean(), f.sum(1).mean()
     (mse + l1 * sparsity).backward()
     return mse.item(), sparsity.item(), (f > 0).sum(0), {name: p.grad for name, p in named.items()}
@@ -124,11 +130,16 @@ def test_03_loss():
     assert abs(float(step.sparsity) - 0.5 * sparsity) > 1e-9, \
         "sparsity without l1: the loss is mse + l1 * sparsity"
     assert float(step.sparsity) == pytest.approx(sparsity), "sparsity: sum_i f_i, mean over the batch"
-    assert step.fired.tolist() == fired.tolist(), "fired: in how many rows each feature is active"
+    assert step.fired.tolist() == fired.tolist(), "fired: on how many inputs each feature is active"
+    assert not step.fired.is_floating_point(), "fired is a count: whole numbers, as train.py adds it up"
 
 
 def test_03_gradient():
-    sae, z = small_sae(), random(32, 6, seed=3)
+    sae, z = small_sae(threshold=0.3), random(32, 6, seed=3)
+    _, _, fired, expected = by_autograd(sae, z, 0.5)
+    assert S.dense_step(sae, z, 0.5).fired.tolist() == fired.tolist(), \
+        "a feature is active where pre > sae.threshold, which is not always 0"
+    sae = small_sae()
     _, _, _, expected = by_autograd(sae, z, 0.5)
     got = S.dense_step(sae, z, 0.5).gradients
     assert set(got) == set(expected), f"gradients of {sorted(expected)} are needed"
@@ -153,7 +164,9 @@ def test_04_decoder_rows():
     assert near(gradient, torch.tensor([[0.64, -0.48], [0.0, 4.0]]), 1e-6), \
         "take from each row of the gradient its part along W_dec's row: g - (g . w) w, row by row"
     sae.W_dec.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
+    parameter = sae.W_dec
     S.normalise_decoder(sae)
+    assert sae.W_dec is parameter, "W_dec is changed in place: the optimiser knows this parameter"
     assert near(sae.W_dec.data, torch.tensor([[0.6, 0.8], [0.0, 1.0]]), 1e-6), \
         "each row is divided by its norm"
 
@@ -181,7 +194,13 @@ def test_05_resampling():
     z = sae.b_dec + torch.tensor([[0.0] * 6, [1.0, 0, 0, 0, 0, 0], [0, math.sqrt(2), 0, 0, 0, 0]])
     live = {name: p.detach().clone() for name, p in sae.named_parameters()}
     moments = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in sae.named_parameters()}
-    S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0))
+    for nobody in (torch.zeros_like(dead), torch.ones_like(dead)):
+        S.resample(sae, optimizer, nobody, z, torch.Generator().manual_seed(0))
+        assert torch.equal(sae.W_dec, live["W_dec"]), "nothing is done if no feature is dead, or all are"
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    S.resample(sae, optimizer, dead, z, generator)
+    assert not torch.equal(generator.get_state(), before), "draw with the generator that is given"
     assert torch.equal(sae.W_dec[:4], live["W_dec"][:4]), "live features stay as they are"
     assert torch.equal(sae.W_enc[:, :4], live["W_enc"][:, :4]), "live features stay as they are"
     rows = sae.W_dec[4:]
@@ -237,6 +256,9 @@ def test_07_head_weights():
     assert not near(got[0], torch.tensor([0.1, 0, 0.9]), 1e-4), "norms, not their squares"
     assert near(got[0], torch.tensor([0.25, 0, 0.75]), 1e-6), \
         "the norm of the row's slice at each head, over the sum of these norms"
+    assert (got[1] == 0).all(), "a row of zeros stays 0"
+    assert near(attribution.head_weights(torch.tensor([3.0, 4, 0, 0, 0, 15]), 3), got[0], 1e-6), \
+        "(...,D) -> (...,H): a single row is taken too"
 
 
 def test_08_direct_feature_attribution():
@@ -304,6 +326,7 @@ def test_10_prefix_lengths():
     assert got[0, 7, 7] == 0, "the token before k is not the query's: 0"
     assert got[0, 8, 7] == 1 and got[0, 8, 3] == 1, "only b matches: 1"
     assert (got[0].triu(1) == 0).all(), "0 for k > q"
+    assert (got[0, :, 0] == 0).all(), "0 for k = 0: nothing stands before it"
     for q in range(9):
         for k in range(1, q + 1):
             n = 0
@@ -317,9 +340,10 @@ def test_10_prefix_lengths():
 
 def test_11_ablation_at_own_positions():
     sae, z = small_sae(), random(2, 4, 6, seed=5)
-    sae.b_enc += 3.0                                                    # active everywhere
     where = torch.tensor([[False, True, False, False], [False, False, False, True]])
-    f = torch.relu((z - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    pre = (z - sae.b_dec) @ sae.W_enc
+    sae.b_enc.copy_(1 - torch.minimum(pre[0, 1], pre[1, 3]))            # active at both places
+    f = torch.relu(pre + sae.b_enc)
     before = z.clone()
     got = S.ablate(sae, 2, where)(z)
     assert torch.equal(z, before), "an edit returns another tensor and leaves z as it is"
@@ -329,6 +353,12 @@ def test_11_ablation_at_own_positions():
     assert not near(got[where], sae.decode(f * (torch.arange(10) != 2))[where]), \
         "the SAE's error stays: take f_i W_dec[i] out of z, do not put a reconstruction in its place"
     assert near(got[where], expected), "f_i * W_dec[i] is taken out of z_cat"
+    sae.b_enc[2] = -(pre[0, 1, 2] + pre[1, 3, 2]) / 2                   # now at one of the two
+    changed = (S.ablate(sae, 2, where)(z) != z).any(-1)
+    assert int(changed.sum()) == 1, \
+        "where the feature is not active, f is 0 and z stays: did you forget the ReLU?"
+    sae.threshold[2] = 100.0
+    assert torch.equal(S.ablate(sae, 2, where)(z), z), "f is 0 up to the threshold, which is not always 0"
     each = S.ablate(sae, torch.tensor([2, 7]), where)(z)
     assert near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), \
         "with a feature for each row, each loses its own"
@@ -346,7 +376,8 @@ def test_12_recovered_share():
     assert value == pytest.approx(7 / 8), "(LD_patched - LD_zero) / (LD_clean - LD_zero)"
     assert interval[0] < value < interval[1] <= 1.0 and interval[1] - interval[0] < 0.2, \
         "prompts are drawn with replacement, and the same prompts above and below the line"
-    assert ioi.recovered(patched, zero, clean) == (None, None), "(None, None) where LD_clean - LD_zero is not above 0"
+    assert ioi.recovered(patched, zero, clean) == (None, None), \
+        "(None, None) where LD_clean - LD_zero is not above 0"
     noise = F.normalize(random(40), dim=0)
     assert ioi.recovered(patched, zero + noise, zero) == (None, None), \
         "(None, None) where LD_clean - LD_zero is not clearly above 0: its interval reaches 0"

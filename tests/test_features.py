@@ -82,7 +82,8 @@ def test_examples_come_from_every_tenth_of_the_range():
     for i in range(2):
         f = every.f[every.feature == i]
         tenth = lambda x: (x / f.max() * 10).long().clamp_max(9)
-        there, shown = (torch.bincount(tenth(x), minlength=10) for x in (f, kept.spread.f[kept.spread.feature == i]))
+        there, shown = (torch.bincount(tenth(x), minlength=10)
+                        for x in (f, kept.spread.f[kept.spread.feature == i]))
         assert torch.equal(shown, there.clamp_max(keep.N_PART)), "a tenth has too few examples, or too many"
         order = tenth(kept.spread.f[kept.spread.feature == i])
         assert (order.diff() <= 0).all(), "the highest tenth comes first"
@@ -150,7 +151,8 @@ def test_sources_equal_those_of_dfa(collected):
             if q > 1:
                 assert int(reads.source[n]) == 1 + int(moved.sum(0)[1:q].argmax()), "BOS and q are no sources"
             assert reads.head_source[n].tolist() == (1 + moved[:, 1:q + 1].argmax(-1)).tolist()
-            torch.testing.assert_close(reads.head_value[n], moved[:, 1:q + 1].max(-1).values, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(reads.head_value[n], moved[:, 1:q + 1].max(-1).values, atol=1e-5,
+                                       rtol=1e-4)
 
 
 def test_what_a_dashboard_shows_sums_to_the_activation(collected):
@@ -163,7 +165,8 @@ def test_what_a_dashboard_shows_sums_to_the_activation(collected):
         few = (top.q < F.N_SOURCES).nonzero()[:, 0]     # all their sources are among those kept
         assert len(few) > 20
         there = (shown.sources[few] >= 0)[..., None]
-        torch.testing.assert_close((shown.by_head[few] * there).sum(1), shown.total[few], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close((shown.by_head[few] * there).sum(1), shown.total[few], atol=1e-4,
+                                   rtol=1e-4)
 
 
 # ---- families ----
@@ -179,11 +182,13 @@ def test_the_context_needed_by_hand():
     assert unstable.tolist() == [False, False, False, True, False, False]
     n = torch.full((6,), 100)
     plenty = torch.full((6, 6), 100.0)
-    families = F.Families(torch.tensor([0.1, 0.1, 0.9, 0.4, 0.6, 0.6]), torch.tensor([0.0, 0.0, 0.2, 0.0, 0.3, 0.0]),
+    families = F.Families(torch.tensor([0.1, 0.1, 0.9, 0.4, 0.6, 0.6]),
+                          torch.tensor([0.0, 0.0, 0.2, 0.0, 0.3, 0.0]),
                           None, None, F.Context(cut, cut, plenty))
     names = lambda **options: [F.FAMILIES[i] for i in F.family_of(families, n, **options)]
     assert names() == ["current token", "short-range", "induction", "unstable", "short-range", "induction"]
-    assert names(share=0.95) == ["current token", "short-range", "long-range", "unstable", "short-range", "long-range"]
+    assert names(share=0.95) == ["current token", "short-range", "long-range", "unstable", "short-range",
+                                 "long-range"]
     assert names(times=1.5)[4] == "induction", "twice what chance gives is enough for 1.5 times"
     n[:2] = torch.tensor([3, 0])
     assert F.family_of(families, n).tolist()[:2] == [F.FAMILIES.index("too rare"), -1]
@@ -255,8 +260,8 @@ def test_a_bigram_is_short_range_a_topic_long_range_a_token_current_and_the_rest
     context = F.context_shares(model, {0: sae}, tokens)[0]
     families = F.Families(*F.induction_shares(kept[0], reads, tokens, classes), context)
     family = F.family_of(families, kept[0].n).tolist()
-    assert [F.FAMILIES[i] if i >= 0 else "dead" for i in family] == ["short-range", "long-range", "current token",
-                                                                     "dead"]
+    assert [F.FAMILIES[i] if i >= 0 else "dead" for i in family] == ["short-range", "long-range",
+                                                                     "current token", "dead"]
     exact = torch.tensor([0.0, 1, 1, 1, 1, 1], dtype=torch.float64)
     torch.testing.assert_close(context.cut[0], exact, atol=0.02, rtol=0)        # exactly two tokens
     exact[0] = 0.08                                     # so often another row has token 10 there
@@ -284,7 +289,8 @@ def wired():
 
 
 def test_wired_heads_look_where_they_should():
-    jobs = [[("after a copy", [0]), ("before", [1]), ("copy", [2]), ("set", [3])]] + [[("itself", [1, 3])]] * 3
+    jobs = [[("after a copy", [0]), ("before", [1]), ("copy", [2]), ("set", [3])],
+            *[[("itself", [1, 3])]] * 3]
     model, tokens = W.wire(jobs), W.text(20, "look")
     _, cache = model(tokens, keep=(1,))
     for row, pattern in zip(tokens.tolist(), cache[1].pattern):
@@ -349,7 +355,8 @@ def test_features_of_the_census_are_drawn_by_what_the_head_gathers(wired):
 def test_a_census_of_an_sae_that_is_all_but_dead_is_empty(wired):
     model, sae, tokens, classes, kept, reads = wired
     rare = kept._replace(n=kept.n.clamp_max(1))
-    census = F.head_census(model, sae, 1, rare, reads, tokens, classes, torch.zeros(sae.d_sae, dtype=torch.int64))
+    family = torch.zeros(sae.d_sae, dtype=torch.int64)
+    census = F.head_census(model, sae, 1, rare, reads, tokens, classes, family)
     assert all(one["features"] == one["drawn"]["features"] == [] for one in census)
     assert all(count is None for one in census for by in one["roles"].values() for count in by.values())
     json.dumps(census, allow_nan=False)
@@ -400,7 +407,8 @@ def test_gemma_goes_through_all_of_it(tmp_path):
         top, shown = kept[layer].top, looked[layer][1]
         pre = shown.total.sum(1) + A.feature_bias(sae)[top.feature]
         torch.testing.assert_close(pre, top.f, atol=1e-4, rtol=1e-4)
-        families = F.Families(*F.induction_shares(kept[layer], looked[layer][0], tokens, rows), context[layer])
+        families = F.Families(*F.induction_shares(kept[layer], looked[layer][0], tokens, rows),
+                              context[layer])
         family = F.family_of(families, kept[layer].n)
         census = F.head_census(model, sae, layer, kept[layer], looked[layer][0], tokens, rows, family)
         assert len(census) == 4 and all(one["roles"]["top 10"][F.ALIKE[1]] >= 1 for one in census)
@@ -417,7 +425,8 @@ def program(*arguments):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    done = program("--saes", "data/tiny", "--layers", "1,3", "--n-tokens", 20_000, "--sample", 4, "--out", out)
+    done = program("--saes", "data/tiny", "--layers", "1,3", "--n-tokens", 20_000, "--sample", 4,
+                   "--out", out)
     assert done.returncode == 0, done.stderr
     return done.stdout, out / "tiny" / "features"
 
@@ -475,7 +484,8 @@ def test_a_token_is_text_whatever_it_holds(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--n-tokens", "100"], "--n-tokens must be"), (["--n-places", "2"], "--n-places must be"),
-    (["--layers", "9"], "layer 9"), (["--saes", "nowhere"], "--saes nowhere"), (["--sample", "-1"], "--sample"),
+    (["--layers", "9"], "layer 9"), (["--saes", "nowhere"], "--saes nowhere"),
+    (["--sample", "-1"], "--sample"),
     (["--model", "nobody"], "--model nobody"), (["--corpus", "nowhere.txt"], "--corpus nowhere.txt"),
     (["--out", "/dev/null/x"], "choose another --out"),
 ], ids=str)

@@ -195,11 +195,14 @@ def test_effects_of_heads_by_brute_force(tiny, run):
     np.testing.assert_allclose(c.dla.sum((1, 2)) + rest.numpy(), clean, atol=2e-3)
     pattern = cache[2].pattern[rows, :, end, prompts.pos["IO"]]
     np.testing.assert_allclose(c.attention["end -> IO"][:, 2], pattern, atol=1e-6)
+    i, last = 3, int(end[3])
+    before = np.mean([float(cache[1].pattern[i, 2, q, q - 1]) for q in range(2, last + 1)])
+    assert c.attention[ioi.ANYWHERE][i, 1, 2] == pytest.approx(before, abs=1e-6)
 
 
 def test_roles_follow_the_rule():
     none = np.zeros((2, 3))
-    attention = {f"{q} -> {k}": none.copy() for q, k in ioi.LOOKS}
+    attention = {f"{q} -> {k}": none.copy() for q, k in ioi.LOOKS} | {ioi.ANYWHERE: none.copy()}
     direct, at_end, at_S2 = none.copy(), none.copy(), none.copy()
     attention["end -> IO"][1] = 0.5
     direct[1] = (-0.3, 0.2, -0.01)          # moves, moves the other way, too little
@@ -208,6 +211,8 @@ def test_roles_follow_the_rule():
     at_end[0] = (-0.2, -0.2, -0.2)
     direct[0] = (-0.1, -0.18, 0)            # through later heads, mostly directly, does not look at S2
     attention["S2 -> S1"][0, 0] = attention["S2 -> S1+1"][0, 1] = attention["S1+1 -> S1"][0, 2] = 0.3
+    attention[ioi.ANYWHERE][0, 2] = 0.4
+    attention["S1+1 -> S1"][0, 1] = 0.7     # but it does not look at the token before elsewhere
     at_S2[0, 0], at_S2[0, 1] = -0.06, 0.07
     assert ioi.roles(attention, direct, at_end, at_S2) == {
         "name mover": [(1, 0)], "negative name mover": [(1, 1)], "S-inhibition": [(0, 0)],

@@ -20,15 +20,16 @@ from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    subprocess.run([sys.executable, "features.py", "--saes", "data/tiny", "--layers", "3", "--n-tokens", "30000",
-                    "--out", out], cwd=ROOT, check=True, capture_output=True)
+    flags = ["--saes", "data/tiny", "--layers", "3", "--n-tokens", "30000", "--out", out]
+    subprocess.run([sys.executable, "features.py", *flags], cwd=ROOT, check=True, capture_output=True)
     path = out / "tiny" / "features" / "index.html"
     content = path.read_text(encoding="utf8")           # a token that would be markup if it were not text
-    path.write_text(content.replace('"vocab":["!"', '"vocab":["\\u003cscript>window.hurt=1\\u003c/script>"', 1),
-                    encoding="utf8")
+    hurting = '"vocab":["\\u003cscript>window.hurt=1\\u003c/script>"'
+    path.write_text(content.replace('"vocab":["!"', hurting, 1), encoding="utf8")
     options = webdriver.ChromeOptions()
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-                 "--disable-component-update", "--disable-sync", "--window-size=1300,1000"):
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 "--window-size=1300,1000"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
@@ -56,7 +57,8 @@ def test_it_opens_without_errors_and_lists_features(page):
 
 
 def test_sorting_by_frequency_and_back(page):
-    button = lambda: next(b for b in page.find_elements(By.CSS_SELECTOR, "th button") if "active at" in b.text)
+    button = lambda: next(b for b in page.find_elements(By.CSS_SELECTOR, "th button")
+                          if "active at" in b.text)
     number = lambda text: float(text.rstrip("%"))
     button().click()
     down = [number(text) for text in cells(page, 2)[:20]]
@@ -81,7 +83,8 @@ def test_a_feature_opens_and_a_source_is_found_in_the_text_on_hover(page):
     page.find_element(By.LINK_TEXT, name).click()
     wait(page, lambda: "Feature " + name in page.find_element(By.ID, "page").text)
     text = page.find_element(By.ID, "page").text
-    for words in ("share of the decoder", "Logits it raises", "Strongest activations", "each tenth", "replaced"):
+    for words in ("share of the decoder", "Logits it raises", "Strongest activations", "each tenth",
+                  "replaced"):
         assert words in text
     assert page.find_elements(By.CSS_SELECTOR, ".histogram div")
     underlined = page.find_element(By.CSS_SELECTOR, ".text .plus, .text .less")
@@ -101,7 +104,8 @@ def test_heads_and_the_features_of_one(page):
 
 
 def test_a_feature_that_was_never_active_is_said_to_be_so(page):
-    missing = page.execute_script("return [...Array(2048).keys()].find(i => !data.features[3].feature.includes(i))")
+    missing = page.execute_script("return [...Array(2048).keys()].find("
+                                  "i => !data.features[3].feature.includes(i))")
     open_hash(page, f"3.{missing}")
     assert wait(page, lambda: f"Feature 3.{missing} was not active" in page.find_element(By.ID, "page").text)
 

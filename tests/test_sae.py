@@ -92,7 +92,7 @@ def test_no_active_entry_is_lost_among_a_million_near_zero(scale, either_process
 
 
 def test_the_margin_covers_the_worst_rounding():
-    """Numbers that bfloat16 rounds by half a step each, so that all errors go the same way: by hand, the exact
+    """Numbers that bfloat16 rounds by half a step each, so that all errors go one way: by hand, the exact
     pre-activation is 2^-16."""
     u = 2.0**-8
     x, w = torch.tensor([[1 + u, 1 + 3 * u]]), torch.tensor([[1 + u, -1 - 3 * u]])
@@ -101,7 +101,8 @@ def test_the_margin_covers_the_worst_rounding():
     assert S.candidates(x, w, bias)[1].tolist() == [0], "an active entry is lost: the margin is too small"
     rng = torch.Generator().manual_seed(0)
     step = torch.randint(1, 64, (300, 16), generator=rng) * 2.0**-7     # halfway between two bfloat16 numbers
-    x, w = 1 + step[:, :16] + u, (1 + step.roll(1, 0) + u) * (1 - 2 * torch.randint(2, (300, 16), generator=rng))
+    sign = 1 - 2 * torch.randint(2, (300, 16), generator=rng)
+    x, w = 1 + step[:, :16] + u, (1 + step.roll(1, 0) + u) * sign
     exact = x.double() @ w.double().T
     bias = (2.0**-20 - exact.diagonal()).float()                        # entry (i,i) is just active
     exact += bias.double()

@@ -30,7 +30,7 @@ def test_an_sae_seen_through_an_orthogonal_map_has_the_same_features():
     mapped, unlike = S.SAE(16, 40).requires_grad_(False), S.SAE(16, 40, generator=g).requires_grad_(False)
     mapped.W_enc.copy_(W_O.T @ one.W_enc), mapped.W_dec.copy_(one.W_dec @ W_O), mapped.b_enc.copy_(one.b_enc)
     z = torch.randn(3000, 16, generator=g)
-    four = {"z_cat": one, "z_cat @ W_O": mapped, "z_cat, other start": unlike, "z_cat @ W_O, other start": unlike}
+    four = dict(zip(spaces.SPACES, (one, mapped, unlike, unlike)))
     found = spaces.compare(four, z, W_O)
     for pair in ("z_cat in z_cat @ W_O", "z_cat @ W_O in z_cat"):
         same = found[pair]

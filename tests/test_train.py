@@ -324,7 +324,8 @@ def test_a_disk_that_is_full_is_one_sentence(tmp_path):
             "from data.common import run\n"
             "run(lambda: sae.SAE(32, 64).save(sys.argv[1] + '/sae.safetensors'))")
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "cannot write" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert not list(tmp_path.iterdir()), "a part of a file was left behind"
 
 
@@ -340,7 +341,8 @@ def test_a_text_that_ends_stops_the_run_with_a_checkpoint(tmp_path):
     assert 20_000 < enough < 100_000
     assert (tmp_path / "tiny" / "checkpoint.safetensors").is_file()
     with open(tmp_path / "book.txt", "a") as book:
-        book.writelines(f"Later on, line {i} tells of {i % 13} more owls and of {i % 7} mice.\n" for i in range(4000))
+        book.writelines(f"Later, line {i} tells of {i % 13} more owls and {i % 7} mice.\n"
+                        for i in range(4000))
     with pytest.raises(UserError, match="ended after") as later:
         run_short(tmp_path, corpus=str(tmp_path / "book.txt"), n_tokens=1_000_000, resume=True)
     assert int(str(later.value).split("--n-tokens ")[1].split()[0]) > enough

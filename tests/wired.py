@@ -38,7 +38,8 @@ def draw_jobs(n_jobs, rng):
     kinds = list(range(KINDS))
     rng.shuffle(kinds)
     share = KINDS // n_jobs
-    return [(job, sorted(kinds[i * share:i * share + (1 if job == "set" else share)])) for i, job in enumerate(jobs)]
+    return [(job, sorted(kinds[i * share:i * share + (1 if job == "set" else share)]))
+            for i, job in enumerate(jobs)]
 
 
 def tokens_of(kinds):
@@ -73,12 +74,14 @@ def wire(heads):
     first.c_attn.weight[token, 2 * d + token] = 1.0
     first.c_proj.weight[token, before] = 1.0
     first.c_proj.weight[token, dump] = -1.0
-    mlp.c_fc.bias.fill_(-30.0)                                          # gelu(20 + 20 - 30) = 10, gelu(-10) = 0
+    mlp.c_fc.bias.fill_(-30.0)                                  # gelu(20 + 20 - 30) = 10, gelu(-10) = 0
     mlp.c_proj.weight[torch.arange(H * T), gated.flatten()] = 0.1
     mlp.c_proj.weight[:, dump] = -0.1
     for h, jobs in enumerate(heads):
-        W_Q, W_K, W_V = (second.c_attn.weight[:, i * d + h * d_head:i * d + (h + 1) * d_head] for i in range(3))
-        at_token, at_before, at_place, at_bos = torch.arange(V), torch.arange(V) + V, torch.arange(T) + 2 * V, -1
+        W_Q, W_K, W_V = (second.c_attn.weight[:, i * d + h * d_head:i * d + (h + 1) * d_head]
+                         for i in range(3))
+        at_token, at_before, at_place = torch.arange(V), torch.arange(V) + V, torch.arange(T) + 2 * V
+        at_bos = -1
         W_K[token, at_token] = 1.0
         W_K[before, at_before] = 1.0
         W_K[place, at_place] = 1.0
