@@ -92,21 +92,21 @@ def wired(need=(1, 2, 3), sharpness=30.0, margin=(0.5, 0.1, 0.5)):
     the token there. LayerNorm is kept from doing anything by two large entries of opposite sign."""
     H, d_head = 3, 3 * V + 1
     d = H * d_head
-    model = models.GPT2(models.GPT2Config(2, H, d, 4, V, T, eps=1e-12)).double().requires_grad_(False)
+    made = models.GPT2(models.GPT2Config(2, H, d, 4, V, T, eps=1e-12)).double().requires_grad_(False)
     token, back = torch.arange(V), [torch.arange(V) + V * (i + 1) for i in range(3)]
     place = torch.arange(T) + 4 * V
     dump, plus, minus = 4 * V + T, 4 * V + T + 1, 4 * V + T + 2
     C = 1000.0
-    for parameter in model.parameters():
+    for parameter in made.parameters():
         parameter.zero_()
-    model.wte.weight[token, token] = 1.0
-    model.wte.weight[:, dump] = -1.0                                    # every vector has mean 0
-    model.wpe.weight[torch.arange(T), place] = 1.0
-    model.wpe.weight[:, dump] = -1.0
-    model.wpe.weight[:, plus], model.wpe.weight[:, minus] = C, -C
-    for norm in (*(block.ln_1 for block in model.h), *(block.ln_2 for block in model.h), model.ln_f):
+    made.wte.weight[token, token] = 1.0
+    made.wte.weight[:, dump] = -1.0                                    # every vector has mean 0
+    made.wpe.weight[torch.arange(T), place] = 1.0
+    made.wpe.weight[:, dump] = -1.0
+    made.wpe.weight[:, plus], made.wpe.weight[:, minus] = C, -C
+    for norm in (*(block.ln_1 for block in made.h), *(block.ln_2 for block in made.h), made.ln_f):
         norm.weight.fill_((2 * C * C / d) ** 0.5)
-    for layer, block in enumerate(model.h):
+    for layer, block in enumerate(made.h):
         W, W_O = block.attn.c_attn.weight, block.attn.c_proj.weight
         W_Q, W_K, W_V = W[:, :d], W[:, d:2 * d], W[:, 2 * d:]
         for h in range(H):
@@ -128,7 +128,7 @@ def wired(need=(1, 2, 3), sharpness=30.0, margin=(0.5, 0.1, 0.5)):
                 W_K[token[BOS], head[-1]] = need[h] - margin[h]
                 W_O[head[:V], token] = GAIN
                 W_O[head[:V], dump] = -GAIN
-    return model
+    return made
 
 
 TABLE = torch.tensor([*range(V - 1), -1])       # every token is its own class
@@ -336,7 +336,7 @@ def test_places_show_the_token_at_which_the_feature_is_active():
                  torch.zeros(1, 5, dtype=torch.bool))
     shown = I.show_places(d, tokens, Words(words))
     texts = {kind: [place["text"] for place in places] for kind, places in shown.items()}
-    assert texts == {"active, X followed earlier": ["<bos> a b\u27e8 a\u27e9 c d"],
+    assert texts == {"active, X followed earlier": ["<bos> a b\u27e8 a\u27e9 c d d"],
                      "active, X did not follow earlier": ["<bos> a b a\u27e8 c\u27e9 d d"],
                      "silent, X followed earlier": ["<bos> a b a c\u27e8 d\u27e9 d"]}
     table = I.precision_and_recall(d, (0.0, 0.75))
