@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import data
 from data import common, pages
 from data.common import UserError, bootstrap, field, parse_flags, with_interval, write_json
-from data.study import StudyConfig, begin
+from data.study import StudyConfig, begin, parse_feature
 from sae import ablate, check_feature
 
 # ---- one layer: heads and sources ----
@@ -460,9 +460,9 @@ def remove(run, chosen, layer, position, feature):                      # (n,) r
 class AttributionConfig(StudyConfig):
     prompt: str = field("When Mary and John went to the store, John gave a drink to",
                         "the prompt; BOS is put before it", positional=True)
-    layer: int = field(-1, "layer of the feature to take apart; -1: the last one that has an SAE")
-    position: int = field(-1, "its position; 0 is BOS, -1 the last token")
-    feature: int = field(-1, "the feature; -1: the strongest there")
+    feature: str = field("", "the feature to take apart, as layer.feature; empty: the strongest there")
+    layer: int = field(-1, "layer of that strongest one; -1: the last that has an SAE")
+    position: int = field(-1, "where; 0 is BOS, -1 the last token")
     share: float = field(0.03, "a contribution is shown if it is at least this part of the root")
     depth: int = field(3, "levels of the tree on the terminal")
     breadth: int = field(12, "children of each node on the terminal")
@@ -483,13 +483,16 @@ def main():
         raise UserError("the prompt is empty; give some text.")
     run = trace_run(model, saes, tokens)
     texts = [tokenizer.decode([i]) for i in tokens.tolist()]
-    layer = config.layer if config.layer != -1 else max(saes)
     position = config.position if config.position != -1 else len(tokens) - 1
-    check_node(run, layer, position, config.feature if config.feature != -1 else 0)
-    feature = config.feature if config.feature != -1 else int(run.f[layer][position].argmax())
-    if config.feature == -1 and run.f[layer][position, feature] == 0:
-        raise UserError(f"no feature of layer {layer} is active at position {position}; name one with "
-                        f"--feature, or another --position.")
+    layer, feature = parse_feature(config.feature)
+    if feature is None:
+        layer = config.layer if config.layer != -1 else max(saes)
+        check_node(run, layer, position, 0)
+        feature = int(run.f[layer][position].argmax())
+        if run.f[layer][position, feature] == 0:
+            raise UserError(f"no feature of layer {layer} is active at position {position}; name one with "
+                            f"--feature, or another --position.")
+    check_node(run, layer, position, feature)
     print(describe(run, texts, layer, position, feature, config), flush=True)
     if not config.page:
         return

@@ -175,7 +175,7 @@ def share_of(feature, weight, d_sae):                   # (n,), (n,) -> function
 
 def by_chance(entries, source, test, seed, times=8):    # -> (n,) share of hits, (n,) whether there was a try
     """How often `test(row, q, k)` holds for a source at the same distance in other places of the feature,
-    drawn at random, so many for each place."""
+    drawn at random, `times` for each place."""
     generator, feature = torch.Generator().manual_seed(seed), entries.feature
     place, start = torch.arange(len(feature)), torch.searchsorted(feature, feature)
     count = torch.bincount(feature)[feature]
@@ -539,7 +539,7 @@ class FeaturesConfig(StudyConfig):
     layers: tuple[int, ...] = field((), "layers, such as 0,2; all that have an SAE if not given")
     n_tokens: int = field(500_000, "tokens of text (paper: 1e6)")
     n_places: int = field(200, "places of each feature, drawn in proportion to activation")
-    sample: int = field(0, "list so many live features of each layer, drawn at random, to judge by eye")
+    sample: int = field(0, "live features of each layer to list, drawn at random, to judge by eye")
     pages: bool = field(True, "write the dashboards: 10 to 15 kB a feature")
 
 

@@ -12,6 +12,7 @@ An induction head at a query looks for the same token earlier in the text, and a
     intervention   held-out text: the token at k-2 replaced, so that 1 token of the prefix is left. Controls:
                    the token at k+2 replaced instead; that at k-2 where only 1 token matched to begin with
     features       SAE features that fire where X followed the current token earlier: "X is next by induction"
+                   (features.py finds by DFA those that read what followed, whatever it was)
 
     python induction.py                     all four on the shipped model, as tables, JSON and figures in
                                             <out>/<model>/induction/
@@ -36,7 +37,7 @@ from data import common
 from data.common import Progress, UserError, field, mean_of, parse_flags, with_interval, write_json
 from data.figures import plot_feature, plot_heads, plot_intervention, plot_lengths, plot_prefixes
 from data.keep import Keeper
-from data.study import StudyConfig, begin, reported
+from data.study import StudyConfig, begin, parse_feature, reported
 from data.text import fuzzy, in_text
 from sae import ablate, active_entries, check_feature
 
@@ -511,16 +512,6 @@ def main():
     reported(config, "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43")
     study_features(config, model, tokenizer, saes, rows, table, (layer, feature), folder)
     print(f"\nwritten to {folder}/")
-
-
-def parse_feature(text):
-    """"2.271" -> (2, 271), "" -> (None, None). Raises UserError for another form."""
-    if not text:
-        return None, None
-    layer, _, feature = text.partition(".")
-    if not (layer.isdecimal() and feature.isdecimal()):
-        raise UserError(f"--feature is written layer.feature, such as 2.271, not {text!r}.")
-    return int(layer), int(feature)
 
 
 def study_heads(config, model, tokenizer, rows, table, folder):

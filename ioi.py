@@ -678,7 +678,7 @@ def study_place(study, saes, place, n_shown=12, n_read=5):
         one["reads_further"] = {order: sorted(([*key, x] for key, x in shares.items() if key[1]),
                                               key=lambda item: -abs(item[2]))[:8]
                                 for order, shares in further.items()}
-        print(f"{layer}.{i} reads, in shares of its activation, in so many prompts")
+        print(f"{layer}.{i} reads, in shares of its activation (number of prompts)")
         for order, by_role in one["reads"].items():
             best = sorted(by_role.items(), key=lambda item: -abs(item[1]))[:5]
             print(f"  {order} ({one['n_read'][order]})  "

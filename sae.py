@@ -221,7 +221,7 @@ def candidates(x, W, bias):                     # (B,d_in), (d_sae,d_in), (d_sae
     left = torch.cat([x, torch.ones_like(margin), (1 + 3 * two_u) * margin], 1)             # (B,d_in+2)
     right = torch.cat([W, bias + two_u * bias.abs(), size(W)], 1)                           # (d_sae,d_in+2)
     left, right, found = left.to(kind), right.to(kind).T, []
-    for first in range(0, len(x), 512):         # a product of so many rows is still in the cache when read
+    for first in range(0, len(x), 512):         # small enough to be in the cache still when read
         product = left[first:first + 512] @ right                                             # (512,d_sae)
         # a number is above 0 if its bits, read as an integer, are; numpy looks much faster than torch
         bits = product.view(torch.int16 if kind == torch.bfloat16 else torch.int32).numpy()

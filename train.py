@@ -45,7 +45,7 @@ from data.weights import read_tensors
 from sae import (SAE, dense_step, load_all, normalise_decoder, project_decoder_gradient, resample,
                  sparse_step, splice)
 
-DEAD_WINDOW = 1_000_000     # a feature is dead if it fired on none of the last so many training activations
+DEAD_WINDOW = 1_000_000     # training activations: a feature is dead if it fired on none of the last ones
 CHECKPOINT_EVERY = 250      # steps: what a power cut can cost
 
 
@@ -66,7 +66,7 @@ class TrainConfig:
     n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
     batch_size: int = field(2048, "activations per step (paper: 4096)")
     warmup: int = field(100, "steps from 0.1 to 1 x lr, again after each resampling; l1 rises from 0 over "
-                        "the first so many (paper: 1000)")
+                        "the first of these (paper: 1000)")
     decay: float = field(0.2, "last part of the run in which lr falls to 0 (paper: 0)")
     resample_every: int = field(250, "steps between resamplings of dead features, none in the last half of "
                                 "the run (paper: 25000)")
@@ -485,7 +485,7 @@ def put_back(learner, saved):
 
 
 class Log:
-    """log.jsonl: a line every so many steps, with what training.png shows."""
+    """log.jsonl: about 200 lines, with what training.png shows."""
 
     def __init__(self, folder, config, first_step, team):
         self.path, self.every = folder / "log.jsonl", max(1, config.n_tokens // config.batch_size // 200)
@@ -504,8 +504,12 @@ class Log:
         for layer, one in learners.items():
             line[f"L{layer}"] = {"mse": one.mse, "sparsity": one.sparsity, "l0": one.l0,
                                  "dead": dead_fraction(one, line["tokens"])[0]}
-        with open(self.path, "a", encoding="utf8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; make room, and --resume "
+                            f"goes on from the last checkpoint.") from error
 
 
 def read_log(path):

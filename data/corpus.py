@@ -25,7 +25,7 @@ from data.common import UserError, parse_json
 SUFFIXES = (".txt", ".jsonl", ".json.gz", ".jsonl.gz", ".txt.gz")
 C4 = "{}/datasets/allenai/c4/resolve/main/en/c4-{}.{:05d}-of-{:05d}.json.gz"
 PAGE = 3000                 # characters
-HELD_OUT = 20               # one document in so many is held out
+HELD_OUT = 20               # one document in 20 is held out
 
 
 def documents(corpus, split):

@@ -1,4 +1,4 @@
-"""The figures: each function takes what a program found, as it stands in its JSON, and saves one PNG."""
+"""The figures: each function takes what a program found and saves one PNG."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ COLOURS = ("#0b62a4", "#d1611f", "#3a7d44", "#8a5aa8")      # told apart by colo
 
 
 def figure(width, height, panels=1, **options):
-    """A figure of so many inches with panels side by side, or (rows, columns) of them -> (figure, axes).
+    """A figure (sizes in inches) with panels side by side, or (rows, columns) of them -> (figure, axes).
     Needs no display."""
     import matplotlib
     matplotlib.use("Agg")

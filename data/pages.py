@@ -41,8 +41,7 @@ def write_features(folder, layer, tokens, kept, top, spread, records, before):
             **{name: r[name] for name in ("family", "evidence", "cut", "replaced", "raises", "lowers")},
             "facts": f"Active at {r['n']:,} places of {tokens[:, 1:].numel():,} ({r['frequency']:.2%}); "
                      f"activation {r['mean']:.3g} on average where active, {r['largest']:.3g} at most.",
-            "explorer": f'to take it apart in a prompt: python attribution.py "..." --layer {layer} '
-                        f"--feature {i}",
+            "explorer": f'to take it apart in a prompt: python attribution.py "..." --feature {layer}.{i}',
             "weights": r["head_weights"], "dfa": [round(x, 3) for x in dfa[i].tolist()],
             "counts": kept.counts[i, :int(kept.counts[i].nonzero().max()) + 1].tolist(),
             "width": float(kept.width[i]), "top": lists[0][i],

@@ -45,7 +45,7 @@ OUTPUTS, WALK, PICTURES = ROOT / "data/results", ROOT / "data/WALKTHROUGH.md", R
 PAGES = (ROOT / "README.md", ROOT / "data" / "RESULTS.md")
 COMMANDS = {
     "train": "train.py",
-    "attribution": "attribution.py --saes data/tiny --layer 2 --feature 1228",
+    "attribution": "attribution.py --saes data/tiny --feature 2.1228",
     "measure": "attribution.py --measure --saes data/tiny",
     "induction": "induction.py --saes data/tiny",
     "ioi": "ioi.py --saes data/tiny",
@@ -142,9 +142,11 @@ def unsupported(page):
 
 
 def numbers_of(name):
-    """All numbers of an output, or of the shipped model's JSON files."""
+    """All numbers of an output, or of the shipped model's JSON files, as (value, how a page may write it):
+    "%", "" for plain, or "any"."""
     if name != "tiny":
-        return {parsed(number)[0] for line in output(name) for number in NUMBER.findall(line)}
+        found = {number for line in output(name) for number in NUMBER.findall(line)}
+        return {(parsed(number)[0], "%" if number.endswith("%") else "") for number in found}
     files = [json.loads((ROOT / "data" / "tiny" / path).read_text()) for path in TINY]
 
     def leaves(value):
@@ -152,7 +154,7 @@ def numbers_of(name):
             value = list(value.values())
         if isinstance(value, list):
             return {x for one in value for x in leaves(one)}
-        return {float(value)} if type(value) in (int, float) else set()
+        return {(float(value), "any")} if type(value) in (int, float) else set()
     return leaves(files)
 
 
@@ -171,7 +173,8 @@ def stands(number, known):
     value, step = parsed(number)
     if step == 0 or (step == 1 and value <= 12):
         return True
-    return any(abs(abs(other) - value) <= 0.5001 * step for other in known)
+    written = "%" if number.endswith("%") else ""
+    return any(abs(abs(other) - value) <= 0.5001 * step for other, how in known if how in (written, "any"))
 
 
 def walked(page):

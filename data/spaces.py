@@ -23,7 +23,7 @@ from data.bpe import check_fits
 from data.common import (Progress, UserError, check_writable, field, mean_of, parse_flags, pick_device,
                          run_folder, write_json)
 
-MATCHED, MIN_PLACES = 0.7, 20       # a match correlates so much; a feature is compared if active at so many
+MATCHED, MIN_PLACES = 0.7, 20       # least correlation of a match, least places of a feature compared
 Z, OUT, Z2, OUT2 = SPACES = "z_cat", "z_cat @ W_O", "z_cat, other start", "z_cat @ W_O, other start"
 PAIRS = (Z, OUT), (Z, Z2), (OUT, Z), (OUT, OUT2)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import data
 import model as models
 from data.bpe import check_fits
-from data.common import check_writable, field, pick_device, run_folder, write_json
+from data.common import UserError, check_writable, field, pick_device, run_folder, write_json
 from data.sae_files import find_saes
 from sae import load_all
 
@@ -33,6 +33,16 @@ def begin(config, name, layers=()):                     # -> model, tokenizer, {
     check_writable(folder)
     write_json(folder / "config.json", dataclasses.asdict(config) | {"saes": str(where)})
     return model, tokenizer, saes, folder
+
+
+def parse_feature(text):
+    """"2.271" -> (2, 271), "" -> (None, None). Raises UserError for another form."""
+    if not text:
+        return None, None
+    layer, _, feature = text.partition(".")
+    if not (layer.isdecimal() and feature.isdecimal()):
+        raise UserError(f"--feature is written layer.feature, such as 2.271, not {text!r}.")
+    return int(layer), int(feature)
 
 
 def reported(config, text):

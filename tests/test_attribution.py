@@ -486,11 +486,12 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     ([""], "prompt is empty"), (["hello", "--layer", "9"], "layer 9 is out of range"),
     (["hello there", "--position", "99"], "position 99"),
-    (["hello there", "--feature", "99999"], "feature 99999"),
+    (["hello there", "--feature", "3.99999"], "feature 99999"),
+    (["hello there", "--feature", "9.1"], "layer 9 is out of range"),
     (["word " * 200], "tokens does not fit"), (["hello", "--saes", "nowhere"], "--saes nowhere"),
     (["hello", "--model", "nobody"], "--model nobody"), (["hello", "--position", "x"], "--position takes"),
     (["hello", "--position", "0"], "position 0"), (["hello", "--layer", "-7"], "layer -7 is out of range"),
-    (["hello", "--position", "-5"], "position -5"), (["hello", "--feature", "-9"], "feature -9"),
+    (["hello", "--position", "-5"], "position -5"), (["hello", "--feature", "-9"], "layer.feature"),
 ], ids=str)
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words):
     done = program(*arguments, "--out", tmp_path)

@@ -1,6 +1,6 @@
 """kill -9 at any moment, then --resume: the SAEs end with the same bytes as those of a run left alone.
 
-    python tests/test_kill.py 20        so many kills, at moments drawn over a run's whole time; tests do 3
+    python tests/test_kill.py 20        20 kills, at moments drawn over a run's whole time; tests do 3
 """
 
 import random

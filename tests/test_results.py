@@ -37,10 +37,10 @@ def test_a_number_that_drifted_is_noticed():
 
 
 def test_numbers_stand_for_what_they_round():
-    known = {0.8476, 3.14159, 1234.0, 0.0305}
-    for number in ("85%", "84.8%", "-84.8%", "3.14", "+3.1", "1,234", "3.1%", "7", "2.13.0"):
+    known = {(0.8476, "%"), (3.14159, ""), (1234.0, ""), (0.0305, "any")}
+    for number in ("85%", "84.8%", "-84.8%", "3.14", "+3.1", "1,234", "3.1%", "0.031", "7", "2.13.0"):
         assert results.stands(number, known), number
-    for number in ("84.9%", "3.15", "1,235", "0.9", "17"):
+    for number in ("84.9%", "3.15", "1,235", "0.9", "17", "0.848", "314%"):
         assert not results.stands(number, known), number
 
 
