@@ -674,14 +674,13 @@ def index_page(config, n_heads, tokens, records, census, tokenizer):
                     f"tokens keep half of the activation.",
             "census_note": f"Number of roles among the features that lie most in each head, and among "
                            f"{N_DRAWN} drawn by what it gathers: 1 / (probability that two of them share a "
-                           f"role), from similarity {ALIKE[1]} on; in brackets {ALIKE[0]} and {ALIKE[2]}. "
-                           f"Below each other: what the top {TOPS[1]} read through the head, and what those "
-                           f"drawn do.",
+                           f"role), from similarity {ALIKE[1]} on; in brackets {ALIKE[0]} and {ALIKE[2]}.",
             "families": FAMILIES, "contexts": CONTEXTS, "n_heads": n_heads,
             "chunk": pages.CHUNK, "choices": CHOICES, "features": columns,
             "vocab": [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)],
-            "heads": [{"name": one["name"], "text": [one["text"]["top"], one["text"]["drawn"]],
-                       "roles": [shown(one, name) for name in CHOICES]} for one in census]}
+            "heads": [{"name": one["name"], "roles": [shown(one, name) for name in CHOICES],
+                       "text": {CHOICES[1]: one["text"]["top"], CHOICES[-1]: one["text"]["drawn"]}}
+                      for one in census]}
 
 
 def list_sample(config, collected, records, tokens, tokenizer, folder):
