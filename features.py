@@ -38,7 +38,7 @@ from data import common, pages
 from data.common import Progress, UserError, field, parse_flags, write_json
 from data.figures import plot_census, plot_families
 from data.keep import Collector, rank_in_group
-from data.study import StudyConfig, begin, reported
+from data.study import StudyConfig, begin, finish, reported
 from data.text import fuzzy, in_text
 from sae import active, active_entries
 
@@ -593,7 +593,7 @@ def main():
         print(f"{folder}/index.html")
     if config.sample:
         list_sample(config, collected, records, tokens, tokenizer, folder)
-    print(f"\nwritten to {folder}/")
+    finish(config, folder)
 
 
 def report_families(families, family, collected, folder):

@@ -37,7 +37,7 @@ from data import common
 from data.common import Progress, UserError, field, mean_of, parse_flags, with_interval, write_json
 from data.figures import plot_feature, plot_heads, plot_intervention, plot_lengths, plot_prefixes
 from data.keep import Keeper
-from data.study import StudyConfig, begin, parse_feature, reported
+from data.study import StudyConfig, begin, finish, parse_feature, reported
 from data.text import fuzzy, in_text
 from sae import ablate, active_entries, check_feature
 
@@ -511,7 +511,7 @@ def main():
     study_intervention(config, model, rows, table, heads, folder)
     reported(config, "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43")
     study_features(config, model, tokenizer, saes, rows, table, (layer, feature), folder)
-    print(f"\nwritten to {folder}/")
+    finish(config, folder)
 
 
 def study_heads(config, model, tokenizer, rows, table, folder):

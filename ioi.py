@@ -41,7 +41,7 @@ from data.common import (Progress, UserError, bootstrap, field, mean_of, parse_f
                          write_json)
 from data.figures import plot_ablations, plot_cells, plot_circuit, plot_effects, plot_signal
 from data.stories import HELD_OUT_NAMES, OBJECTS, PLACES
-from data.study import StudyConfig, begin, reported
+from data.study import StudyConfig, begin, finish, reported
 from sae import ablate, splice
 
 # ---- prompts ----
@@ -568,7 +568,7 @@ def main():
     study_saes(study, saes)
     study_signal(study, layers, frequent_word(text, tokenizer, CONNECTORS))
     study_qk(study, saes, movers)
-    print(f"\nwritten to {folder}/")
+    finish(config, folder)
 
 
 def in_words(values, form="+.2f"):                                      # (N,) -> "mean [low, high]"

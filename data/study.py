@@ -1,4 +1,4 @@
-"""What the programs that read a model through its SAEs have in common: some flags, and how they begin."""
+"""What the programs that read a model through its SAEs have in common: some flags, how they begin and end."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,17 +22,21 @@ class StudyConfig:
 
 
 def begin(config, name, layers=()):                     # -> model, tokenizer, {layer: SAE}, folder
-    """Load what a study reads, make <out>/<model>/<name>/, and note there what is read and how it was
-    asked."""
+    """Load what a study reads, and make <out>/<model>/<name>/."""
     device = pick_device(config.device)
     model, tokenizer = models.load(config.model, device), data.tokenizer(config.model)
     check_fits(tokenizer, model, config.model)
-    where = find_saes(config.saes, config.out, config.model)
-    saes = load_all(where, model, layers, device)
+    saes = load_all(find_saes(config.saes, config.out, config.model), model, layers, device)
     folder = run_folder(config.out, config.model) / name
     check_writable(folder)
-    write_json(folder / "config.json", dataclasses.asdict(config) | {"saes": str(where)})
     return model, tokenizer, saes, folder
+
+
+def finish(config, folder):
+    """Say where the results are, and note beside them how they were made."""
+    where = find_saes(config.saes, config.out, config.model)
+    write_json(folder / "config.json", dataclasses.asdict(config) | {"saes": str(where)})
+    print(f"\nwritten to {folder}/")
 
 
 def parse_feature(text):
