@@ -445,8 +445,8 @@ def test_the_program_writes_tables_json_figures_and_pages(written):
     for words in ("features by family", "long-range", "roles of the features", "polysemantic heads",
                   "4 of", "to fill in by eye"):
         assert words in printed, words
-    for name in ("families.json", "families.png", "census.json", "census.png", "index.html", "sample.csv", "config.json",
-                 "L1/features.json", "L3/features.json"):
+    for name in ("families.json", "families.png", "census.json", "census.png", "index.html", "sample.csv",
+                 "config.json", "L1/features.json", "L3/features.json"):
         assert (folder / name).stat().st_size > 0
     assert len((folder / "sample.csv").read_text().splitlines()) == 1 + 2 * 4
     census = json.loads((folder / "census.json").read_text())
