@@ -17,7 +17,7 @@ from typing import NamedTuple
 from data.common import UserError, run
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("*.py", "*.txt", "*.md", "LICENSE", "data/**/*", "tests/**/*")
+COPIED = ("*.py", "*.txt", "*.md", "*.ini", "LICENSE", "data/**/*", "tests/**/*")
 NOT_COPIED = ("data/course.py", "tests/test_course.py")     # the second reads the answers as they are here
 
 

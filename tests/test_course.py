@@ -140,6 +140,7 @@ def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
     assert "return pre * (pre > self.threshold" not in sae
     assert "reconstruction" in sae and "def sparse_step" in sae
     assert (tmp_path / "new" / "data" / "tiny" / "model.safetensors").is_file()
+    assert (tmp_path / "new" / "pytest.ini").is_file(), "a copy inside the project runs its own tests only"
     assert not (tmp_path / "new" / "tests" / "test_course.py").exists(), "it fails on answers in other words"
     for one in course.EXERCISES:
         compile((tmp_path / "new" / one.file).read_text(), one.file, "exec")

@@ -18,7 +18,8 @@ from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def browser(tmp_path_factory):
+    """A browser and the address of the page."""
     out = tmp_path_factory.mktemp("out")
     flags = ["--saes", "data/tiny", "--layers", "3", "--n-tokens", "30000", "--out", out]
     subprocess.run([sys.executable, "features.py", *flags], cwd=ROOT, check=True, capture_output=True)
@@ -33,9 +34,17 @@ def page(tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    driver.get(path.as_uri())
-    yield driver
+    yield driver, path.as_uri()
     driver.quit()
+
+
+@pytest.fixture
+def page(browser):
+    """The page as it opens, whatever an earlier test chose on it."""
+    driver, address = browser
+    driver.get("about:blank")           # else an address that differs in its hash is not read anew
+    driver.get(address)
+    return driver
 
 
 def cells(page, column):
