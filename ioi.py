@@ -607,7 +607,7 @@ def study_circuit(study):                               # -> [(layer, head)], [l
     for head in (divmod(int(i), model.config.n_heads) for i in order):
         looks = ", ".join(f"{look} {at[head]:.2f}" for look, at in attention.items() if at[head] >= ATTENDS)
         print(f"{head[0]}.{head[1]:<4} {c.dla.mean(0)[head]:+10.2f} {share['direct'][head]:+26{form}} "
-              f"{share['at_end'][head]:+10{form}} {share['at_S2'][head]:+13{form}}   {looks}")
+              f"{share['at_end'][head]:+10{form}} {share['at_S2'][head]:+13{form}}   {looks}".rstrip())
     for role, heads in found.items():
         print(f"{role:20} " + (" ".join(f"{layer}.{h}" for layer, h in heads) or "none"))
     whole_layers = [patch_S2(model, prompts, base, source_run, source, [layer]) - base.ld

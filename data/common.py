@@ -64,6 +64,13 @@ def _say(message, code):
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """One sentence for a flag that is not there, as for all other input."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags.")
+
+
 def parse_flags(config_class, description, argv=None, preset=None):
     """A config dataclass from the command line: field d_sae becomes --d-sae, with its default and its help
     text.
@@ -73,8 +80,8 @@ def parse_flags(config_class, description, argv=None, preset=None):
     take the place of the defaults; a flag given by hand still wins. Raises UserError for a value that is not
     of the field's type.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for one in dataclasses.fields(config_class):
         flag, help_text = "--" + one.name.replace("_", "-"), one.metadata.get("help", "")
         if one.metadata.get("positional"):
@@ -135,6 +142,8 @@ def atomic(path, way_out="choose another --out"):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        os.umask(umask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~umask)             # safetensors writes for the owner alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

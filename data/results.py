@@ -212,6 +212,7 @@ def main():
         raise UserError("--check runs nothing; give it alone.")
     for name in [] if "--check" in asked else asked or [*COMMANDS, "walkthrough"]:
         if name == "walkthrough":
+            print(WALK.relative_to(ROOT), flush=True)
             write(WALK, walked(WALK.read_text(encoding="utf8")))
         else:
             print(f"python {COMMANDS[name]}", flush=True)

@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import data
 from conftest import random_gpt2
@@ -403,3 +404,15 @@ def test_mean_of_draws_what_belongs_together_together():
     # the normal interval of a mean, by the textbook
     np.testing.assert_allclose(np.subtract(high, low), 2 * 1.96 * many.std(0) / 20, rtol=0.12)
     assert mean_of([]) == (None, None)
+
+
+def test_a_flag_that_is_not_there_gets_one_sentence():
+    with pytest.raises(UserError, match="unrecognized arguments: --frobnicate; --help"):
+        common.parse_flags(Flags, "", ["--frobnicate"])
+
+
+def test_what_safetensors_writes_has_the_mode_of_other_files(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with common.atomic(tmp_path / "weights") as temporary:
+        save_file({"w": torch.zeros(2)}, temporary)
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
