@@ -12,6 +12,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
     pytest.skip("chromium or chromedriver is not installed", allow_module_level=True)
 
+from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
@@ -57,7 +58,8 @@ def open_hash(page, hash):
 
 
 def wait(page, test):
-    return WebDriverWait(page, 10).until(lambda _: test())
+    drawn_anew = [StaleElementReferenceException]       # while it is, elements that were found are no more
+    return WebDriverWait(page, 10, ignored_exceptions=drawn_anew).until(lambda _: test())
 
 
 def test_it_opens_without_errors_and_lists_features(page):
