@@ -306,7 +306,8 @@ def count_families(families, n):                        # -> {variant: {family: 
 
 RELATIONS = ("itself", "the token before", "a token after a copy", "a copy")
 TOPS, N_DRAWN = (10, 25, 50), 50    # how many of a head's features are looked at, of each choice
-CHOICES = (*(f"top {n}" for n in TOPS), f"{N_DRAWN} drawn")
+TOP, DRAWN = f"top {TOPS[1]}", f"{N_DRAWN} drawn"           # the two that are told in words
+CHOICES = {f"top {n}": n for n in TOPS} | {DRAWN: N_DRAWN}
 ALIKE = (0.4, 0.5, 0.6)             # similarities from which on a role is shared: see tests/calibrate.py
 MANY = 1.5                          # a head whose features have more roles than this is polysemantic
 
@@ -399,7 +400,7 @@ def head_census(model, sae, layer, kept, reads, tokens, classes, family, similar
     embedding, matrices = token_embeddings(model, tokens), model.head_matrices(layer)
     matrices = type(matrices)(*(one.cpu() for one in matrices))
 
-    def described(features, h, p, alike):
+    def described(h, features, p, alike):
         groups, source = roles(alike, similarities[len(similarities) // 2]), reads.head_source[:, h]
         return {"features": features.tolist(), "weights": weights[features, h].tolist(),
                 "relations": p.relations.sum(0).div(max(len(features), 1)).tolist(),
@@ -414,17 +415,18 @@ def head_census(model, sae, layer, kept, reads, tokens, classes, family, similar
         n_drawn = min(N_DRAWN, int((mass > 0).sum()))
         drawn = (torch.multinomial(mass, n_drawn, generator=random) if n_drawn else
                  torch.empty(0, dtype=torch.int64))
-        chosen = {f"top {n}": top[:n] for n in TOPS} | {f"{N_DRAWN} drawn": drawn}
-        profiles = {name: head_profiles(kept, reads, h, tokens, classes, features, embedding, W_dec, matrices,
-                                        seed) for name, features in chosen.items()}
-        alike = {name: similarity(p) for name, p in profiles.items()}
-        found = {name: {least: number_of_roles(roles(alike[name], least)) if len(features) == wanted else None
-                        for least in similarities}
-                 for (name, features), wanted in zip(chosen.items(), (*TOPS, N_DRAWN))}
+        looked = {}
+        for features, names in ((top, [f"top {n}" for n in TOPS]), (drawn, [DRAWN])):
+            p = head_profiles(kept, reads, h, tokens, classes, features, embedding, W_dec, matrices, seed)
+            alike = similarity(p)
+            for name in names:          # each choice is the first n of these features
+                n = CHOICES[name]
+                looked[name] = features[:n], Profiles(*(column[:n] for column in p)), alike[:n, :n]
+        found = {name: {least: number_of_roles(roles(alike, least)) if len(alike) == CHOICES[name] else None
+                        for least in similarities} for name, (_, _, alike) in looked.items()}
         census.append({"layer": layer, "head": h, "name": f"{layer}.{h}", "features": top.tolist(),
-                       "roles": found} | {
-            key: described(chosen[name], h, profiles[name], alike[name])
-            for key, name in (("top", CHOICES[1]), ("drawn", CHOICES[-1]))})
+                       "roles": found, "top": described(h, *looked[TOP]),
+                       "drawn": described(h, *looked[DRAWN])})
     return census
 
 
@@ -525,9 +527,8 @@ def in_words(one, decode):
             f"in it by {min(weights):.0%} to {max(weights):.0%}")
 
 
-def in_number(x, choice):
-    """A number of roles among features of one of CHOICES."""
-    n = next(word for word in choice.split() if word.isdigit())
+def in_number(x, n):
+    """A number of roles among n features."""
     return "n/a" if x is None else f"> {n}" if x == float("inf") else f"{x:.1f}"
 
 
@@ -622,7 +623,7 @@ def report_heads(model, census, tokenizer, folder):
           + "".join(f"{name:>22}" for name in CHOICES))
     for one in census:
         one["text"] = {key: in_words(one[key], tokenizer.decode) for key in ("top", "drawn")}
-        shown = ([in_number(one["roles"][name][least], name) for least in ALIKE] for name in CHOICES)
+        shown = ([in_number(one["roles"][name][least], n) for least in ALIKE] for name, n in CHOICES.items())
         print(f"{one['name']:5}" + "".join(f"{b:>8} [{a:>5}, {c:>5}]" for a, b, c in shown))
     print(f"\nwhat they read: the top {TOPS[1]}, and below them the {N_DRAWN} drawn")
     for one in census:
@@ -641,14 +642,16 @@ def report_heads(model, census, tokenizer, folder):
                                                     "heads": len(known)}
             shown.append(f"{sum(many for _, many in known)} of {len(known)}")
         print(f"{name:12}" + "".join(f"{text:>10}" for text in shown))
+    verdicts = [each for each in verdicts if each]          # heads with enough features to tell
     always, never = sum(map(all, verdicts)), sum(not any(each) for each in verdicts)
-    print(f"by every choice and similarity {always}, by none {never}, by some {len(census) - always - never}")
+    print(f"by every choice and similarity {always}, by none {never}, by some "
+          f"{len(verdicts) - always - never}")
     finite = lambda x: None if x is None or x == float("inf") else x
     write_json(folder / "census.json", {
         "similarities": ALIKE, "many": MANY, "polysemantic": found,
         "heads": [one | {"roles": {name: {least: finite(x) for least, x in by.items()}
                                    for name, by in one["roles"].items()}} for one in census]})
-    plot_census(census, dict(zip(CHOICES, (*TOPS, N_DRAWN))), ALIKE, MANY, folder / "census.png")
+    plot_census(census, CHOICES, ALIKE, MANY, folder / "census.png")
 
 
 def index_page(config, n_heads, tokens, records, census, tokenizer):
@@ -665,7 +668,7 @@ def index_page(config, n_heads, tokens, records, census, tokenizer):
             "logits": [[i for i, _ in pairs[:3]] for pairs in of("raises")]}
 
     def shown(one, name):
-        low, middle, high = (in_number(one["roles"][name][least], name) for least in ALIKE)
+        low, middle, high = (in_number(one["roles"][name][least], CHOICES[name]) for least in ALIKE)
         return f"{middle} [{low}, {high}]"
 
     return {"text": f"Features of the SAEs of {config.model}, over {tokens[:, 1:].numel():,} tokens of "
@@ -676,10 +679,10 @@ def index_page(config, n_heads, tokens, records, census, tokenizer):
                            f"{N_DRAWN} drawn by what it gathers: 1 / (probability that two of them share a "
                            f"role), from similarity {ALIKE[1]} on; in brackets {ALIKE[0]} and {ALIKE[2]}.",
             "families": FAMILIES, "contexts": CONTEXTS, "n_heads": n_heads,
-            "chunk": pages.CHUNK, "choices": CHOICES, "features": columns,
+            "chunk": pages.CHUNK, "choices": list(CHOICES), "features": columns,
             "vocab": [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)],
             "heads": [{"name": one["name"], "roles": [shown(one, name) for name in CHOICES],
-                       "text": {CHOICES[1]: one["text"]["top"], CHOICES[-1]: one["text"]["drawn"]}}
+                       "text": {TOP: one["text"]["top"], DRAWN: one["text"]["drawn"]}}
                       for one in census]}
 
 

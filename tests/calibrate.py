@@ -50,7 +50,7 @@ def census_of_wired(seed):
     census = F.head_census(model, sae, 1, collected[1], reads, tokens, classes, family, LEAST)
     heads = []
     for jobs, one in zip(jobs_of, census):
-        chosen = {f"top {n}": one["features"][:n] for n in F.TOPS} | {F.CHOICES[-1]: one["drawn"]["features"]}
+        chosen = {f"top {n}": one["features"][:n] for n in F.TOPS} | {F.DRAWN: one["drawn"]["features"]}
         true = {}
         for choice, features in chosen.items():
             truth = [true_job(jobs, one["head"], i, collected[1], reads, tokens) for i in features]
@@ -89,7 +89,7 @@ def main():
         halves[seed % 2].extend(census_of_wired(seed))
         progress(seed + 1)
     chosen_on, judged_on = halves
-    choice = F.CHOICES[1]
+    choice = F.TOP
     print(f"\n{len(chosen_on)} heads to choose on, their {choice} features\n"
           f"similarity   wrong   median factor")
     n_wrong = [sum(wrong(chosen_on, choice, least)) for least in LEAST]

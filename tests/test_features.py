@@ -374,7 +374,7 @@ def test_similarity_and_roles_by_hand():
     assert sorted(map(sorted, F.roles(alike, 0.5))) == [[0, 1], [2, 3], [4]]
     assert F.number_of_roles([[0, 1], [2, 3], [4]]) == 5
     assert F.number_of_roles([[0], [1], [2]]) == math.inf
-    assert F.in_number(math.inf, "top 3") == "> 3" and F.in_number(None, "top 3") == "n/a"
+    assert F.in_number(math.inf, 3) == "> 3" and F.in_number(None, 3) == "n/a"
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
