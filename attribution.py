@@ -1,456 +1,488 @@
-"""Which head, which source token, which earlier feature: attribution of SAE features (the paper, section 2).
-
-    head weights   share[i,h] = |W_dec[i] at head h| / sum over heads of the same
-    DFA            pre_i(q) = sum_{h,k} pattern[h,q,k] * (v[h,k] . w_i^h)  +  b_enc[i] - b_dec . w_i,
-                   with w_i = W_enc[:,i] and w_i^h its slice at head h. What all values of a head have in
-                   common (`model.value_bias`) is moved whatever a query looks at, as pattern rows sum to 1;
-                   the programs take it from v (`varying`) and count it with the bias (`constants`)
-    recursive DFA  v[h,k] is linear in the residual stream once norm scales are frozen, and the stream is a
-                   sum of what was written to it: embeddings, earlier SAE features, their errors, biases, MLP
-                   outputs. So pre_i(q) is a sum over (head, source, what was written there), and a feature
-                   that was written has a pre-activation of its own, to which the same formula applies.
-    QK             the score of query q and key k before soft cap, mask and softmax is a sum over pairs of
-                   (what was written at q, what was written at k), with norm scales frozen.
+"""Which head, which source token, which earlier feature: attribution of SAE features (the paper,
+section 2).
 
     python attribution.py "When Mary and John went to the store, John gave a drink to"
-    python attribution.py --measure         over held-out text: do the attributions agree with each other, and
-                                            with what happens when a feature is removed?
 
-The first prints the strongest feature of the last token, taken apart, and writes a page to look at all
-features of all tokens, <out>/<model>/attribution/explorer.html.
+takes the strongest feature of the last token apart, and writes a page in which the strongest
+features of every token can be opened: <out>/<model>/attribution/explorer.html.
 
-Every sum is exact. That does not show that the SAE is right, since its error is one of the terms: the tests,
-and --measure, remove features from the model and look.
+In reading order: one layer (head weights and DFA); the residual stream as a sum of what was written
+to it; recursive DFA over it; QK, why a head looks where it looks; the program and its report. The
+first four start with their formula. Every sum is exact. That does not show that the SAE is right,
+since its error is one of the terms: `ablation_effects` removes features from the model and looks.
 
-Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae; N parts, that is
-whatever was written to the residual stream, one row for each position and writer.
+Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-import data
-from data import common, pages
-from data.common import UserError, bootstrap, field, parse_flags, with_interval, write_json
-from data.study import StudyConfig, begin, parse_feature
+from data import pages
+from data.errors import UserError, run
+from data.flags import field, parse_flags
 from sae import ablate, check_feature
+from study import StudyConfig, begin, parse_feature
 
 # ---- one layer: heads and sources ----
+#
+# With w = W_enc[:,i], and w^h its slice at head h, the pre-activation of feature i at query q is
+#
+#     pre_i(q) = sum_{h,k} pattern[h,q,k] * (v[h,k] . w^h)  +  b_enc[i] - b_dec . w
+#
+# The terms of the sum are direct feature attribution (DFA). A head's values have a part in common
+# (`model.value_bias`), which it moves whatever it looks at, as its pattern sums to 1. For DFA that
+# is about sources, callers subtract it first (`values_minus_bias`) and count it with the feature's
+# bias (`constant_part`).
 
 
-def head_weights(W_dec, n_heads):                                       # (...,D) -> (...,H)
-    """Weight-based head attribution: the norm of a decoder row's slice at each head, over the sum of these
-    norms; a row of zeros stays 0."""
+def head_weights(W_dec, n_heads):                           # (...,D) -> (...,H)
+    """Weight-based head attribution: the norm of a decoder row's slice at each head, over the sum
+    of these norms. A row of zeros stays 0."""
     norms = W_dec.unflatten(-1, (n_heads, -1)).norm(dim=-1)
     return norms / norms.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def dfa(pattern, v, w_enc):                         # (B,H,q,k), (B,k,H,d_head), (D,) -> (B,H,q,k)
-    """Direct feature attribution: the part of z_cat[q] . w_enc that head h moved from position k."""
+def dfa(pattern, v, w_enc):                     # (B,H,q,k), (B,k,H,d_head), (D,) -> (B,H,q,k)
+    """Direct feature attribution: the part of z_cat[q] . w_enc that head h moved from position
+    k."""
     w = w_enc.unflatten(0, (v.shape[2], -1))                            # (H,d_head)
-    return pattern * torch.einsum("bkhd,hd->bhk", v, w)[:, :, None]     # d_head first: no (B,q,k,D) tensor
+    return pattern * torch.einsum("bkhd,hd->bhk", v, w)[:, :, None]     # d_head is summed first
 
 
-def dfa_at(pattern, v, w_enc, q):           # (H,q,k), (k,H,d_head), (m,D), (m,) -> (m,H,k)
+def dfa_at_positions(pattern, v, w_enc, q):     # (H,q,k), (k,H,d_head), (m,D), (m,) -> (m,H,k)
     """DFA of m features (rows of W_enc^T), each at its own query, in one prompt."""
-    reads = torch.einsum("khd,mhd->mhk", v, w_enc.unflatten(1, (v.shape[1], -1)))
-    return pattern[:, q].transpose(0, 1) * reads
+    w = w_enc.unflatten(1, (v.shape[1], -1))                            # (m,H,d_head)
+    return pattern[:, q].transpose(0, 1) * torch.einsum("khd,mhd->mhk", v, w)
 
 
-def feature_bias(sae):                                                  # -> (d_sae,)
-    """b_enc[i] - b_dec . W_enc[:,i]: with DFA summed over heads and sources, the pre-activation."""
+def feature_bias(sae):                                      # -> (d_sae,)
+    """Add this to the sum of DFA over heads and sources, of the raw values, and you get the
+    pre-activation."""
     return sae.b_enc - sae.b_dec @ sae.W_enc
 
 
 @torch.no_grad()
-def varying(model, layer, v):                                           # (B,k,H,d_head) -> the same
-    """Values less what they all have in common: their DFA says something about sources."""
+def values_minus_bias(model, layer, v):                     # (B,k,H,d_head) -> the same
+    """Values minus value_bias, the part that all sources share."""
     return v - model.value_bias(layer).unflatten(0, v.shape[2:])
 
 
 @torch.no_grad()
-def constants(model, layer, sae):                                       # -> (d_sae,)
-    """With DFA of `varying` values summed over heads and sources, the pre-activation."""
+def constant_part(model, layer, sae):                       # -> (d_sae,)
+    """Add this to the sum of DFA of `values_minus_bias`, and you get the pre-activation."""
     return feature_bias(sae) + model.value_bias(layer) @ sae.W_enc
 
 
-def head_logits(z_cat, matrices, direction, scale=1.0):                 # (...,D), (...,d_model) -> (...,H)
-    """Direct logit attribution: what each head of a layer, having gathered z_cat, writes along `direction`.
+def head_logits(z_cat, matrices, direction, scale=1.0):     # (...,D), (...,d_model) -> (...,H)
+    """Direct logit attribution: what each head of a layer, having gathered z_cat, writes along
+    `direction`.
 
-    With model.logit_directions(token) / model.final_scale(final residual stream) for the direction: what the
-    head adds to that token's logit less the mean over all tokens, with the final norm's scale frozen. scale:
-    the layer's scales["attn_out"], where there is one.
+    With model.logit_directions(token) / model.final_scale(final residual stream) for the direction,
+    it is what the head adds to that token's logit less the mean over all tokens, with the final
+    norm's scale frozen. scale: the layer's scales["attn_out"], where there is one.
     """
-    z = z_cat.unflatten(-1, matrices.b_V.shape)                                               # (...,H,d_head)
+    z = z_cat.unflatten(-1, matrices.b_V.shape)                         # (...,H,d_head)
     return torch.einsum("...hd,hdm,...m->...h", z, matrices.W_O, direction / scale)
 
 
 @torch.no_grad()
-def token_effects(model, layer, sae, features):                         # int or (m,) -> (...,d_vocab)
-    """W_dec[i] @ W_O @ W_U: what a feature adds to every token's logit per unit of activation, less the mean
-    over all tokens, the final norm's scale being 1."""
-    directions = model.logit_directions(torch.arange(model.config.d_vocab, device=sae.W_dec.device))
-    return sae.W_dec[features] @ model.head_matrices(layer).W_O.flatten(0, 1) @ directions.T
+def token_effects(model, layer, sae, features):             # int or (m,) -> (...,d_vocab)
+    """W_dec[i] @ W_O @ unembedding: what a feature adds to every token's logit per unit of
+    activation, less the mean over all tokens, with the scales of the final norm and of Gemma's
+    post-norm taken as 1."""
+    tokens = torch.arange(model.config.d_vocab, device=sae.W_dec.device)
+    W_O = model.head_matrices(layer).W_O.flatten(0, 1)                  # (D,d_model)
+    return sae.W_dec[features] @ W_O @ model.logit_directions(tokens).T
 
 
-def spearman(a, b):                                                     # (...,n), (...,n) -> (...)
-    """Rank correlation along the last dimension; equal values share the mean of their ranks. NaN where all
-    are equal."""
-    def ranks(x):
-        below = (x[..., None, :] < x[..., :, None]).sum(-1)
-        equal = (x[..., None, :] == x[..., :, None]).sum(-1)
-        centred = below + (equal - 1) / 2 - (x.shape[-1] - 1) / 2
-        return centred.cpu().double()
-    a, b = ranks(a), ranks(b)
-    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-
-
-# ---- many layers: everything that was written ----
+# ---- the residual stream as a sum of components ----
+#
+# Before a layer, the stream at a position is the sum of everything written there: embeddings, and
+# for each earlier layer its features f_j * W_dec[j] @ W_O, biases b_dec @ W_O + b_O, the SAE's
+# error (z_cat - z_hat) @ W_O, and the MLP's output. (Gemma 2 and 3 divide what attention writes by
+# scales["attn_out"].) At BOS, and in layers without an SAE, attention's output is one component.
 
 KINDS = ("embedding", "position", "feature", "bias", "error", "attention", "MLP", "constant")
 EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP, CONSTANT = range(len(KINDS))
 
 
-class Parts(NamedTuple):
-    """The residual stream of one prompt, cut up: the parts at a position add up to the stream there.
+class Components(NamedTuple):
+    """What was written to the residual stream of one prompt, one row for each writer and position.
 
-    *feature* is f_j W_dec[j] @ W_O; *bias* is b_dec @ W_O + b_O; *error* is (z_cat - z_hat) @ W_O, each
-    divided by the layer's scales["attn_out"] where it has one (Gemma 2 and 3);
-    *attention* is an attention output that no SAE takes apart (BOS, which SAEs do not see, and layers without
-    an SAE).
+    *attention* is an attention output that no SAE takes apart: BOS, which SAEs do not see, and
+    layers without an SAE.
     """
-    kind: Tensor            # (N,) a number of KINDS
+    kind: Tensor            # (N,) index into KINDS
     layer: Tensor           # (N,) where it was written; -1 for embeddings
     position: Tensor        # (N,)
     feature: Tensor         # (N,) or -1
     vector: Tensor          # (N,d_model)
 
+    def pick(self, which):
+        return Components(*(column[which] for column in self))
 
-class Run(NamedTuple):
-    """A model's run on one prompt, with its SAEs' reading of it."""
+
+class TracedPrompt(NamedTuple):
+    """A model's run on one prompt, and what its SAEs make of it."""
     model: nn.Module
     saes: dict              # {layer: SAE}
     tokens: Tensor          # (T,)
     cache: dict             # {layer: LayerCache}, B = 1
     f: dict                 # {layer: (T,d_sae)}, 0 at BOS
-    parts: Parts            # in the order in which they are written
-    before: list            # before[layer]: how many of the parts are in the stream that the layer reads
+    components: Components  # in the order in which they are written
+    n_before: list          # n_before[layer]: how many of them are in the stream that it reads
     matrices: list          # each layer's head_matrices
 
 
 @torch.no_grad()
-def trace_run(model, saes, tokens):                                     # (T,) or (1,T) -> Run
-    """Run the model on one prompt and cut everything that is written to the residual stream into parts."""
+def trace_prompt(model, saes, tokens):                      # (T,) or (1,T) -> TracedPrompt
+    """Run the model on one prompt and cut everything written to its residual stream into
+    components."""
     tokens = tokens[None] if tokens.dim() == 1 else tokens
     assert len(tokens) == 1, "one prompt at a time"
-    kinds = {p.dtype for module in (model, *saes.values()) for p in module.parameters()}
-    if len(kinds) > 1:
-        raise UserError(f"the model and its SAEs are in {' and '.join(sorted(map(str, kinds)))}; attribution "
-                        f"takes both in one type, such as load(..., dtype=torch.float32).")
-    T, columns, f, before = tokens.shape[1], [], {}, []
-    every = torch.arange(T, device=tokens.device)
+    check_one_dtype(model, saes)
+    everywhere = torch.arange(tokens.shape[1], device=tokens.device)
+    matrices = [model.head_matrices(layer) for layer in range(model.config.n_layers)]
     _, cache = model(tokens, keep=range(model.config.n_layers))
-    all_matrices = [model.head_matrices(layer) for layer in cache]
 
-    def add(kind, layer, positions, vectors, features=None):
-        full = lambda number: torch.full_like(positions, number)
-        features = full(-1) if features is None else features
-        columns.append((full(kind), full(layer), positions, features, vectors))
-
+    f = {}
+    n_before = []
+    written = []            # Components
     for name, vectors in model.embed_parts(tokens).items():
-        add(KINDS.index(name), -1, every, vectors[0])
+        written.append(component(KINDS.index(name), -1, everywhere, vectors[0]))
     for layer, kept in cache.items():
-        before.append(sum(len(column[0]) for column in columns))
-        attn_out = kept.attn_out[0]
-        if layer not in saes:
-            add(ATTENTION, layer, every, attn_out)
-        else:
-            sae, matrices = saes[layer], all_matrices[layer]
-            W_O = matrices.W_O.flatten(0, 1)                            # (D,d_model)
-            scale = kept.scales.get("attn_out", torch.ones_like(kept.attn_out[..., :1]))[0]         # (T,1)
-            f[layer] = sae.encode(kept.z_cat[0])
+        n_before.append(sum(len(part.kind) for part in written))
+        if layer in saes:
+            f[layer] = saes[layer].encode(kept.z_cat[0])
             f[layer][0] = 0
-            at, which = f[layer].nonzero(as_tuple=True)
-            vectors = f[layer][at, which, None] * (sae.W_dec[which] @ W_O) / scale[at]
-            error = kept.z_cat[0] - sae.decode(f[layer])
-            add(ATTENTION, layer, every[:1], attn_out[:1])
-            add(FEATURE, layer, at, vectors, which)
-            add(BIAS, layer, every[1:], (sae.b_dec @ W_O + matrices.b_O) / scale[1:])
-            add(ERROR, layer, every[1:], error[1:] @ W_O / scale[1:])
-        add(MLP, layer, every, kept.mlp_out[0])
-    return Run(model, saes, tokens[0], cache, f, Parts(*map(torch.cat, zip(*columns))), before, all_matrices)
+            written += attention_components(layer, kept, saes[layer], f[layer], matrices[layer])
+        else:
+            written.append(component(ATTENTION, layer, everywhere, kept.attn_out[0]))
+        written.append(component(MLP, layer, everywhere, kept.mlp_out[0]))
+    components = Components(*(torch.cat(column) for column in zip(*written)))
+    return TracedPrompt(model, saes, tokens[0], cache, f, components, n_before, matrices)
 
 
-class Children(NamedTuple):
-    """What a feature's pre-activation is the sum of: one entry for each (head, part), and the constants."""
-    head: Tensor            # (n,) the head that reads the part; -1 for the feature's own bias
-    part: Tensor            # (n,) row of Parts, or -1 for a constant
-    value: Tensor           # (n,) contribution; they sum to pre
+def check_one_dtype(model, saes):
+    """Raise UserError where a model and its SAEs are in different types."""
+    dtypes = {p.dtype for module in (model, *saes.values()) for p in module.parameters()}
+    if len(dtypes) > 1:
+        raise UserError(f"the model and its SAEs are in {' and '.join(sorted(map(str, dtypes)))}; "
+                        f"attribution takes both in one type, such as load_model(..., "
+                        f"dtype=torch.float32).")
+
+
+def component(kind, layer, positions, vectors, features=None):      # -> Components
+    """What one writer wrote at some positions (n,): vectors (n,d_model)."""
+    if features is None:
+        features = torch.full_like(positions, -1)
+    return Components(torch.full_like(positions, kind), torch.full_like(positions, layer),
+                      positions, features, vectors)
+
+
+def attention_components(layer, kept, sae, f, matrices):    # -> list of Components
+    """An attention layer's output in terms of its SAE; f: (T,d_sae)."""
+    position = torch.arange(len(f), device=f.device)
+    attn_out = kept.attn_out[0]                                         # (T,d_model)
+    W_O = matrices.W_O.flatten(0, 1)                                    # (D,d_model)
+    scale = torch.ones_like(attn_out[:, :1])                            # (T,1)
+    if "attn_out" in kept.scales:
+        scale = kept.scales["attn_out"][0]
+    active_at, active = f.nonzero(as_tuple=True)
+    features = f[active_at, active, None] * (sae.W_dec[active] @ W_O) / scale[active_at]
+    bias = (sae.b_dec @ W_O + matrices.b_O) / scale
+    error = (kept.z_cat[0] - sae.decode(f)) @ W_O / scale
+    return [component(ATTENTION, layer, position[:1], attn_out[:1]),
+            component(FEATURE, layer, active_at, features, active),
+            component(BIAS, layer, position[1:], bias[1:]),
+            component(ERROR, layer, position[1:], error[1:])]
+
+
+# ---- recursive DFA ----
+#
+# With norm scales frozen, the values that a head moves are linear in the stream at the source. So a
+# feature's pre-activation is a sum over (head, component), and biases:
+#
+#     pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (component_n @ W_V[h] . w^h)
+#                + sum_h b_V[h] . w^h  +  b_enc[i] - b_dec . w
+#
+# with component n written at position k_n, and scale the layer's scales["attn_in"]. An active
+# feature j among the components has f_j = pre_j, so what it contributes is a fixed multiple of
+# pre_j; and pre_j is a sum by the same formula, whose terms times that multiple are its children.
+
+
+class Contributions(NamedTuple):
+    """The n terms of a feature's pre-activation: one for each (head, component that the query
+    sees), head by head; then a constant for each head, from its value bias; then the feature's own
+    bias."""
+    head: Tensor            # (n,) the head that reads the component; -1 for the feature's own bias
+    component: Tensor       # (n,) row of traced.components, or -1 for a constant
+    value: Tensor           # (n,) they sum to pre
     pre: float              # the pre-activation
 
 
 @torch.no_grad()
-def children(run, layer, position, feature):
-    """The recursive step: feature i of a layer at query q, as a sum over heads and what was written before.
+def decompose(traced, layer, position, feature):            # -> Contributions
+    """The pre-activation of a feature at a position, as the sum above."""
+    kept = traced.cache[layer]
+    sae = traced.saes[layer]
+    m = traced.matrices[layer]
+    n_heads = traced.model.config.n_heads
+    components = traced.components.pick(slice(traced.n_before[layer]))
+    w = sae.W_enc[:, feature].unflatten(0, (n_heads, -1))               # (H,d_head)
+    direction = torch.einsum("hmd,hd->hm", m.W_V, w)                    # (H,d_model) read per head
 
-    pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (part_n @ W_V[h] . w_i^h)
-               + sum_h b_V[h] . w_i^h + b_enc[i] - b_dec . w_i,
-    with part n a row of run.parts at position k_n, scale the layer's scales["attn_in"] in run.cache, W_V with
-    the norm's gain and centring in it, and w_i^h the slice of W_enc[:,i] at head h.
+    # rows that the query sees, S of them; they number traced.components too, which begins alike
+    seen = (components.position <= position).nonzero()[:, 0]            # (S,)
+    k = components.position[seen]
+    pattern = kept.pattern[0, :, position]                              # (H,k)
+    moved = pattern[:, k] / kept.scales["attn_in"][0, k, 0]             # (H,S)
+    value = moved * (direction @ components.vector[seen].T)             # (H,S)
+
+    head = torch.arange(n_heads, device=k.device)
+    value_constants = torch.einsum("hd,hd->h", m.b_V, w)                # (H,)
+    bias = feature_bias(sae)[feature, None]                             # (1,)
+    heads = torch.cat([head[:, None].expand_as(value).flatten(), head, head.new_tensor([-1])])
+    rows = torch.cat([seen.expand_as(value).flatten(), seen.new_full((n_heads + 1,), -1)])
+    values = torch.cat([value.flatten(), value_constants, bias])
+    return Contributions(heads, rows, values, float(values.sum()))
+
+
+def upstream_features(traced, layer, position, feature):    # -> (n,), (n,)
+    """The earlier features among a feature's contributions, summed over heads, strongest first ->
+    rows of Components, values."""
+    terms = decompose(traced, layer, position, feature)
+    is_feature = kind_of(terms, traced.components) == FEATURE
+    upstream, index = terms.component[is_feature].unique(return_inverse=True)
+    value = terms.value.new_zeros(len(upstream)).index_add_(0, index, terms.value[is_feature])
+    order = value.abs().argsort(descending=True, stable=True)
+    return upstream[order], value[order]
+
+
+def kind_of(terms, components):                             # -> (n,) index into KINDS
+    """What each term was written by."""
+    is_constant = terms.component < 0
+    return torch.where(is_constant, CONSTANT, components.kind[terms.component.clamp_min(0)])
+
+
+@torch.no_grad()
+def ablation_effects(traced, upstream, layer, position, feature):   # (n,) -> (n,)
+    """Drop in a feature's pre-activation when each upstream feature (a row of Components) is
+    ablated where it was written.
+
+    The SAE's error is kept, and everything after the ablation is computed anew: nothing is frozen.
     """
-    kept, sae, m = run.cache[layer], run.saes[layer], run.matrices[layer]
-    w = sae.W_enc[:, feature].unflatten(0, (run.model.config.n_heads, -1))                  # (H,d_head)
-    reads = torch.einsum("hmd,hd->hm", m.W_V, w)                                            # (H,d_model)
-    seen = (run.parts.position[:run.before[layer]] <= position).nonzero()[:, 0]             # (N,)
-    k = run.parts.position[seen]
-    moved = kept.pattern[0, :, position, k] / kept.scales["attn_in"][0, k, 0]               # (H,N)
-    value = moved * (reads @ run.parts.vector[seen].T)                                      # (H,N)
-    heads = torch.arange(len(w), device=k.device)
-    constants = torch.cat([torch.einsum("hd,hd->h", m.b_V, w), feature_bias(sae)[feature, None]])   # (H+1,)
-    found = Children(torch.cat([heads[:, None].expand_as(value).flatten(), heads, heads.new_tensor([-1])]),
-                     torch.cat([seen.expand_as(value).flatten(), torch.full_like(constants, -1).long()]),
-                     torch.cat([value.flatten(), constants]), 0.0)
-    return found._replace(pre=float(found.value.sum()))
+    chosen = traced.components.pick(upstream)
+    T = len(traced.tokens)
+    at = torch.arange(T, device=upstream.device) == chosen.position[:, None]        # (n,T)
+    edits = {}
+    for source in chosen.layer.unique().tolist():           # row n of the batch loses feature n
+        of_source = chosen.layer == source
+        features = torch.where(of_source, chosen.feature, 0)
+        edits[source] = ablate(traced.saes[source], features, at & of_source[:, None])
+    tokens = traced.tokens.expand(len(upstream), T)
+    z = traced.model.z_cat_at(tokens, [layer], edits)[layer][:, position]           # (n,D)
+    z_clean = traced.cache[layer].z_cat[:, position]                                # (1,D)
+    pre = traced.saes[layer].pre_activations(torch.cat([z_clean, z]))[:, feature]
+    return pre[0] - pre[1:]
 
 
 class Node(NamedTuple):
-    """One node of the recursive DFA tree. Numbers are contributions to the root's pre-activation, but for the
-    last two, which are shares of the node."""
+    """One node of the recursive DFA tree."""
     kind: str               # one of KINDS
     layer: int              # where it was written; -1 for embeddings and constants
     position: int           # where it was written; -1 for constants
     feature: int            # -1 if it is none
-    head: int               # the head (of the parent's layer) that reads it; -1 for the root and for a bias
+    head: int               # of the parent's layer, which reads it; -1 for the root and for a bias
     value: float            # what it contributes to the root; the root's is its pre-activation
     children: tuple = ()    # strongest first; none for a leaf and where the depth ends
-    pruned: float = 0.0     # sum of the children left out, added up one by one
+    pruned: float = 0.0     # sum of the children left out: of their values, not what is missing
     n_pruned: int = 0       # how many were left out that contribute something
-    error: float = 0.0      # share of what this node read directly from SAE errors, left out or not
+    error: float = 0.0      # share of this node read from SAE errors, shown or not; 0 for a leaf
     mlp: float = 0.0        # the same of MLP outputs
 
 
-def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, breadth=8):
-    """The recursive DFA tree of a feature at a position of one prompt (B = 1) -> Node.
+def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, breadth=8):  # -> Node
+    """The recursive DFA tree of a feature at a position of one prompt, (T,) or (1,T).
 
-    A child is kept if it contributes at least `share` of the root and is among the `breadth` strongest of its
-    parent; features are taken apart down to `depth` levels. share=0 and breadth=None prune nothing: then the
-    values of a node's children sum to its own. Raises UserError for a layer without SAE and for numbers out
-    of range.
+    A child is shown if it contributes at least `share` of the root and is among the `breadth`
+    strongest of its parent; features are taken apart down to `depth` levels. share=0 and
+    breadth=None prune nothing: then the values of a node's children sum to its own. Raises
+    UserError for a layer without SAE and for numbers out of range.
     """
-    return tree(trace_run(model, saes, tokens), layer, position, feature, share, depth, breadth)
+    traced = trace_prompt(model, saes, tokens)
+    return attribution_tree(traced, layer, position, feature, share, depth, breadth)
 
 
-def tree(run, layer, position, feature, share=0.02, depth=3, breadth=8):
-    """`trace` on a run that is there already."""
-    check_node(run, layer, position, feature)
-    found = children(run, layer, position, feature)
-    root = Node("feature", layer, position, feature, -1, found.pre)
-    return _expand(run, root, found, share * abs(root.value), depth, breadth)
+def attribution_tree(traced, layer, position, feature, share=0.02, depth=3, breadth=8):    # -> Node
+    """`trace` on a prompt that is traced already."""
+    check_node(traced, layer, position, feature)
+    terms = decompose(traced, layer, position, feature)
+    root = Node("feature", layer, position, feature, head=-1, value=terms.pre)
+    return expand(traced, root, terms, share * abs(root.value), depth, breadth)
 
 
-def _expand(run, node, found, least, depth, breadth):
-    parts = run.parts
-    # children sum to the pre-activation: scaled to what the node contributes, but the root's, which is that
-    values = found.value * (node.value / found.pre if node.head >= 0 else 1.0)
-    kind = torch.where(found.part < 0, CONSTANT, parts.kind[found.part])
-    order = values.abs().argsort(descending=True, stable=True)
-    kept = ((values.abs()[order] >= least) & (values[order] != 0)).nonzero()[:, 0]
-    kept = order[kept[:breadth]]
-    left_out = torch.ones_like(kind, dtype=torch.bool)
-    left_out[kept] = False
-    nodes = []
-    for i in kept.tolist():
-        part = int(found.part[i])
-        where = (int(column[part]) if part >= 0 else -1
-                 for column in (parts.layer, parts.position, parts.feature))
-        child = Node(KINDS[int(kind[i])], *where, int(found.head[i]), float(values[i]))
+def expand(traced, node, terms, least, depth, breadth):     # -> the node with its children
+    """The children of a node, from the terms of its pre-activation.
+
+    The terms sum to the node's own pre-activation; they are rescaled to what it contributes to the
+    root. The root needs no rescaling.
+    """
+    is_root = node.head < 0
+    values = terms.value * (1.0 if is_root else ratio(node.value, terms.pre))
+    size = values.abs()
+    by_size = size.argsort(descending=True, stable=True)
+    is_large = (size >= least) & (values != 0)
+    shown = by_size[is_large[by_size]][:breadth]            # the large ones, strongest first
+    pruned = torch.ones_like(values, dtype=torch.bool)
+    pruned[shown] = False
+
+    components = traced.components
+    children = []
+    for i in shown.tolist():
+        n = int(terms.component[i])
+        head = int(terms.head[i])
+        value = float(values[i])
+        if n < 0:
+            children.append(Node("constant", -1, -1, -1, head, value))
+            continue
+        child = Node(KINDS[int(components.kind[n])], int(components.layer[n]),
+                     int(components.position[n]), int(components.feature[n]), head, value)
         if child.feature >= 0 and depth > 1:
-            below = children(run, child.layer, child.position, child.feature)
-            child = _expand(run, child, below, least, depth - 1, breadth)
-        nodes.append(child)
-    part_of = lambda wanted: float(values[kind == wanted].sum()) / node.value if node.value else 0.0
-    n_pruned = int((left_out & (values != 0)).sum())
-    return node._replace(children=tuple(nodes), pruned=float(values[left_out].sum()), n_pruned=n_pruned,
-                         error=part_of(ERROR), mlp=part_of(MLP))
+            below = decompose(traced, child.layer, child.position, child.feature)
+            child = expand(traced, child, below, least, depth - 1, breadth)
+        children.append(child)
+
+    kind = kind_of(terms, components)
+    return node._replace(children=tuple(children), pruned=float(values[pruned].sum()),
+                         n_pruned=int((pruned & (values != 0)).sum()),
+                         error=ratio(float(values[kind == ERROR].sum()), node.value),
+                         mlp=ratio(float(values[kind == MLP].sum()), node.value))
 
 
-def check_node(run, layer, position, feature):
+def ratio(part, total):
+    """A part of a total; 0 of a total that cancels to nothing."""
+    return part / total if total else 0.0
+
+
+def check_node(traced, layer, position, feature):
     """Raise UserError where there is no such layer, SAE, position or feature."""
-    run.model.check_layers([layer])
-    check_feature(run.saes, layer, feature)
-    if not 1 <= position < len(run.tokens):
+    traced.model.check_layers([layer])
+    check_feature(traced.saes, layer, feature)
+    last = len(traced.tokens) - 1
+    if not 1 <= position <= last:
         raise UserError(f"position {position} is out of range: this prompt has positions 1 to "
-                        f"{len(run.tokens) - 1} after BOS.")
+                        f"{last} after BOS.")
 
 
-# ---- why there: the score, taken apart ----
+# ---- QK: why a head looks there ----
+#
+# The score of a query and a key is score_scale * q . k, and q and k are linear in the stream once
+# scales are frozen:
+#
+#     score[h,q,k] = sum over (component at q, component at k) of (its q) . (its k) * score_scale
+#
+# before soft cap, mask and softmax. What is the same at all keys cancels when two are compared.
 
 
 class QK(NamedTuple):
-    """A score, or a difference of scores, as a sum over pairs."""
-    query: list             # (a,) names of what was written at the query: (kind, layer, feature)
-    key: list               # (b,) names of what was written at the keys
+    """A score, or a difference of scores, as a sum over pairs of writers (kind, layer, feature)."""
+    query: list             # (a,) writers at the query
+    key: list               # (b,) writers at the keys
     pairs: Tensor           # (a,b) contributions; they sum to score
     score: float            # before soft cap, mask and softmax
 
 
 @torch.no_grad()
-def qk(run, layer, head, query, key, against=None):
-    """Why head `head` at `query` looks at `key`: the score as a sum over (query part, key part) -> QK.
+def qk(traced, layer, head, query, key, against=None):      # -> QK
+    """Why head `head` at `query` looks at `key`: the score as a sum over pairs of components.
 
-    against: None for the score itself; "others" for the score less the mean over the other keys that the
-    query sees; a position for the score less that key's. Parts that are equal at all keys cancel in a
-    contrast. The scales of the attention layer's norm, and of queries and keys where Gemma 3 has them, are
-    frozen.
+    against: None for the score itself; "others" for the score less the mean over the other keys
+    that the query sees, if there are any; a position for the score less that key's. Raises
+    UserError for a layer, a head or a key that is not there to be seen.
     """
-    run.model.check_layers([layer])
-    kept, config, m = run.cache[layer], run.model.config, run.matrices[layer]
-    if not 0 <= head < config.n_heads:
+    check_score(traced, layer, head, query, key, against)
+    weight = key_weights(traced, layer, query, key, against)            # (T,)
+    position = torch.arange(len(traced.tokens), device=weight.device)
+    q_writers, q_vectors, _ = qk_vectors(traced, layer, head, "q", position == query)
+    k_writers, k_vectors, k_position = qk_vectors(traced, layer, head, "k", weight != 0)
+    k_vectors = weight[k_position, None] * k_vectors
+    scores = traced.model.config.score_scale * q_vectors @ k_vectors.T  # (a,n)
+
+    # a writer at several keys is one column
+    column_of = {}
+    for writer in k_writers:
+        column_of.setdefault(writer, len(column_of))
+    index = torch.tensor([column_of[writer] for writer in k_writers], device=scores.device)
+    pairs = scores.new_zeros(len(q_writers), len(column_of)).index_add_(1, index, scores)
+    return QK(q_writers, list(column_of), pairs, float(pairs.sum()))
+
+
+def seen_keys(traced, layer, query):                        # -> range
+    """The keys that a query of this layer sees."""
+    windows = getattr(traced.model.config, "windows", None)
+    window = windows[layer] if windows else None
+    first = 0 if window is None else max(0, query - window + 1)
+    return range(first, query + 1)
+
+
+def check_score(traced, layer, head, query, key, against):
+    """Raise UserError where a prompt has no such score."""
+    traced.model.check_layers([layer])
+    last_head = traced.model.config.n_heads - 1
+    if not 0 <= head <= last_head:
         raise UserError(f"head {layer}.{head} is out of range: this model has heads 0 to "
-                        f"{config.n_heads - 1}.")
-    window = (getattr(config, "windows", None) or {layer: None})[layer]
-    keys = [k for k in range(query + 1) if window is None or query - k < window]
-    if key not in keys or against not in (None, "others", *keys) or against == key:
-        raise UserError(f"position {query} of this prompt has no score of key {key} against {against}: it "
-                        f"sees {keys[0]} to {keys[-1]}.")
-    weight = kept.resid_pre.new_zeros(len(run.tokens))
-    weight[key] = 1
+                        f"{last_head}.")
+    last = len(traced.tokens) - 1
+    if not 0 <= query <= last:
+        raise UserError(f"query {query} is out of range: this prompt has positions 0 to {last}.")
+    seen = seen_keys(traced, layer, query)
+    for position in (key, against):
+        if position not in (None, "others") and position not in seen:
+            raise UserError(f"query {query} cannot attend to key {position}; it sees keys "
+                            f"{seen[0]} to {seen[-1]}.")
+    if against == key:
+        raise UserError(f"key {key} against itself leaves nothing; name another key.")
+
+
+def key_weights(traced, layer, query, key, against):        # -> (T,)
+    """1 for the key, and what is subtracted for the keys that it is compared with."""
+    weight = traced.cache[layer].resid_pre.new_zeros(len(traced.tokens))
     if against == "others":
-        weight[[k for k in keys if k != key]] = -1 / max(len(keys) - 1, 1)
+        others = [k for k in seen_keys(traced, layer, query) if k != key]
+        weight[others] = -1 / max(len(others), 1)
     elif against is not None:
-        weight[against] -= 1
-
-    def side(W, b, name, where):                    # -> names, vectors (n,d_head), positions (n,)
-        parts = Parts(*(column[:run.before[layer]] for column in run.parts))
-        parts = Parts(*(column[where[parts.position]] for column in parts))
-        at = where.nonzero()[:, 0]
-        vectors = torch.cat([parts.vector / kept.scales["attn_in"][0, parts.position] @ W[head],
-                             b[head].expand(len(at), -1)])
-        positions = torch.cat([parts.position, at])
-        if name in kept.scales:
-            vectors = vectors / kept.scales[name][0, positions, head]
-        names = [*zip(parts.kind.tolist(), parts.layer.tolist(), parts.feature.tolist()),
-                 *[(CONSTANT, -1, -1)] * len(at)]
-        return names, run.model.rotate(vectors[None, :, None], layer, positions)[0, :, 0], positions
-
-    everywhere = torch.arange(len(run.tokens), device=weight.device)
-    q_names, q_vectors, _ = side(m.W_Q, m.b_Q, "q", everywhere == query)
-    k_names, k_vectors, k_at = side(m.W_K, m.b_K, "k", weight != 0)
-    columns = config.score_scale * q_vectors @ (weight[k_at, None] * k_vectors).T                   # (a,n)
-    names = {name: i for i, name in enumerate(dict.fromkeys(k_names))}  # a writer at several keys: one column
-    index = torch.tensor([names[name] for name in k_names], dtype=torch.int64, device=columns.device)
-    pairs = columns.new_zeros(len(q_names), len(names)).index_add_(1, index, columns)
-    label = lambda name: (KINDS[name[0]], *name[1:])
-    return QK([*map(label, q_names)], [*map(label, names)], pairs, float(pairs.sum()))
+        weight[against] = -1
+    weight[key] = 1
+    return weight
 
 
-# ---- do the attributions agree, with each other and with the model? ----
+def qk_vectors(traced, layer, head, side, where):           # -> writers, (n,d_head), (n,)
+    """What is added to a head's queries (side "q") or keys ("k") at the positions `where`, (T,)
+    bool.
 
-
-@torch.no_grad()
-def head_agreement(model, saes, rows):                                  # (R,T) -> {layer: dict}
-    """Weight-based head attribution against DFA by head, over the features that fire in `rows`.
-
-    DFA by head of a feature is summed over the positions where it fires: z_h . w^h less the constant, which
-    is DFA of `varying` values summed over sources. rank: mean over features of Spearman's correlation over
-    heads; top1: how often both name the same head; with 95% bootstrap intervals over features; None where
-    there is nothing to compare.
+    One entry for each component written there, and one for the bias at each of these positions:
+    who wrote it, (kind, layer, feature); what it adds; where.
     """
-    tables = {}
-    for layer, sae in saes.items():
-        weights, H = head_weights(sae.W_dec, model.config.n_heads), model.config.n_heads
-        by_head, count = torch.zeros_like(weights), torch.zeros(sae.d_sae, device=weights.device)
-        for tokens in rows.split(16):
-            z = model.z_cat_at(tokens, [layer])[layer][:, 1:].flatten(0, 1)                         # (n,D)
-            active, z = (sae.encode(z) != 0).to(z.dtype), z - model.value_bias(layer)
-            count += active.sum(0)
-            for h, (z_h, w_h) in enumerate(zip(z.unflatten(-1, (H, -1)).unbind(1),
-                                               sae.W_enc.unflatten(0, (H, -1)))):
-                by_head[:, h] += (active * (z_h @ w_h)).sum(0)
-        live = count > 0
-        rank = spearman(weights[live], by_head[live]).numpy()
-        top1 = (weights[live].argmax(-1) == by_head[live].argmax(-1)).cpu().double().numpy()
-        tables[layer] = {"n_fired": int(live.sum()), "n_silent": int((~live).sum())}
-        for name, each in (("rank", rank[np.isfinite(rank)]), ("top1", top1)):
-            mean = lambda i, each=each: float(each[i].mean())
-            tables[layer] |= ({name: mean(slice(None)), name + "_ci": bootstrap(mean, len(each))} if len(each)
-                              else {name: None, name + "_ci": None})
-    return tables
-
-
-@torch.no_grad()
-def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10, seed=0):
-    """One step of recursive DFA against removal, nothing frozen: for features of the last layer that has an
-    SAE at positions drawn at random, the n_strong earlier features of largest direct attribution and n_random
-    others are removed one at a time, each where it fired, and the model run anew.
-
-    Returns {"rank": mean over roots of Spearman's correlation of attribution (summed over heads) with the
-    fall of the pre-activation, "sign": how often their signs agree among the strong ones, "slope": fall per
-    unit attributed (least squares through 0, over all), with 95% bootstrap intervals over roots}.
-    """
-    rng, top = np.random.default_rng(seed), max(saes)
-    ranks, signs, products, squares = [], [], [], []
-    while len(ranks) < n_roots:
-        if not len(rows):
-            raise UserError(f"these rows have only {len(ranks)} features with {n_strong + n_random} earlier "
-                            f"ones to remove, and {n_roots} are needed; raise --n-rows.")
-        tokens, rows = rows[0], rows[1:]
-        traced = trace_run(model, saes, tokens)
-        position = int(rng.integers(min(8, len(tokens) - 1), len(tokens)))
-        active = traced.f[top][position].nonzero()[:, 0]
-        if not len(active):
-            continue
-        root = int(active[rng.integers(len(active))])
-        written, value = feature_children(traced, top, position, root)
-        if len(written) < n_strong + n_random:
-            continue
-        random = n_strong + rng.choice(len(written) - n_strong, n_random, replace=False)
-        chosen = torch.from_numpy(np.concatenate([np.arange(n_strong), random])).to(tokens.device)
-        attributed, fell = value[chosen], remove(traced, written[chosen], top, position, root)
-        ranks.append(float(spearman(attributed, fell)))
-        signs.append(float((attributed.sign() == fell.sign())[:n_strong].double().mean()))
-        products.append(float((attributed * fell).sum()))
-        squares.append(float(attributed.square().sum()))
-    ranks, signs, products, squares = map(np.array, (ranks, signs, products, squares))
-    statistics = {"rank": lambda i: ranks[i].mean(), "sign": lambda i: signs[i].mean(),
-                  "slope": lambda i: products[i].sum() / squares[i].sum()}
-    result = {"layer": top, "n_roots": n_roots, "n_removed": n_roots * (n_strong + n_random)}
-    for name, statistic in statistics.items():
-        result |= {name: float(statistic(np.arange(n_roots))), name + "_ci": bootstrap(statistic, n_roots)}
-    return result
-
-
-def feature_children(run, layer, position, feature):                    # -> (n,) rows of Parts, (n,) values
-    """The earlier features that a feature's pre-activation was made of, summed over heads, strongest first.
-    """
-    found = children(run, layer, position, feature)
-    mine = (found.part >= 0) & (run.parts.kind[found.part] == FEATURE)
-    written, index = found.part[mine].unique(return_inverse=True)
-    value = found.value.new_zeros(len(written)).index_add_(0, index, found.value[mine])
-    order = value.abs().argsort(descending=True, stable=True)
-    return written[order], value[order]
-
-
-@torch.no_grad()
-def remove(run, chosen, layer, position, feature):                      # (n,) rows of Parts -> (n,)
-    """By how much a feature's pre-activation falls when each of the chosen earlier features is removed where
-    it was written, the SAE's error kept and everything after it computed anew."""
-    parts, n = run.parts, len(chosen)
-    tokens = run.tokens.expand(n, -1)
-    at = torch.arange(len(run.tokens), device=chosen.device) == parts.position[chosen, None]        # (n,T)
-    edits = {}
-    for source in parts.layer[chosen].unique().tolist():
-        mine = parts.layer[chosen] == source
-        features = torch.where(mine, parts.feature[chosen], 0)
-        edits[source] = ablate(run.saes[source], features, at & mine[:, None])
-    sae, after = run.saes[layer], run.model.z_cat_at(tokens, [layer], edits)[layer]
-    z = torch.cat([run.cache[layer].z_cat[:, position], after[:, position]])
-    pre = (z - sae.b_dec) @ sae.W_enc[:, feature] + sae.b_enc[feature]
-    return pre[0] - pre[1:]
+    kept = traced.cache[layer]
+    m = traced.matrices[layer]
+    W, b = (m.W_Q, m.b_Q) if side == "q" else (m.W_K, m.b_K)
+    components = traced.components.pick(slice(traced.n_before[layer]))
+    components = components.pick(where[components.position])
+    bias_at = where.nonzero()[:, 0]
+    positions = torch.cat([components.position, bias_at])
+    normalised = components.vector / kept.scales["attn_in"][0, components.position]
+    vectors = torch.cat([normalised @ W[head], b[head].expand(len(bias_at), -1)])
+    if side in kept.scales:                                 # Gemma 3 normalises queries and keys
+        vectors = vectors / kept.scales[side][0, positions, head]
+    vectors = traced.model.rotate(vectors[None, :, None], layer, positions)[0, :, 0]
+    columns = (components.kind.tolist(), components.layer.tolist(), components.feature.tolist())
+    writers = [(KINDS[kind], written_in, feature) for kind, written_in, feature in zip(*columns)]
+    writers += [("constant", -1, -1)] * len(bias_at)
+    return writers, vectors, positions
 
 
 # ---- the program ----
@@ -460,193 +492,236 @@ def remove(run, chosen, layer, position, feature):                      # (n,) r
 class AttributionConfig(StudyConfig):
     prompt: str = field("When Mary and John went to the store, John gave a drink to",
                         "the prompt; BOS is put before it", positional=True)
-    feature: str = field("", "the feature to take apart, as layer.feature; empty: the strongest there")
-    layer: int = field(-1, "layer of that strongest one; -1: the last that has an SAE")
-    position: int = field(-1, "where; 0 is BOS, -1 the last token")
+    feature: str = field("", "the feature to take apart, as layer.feature; empty: the strongest")
+    layer: int = field(-1, "layer of that strongest one; -1: the last that has an SAE. --feature "
+                       "has its own")
+    position: int = field(-1, "where; 1 is the first token after BOS, -1 the last")
     share: float = field(0.03, "a contribution is shown if it is at least this part of the root")
     depth: int = field(3, "levels of the tree on the terminal")
     breadth: int = field(12, "children of each node on the terminal")
-    page: bool = field(True, "write the explorer page; a long prompt through a large model takes minutes")
-    measure: bool = field(False, "measure agreement over held-out text instead of reading a prompt")
-    n_rows: int = field(256, "held-out rows for --measure")
+    page: bool = field(True, "write the explorer page; a long prompt through a large model takes "
+                       "minutes")
 
 
 def main():
     config = parse_flags(AttributionConfig, __doc__)
-    model, tokenizer, saes, folder = begin(config, "attribution")
-    if config.measure:
-        measure(config, model, tokenizer, saes, folder)
-        return
-    tokens = torch.tensor([tokenizer.bos, *tokenizer.encode(config.prompt)],
-                          device=next(model.parameters()).device)
+    study = begin(config, "attribution")
+    tokens = torch.tensor([study.tokenizer.bos, *study.tokenizer.encode(config.prompt)])
     if len(tokens) < 2:
         raise UserError("the prompt is empty; give some text.")
-    run = trace_run(model, saes, tokens)
-    texts = [tokenizer.decode([i]) for i in tokens.tolist()]
-    position = config.position if config.position != -1 else len(tokens) - 1
+    traced = trace_prompt(study.model, study.saes, tokens.to(study.device))
+    texts = [study.tokenizer.decode([token]) for token in tokens.tolist()]
+    layer, position, feature = choose_feature(traced, config)
+    print("\n".join(describe(traced, texts, layer, position, feature, config)), flush=True)
+    if config.page:
+        print("\nwriting a page to look at every feature of every token ...", flush=True)
+        content = explorer_data(traced, texts, (layer, position, feature))
+        content["dashboards"] = layers_with_dashboards(study)
+        pages.fill("explorer.html", pages.rounded(content), study.folder / "explorer.html")
+        print(f"{study.folder}/explorer.html")
+
+
+def choose_feature(traced, config):                         # -> layer, position, feature
+    """The feature that the flags name, or the strongest one there."""
+    position = config.position
+    if position == -1:
+        position = len(traced.tokens) - 1
     layer, feature = parse_feature(config.feature)
     if feature is None:
-        layer = config.layer if config.layer != -1 else max(saes)
-        check_node(run, layer, position, 0)
-        feature = int(run.f[layer][position].argmax())
-        if run.f[layer][position, feature] == 0:
-            raise UserError(f"no feature of layer {layer} is active at position {position}; name one with "
-                            f"--feature, or another --position.")
-    check_node(run, layer, position, feature)
-    print(describe(run, texts, layer, position, feature, config), flush=True)
-    if not config.page:
-        return
-    print("\nwriting a page to look at every feature of every token ...", flush=True)
-    dashboards = [l for l in saes if any((folder.parent / "features" / f"L{l}").glob("*.js"))]
-    content = explorer_data(run, texts, (layer, position, feature)) | {"dashboards": dashboards}
-    pages.fill("explorer.html", content, folder / "explorer.html")
-    print(f"{folder}/explorer.html")
+        layer = max(traced.saes) if config.layer == -1 else config.layer
+        check_node(traced, layer, position, 0)
+        f = traced.f[layer][position]
+        feature = int(f.argmax())
+        if f[feature] == 0:
+            raise UserError(f"no feature of layer {layer} is active at position {position}; name "
+                            f"one with --feature, or another --position.")
+    check_node(traced, layer, position, feature)
+    return layer, position, feature
 
 
-def name_part(kind, layer, feature, position=-1, texts=()):
-    """What wrote a part, in words, and at which token if a position is given."""
-    writer = {"feature": f"feature {layer}.{feature}", "embedding": "token", "position": "position",
-              "error": f"SAE error {layer}", "bias": f"bias of layer {layer}", "constant": "constant",
-              "attention": f"attention {layer}", "MLP": f"MLP {layer}"}[kind]
-    return f"{writer} at {position} {texts[position]!r}" if position >= 0 else writer
+def layers_with_dashboards(study):
+    """The layers whose dashboards features.py has written, so that the page can link to them."""
+    folder = study.folder.parent / "features"
+    return [layer for layer in study.saes if any((folder / f"L{layer}").glob("*.js"))]
 
 
-def describe(run, texts, layer, position, feature, config):
-    """A feature in tables: what else is active there, its heads, its sources, its tree, and why there."""
+def explorer_data(traced, texts, start, n_features=15, breadth=12):
+    """What the explorer page shows, as plain lists and numbers: for each (layer, position) its
+    strongest features, for each of these and of the features below them the strongest children,
+    and for each edge why the head looks there."""
+    listed = {}
+    to_expand = [start]                                     # (layer, position, feature)
+    for layer, f in traced.f.items():
+        for position in range(1, len(texts)):
+            strongest = f[position].argsort(descending=True)[:n_features].tolist()
+            active = [i for i in strongest if f[position, i] > 0]
+            listed[f"{layer}.{position}"] = active
+            to_expand += [(layer, position, i) for i in active]
+
+    nodes = {}
+    edges = {}
+    while to_expand:
+        layer, position, feature = to_expand.pop()
+        name = f"{layer}.{position}.{feature}"
+        if name in nodes:
+            continue
+        terms = decompose(traced, layer, position, feature)
+        root = Node("feature", layer, position, feature, head=-1, value=terms.pre)
+        root = expand(traced, root, terms, least=0.0, depth=1, breadth=breadth)
+        nodes[name] = node_data(traced, texts, root, terms)
+        for child in root.children:
+            if child.feature >= 0:
+                to_expand.append((child.layer, child.position, child.feature))
+            edge = f"{layer}.{child.head}.{position}.{child.position}"
+            if child.position >= 0 and edge not in edges:
+                edges[edge] = edge_data(traced, layer, child.head, position, child.position)
+    return {"tokens": texts, "listed": listed, "nodes": nodes, "qk": edges,
+            "start": ".".join(map(str, start))}
+
+
+def node_data(traced, texts, root, terms):
+    """One feature at one position, for the page."""
+    n_heads = traced.model.config.n_heads
+    is_constant = terms.component < 0
+    by_head = [float(terms.value[(terms.head == h) & ~is_constant].sum()) for h in range(n_heads)]
+    weights = head_weights(traced.saes[root.layer].W_dec[root.feature], n_heads)
+    children = [{"label": writer_at(child, texts), "layer": child.layer,
+                 "position": child.position, "feature": child.feature, "head": child.head,
+                 "value": child.value} for child in root.children]
+    return {"pre": root.value, "f": float(traced.f[root.layer][root.position, root.feature]),
+            "pruned": root.pruned, "n_pruned": root.n_pruned, "error": root.error,
+            "mlp": root.mlp, "heads": by_head, "constant": float(terms.value[is_constant].sum()),
+            "weights": weights.tolist(), "children": children}
+
+
+def edge_data(traced, layer, head, query, key, n_pairs=6):
+    """Why a head looks from one position at another, for the page."""
+    why = qk(traced, layer, head, query, key, against="others")
+    pairs = [{"query": writer_name(*a), "key": writer_name(*b), "value": value}
+             for a, b, value in strongest_pairs(why, n_pairs)]
+    return {"score": why.score, "weight": float(traced.cache[layer].pattern[0, head, query, key]),
+            "pairs": pairs}
+
+
+def strongest_pairs(why, n):                                # QK -> [(writer, writer, value)]
+    """The n pairs with the largest contributions to a score, of either sign."""
+    flat = why.pairs.flatten()
+    pairs = []
+    for i in flat.abs().argsort(descending=True)[:n].tolist():
+        a, b = divmod(i, len(why.key))
+        pairs.append((why.query[a], why.key[b], float(flat[i])))
+    return pairs
+
+
+# ---- the report ----
+
+
+def writer_name(kind, layer, feature):
+    """What wrote a component, in words."""
+    return {"feature": f"feature {layer}.{feature}", "embedding": "token", "position": "position",
+            "error": f"SAE error {layer}", "bias": f"bias of layer {layer}",
+            "constant": "constant", "attention": f"attention {layer}", "MLP": f"MLP {layer}"}[kind]
+
+
+def writer_at(node, texts):
+    """What a node is, in words, and at which token it was written."""
+    name = writer_name(node.kind, node.layer, node.feature)
+    if node.position < 0:
+        return name
+    return f"{name} at {node.position} {texts[node.position]!r}"
+
+
+def describe(traced, texts, layer, position, feature, config):      # -> lines
+    """A feature in tables: what else is active there, its heads, sources and tree, and why
+    there."""
     lines = [" ".join(f"{i}:{text!r}" for i, text in enumerate(texts)), ""]
-    for l in run.saes:
-        f = run.f[l][position]
-        top = [i for i in f.argsort(descending=True)[:6].tolist() if f[i] > 0]
-        lines.append(f"active at {position} in layer {l}:  "
-                     + "  ".join(f"{l}.{i} {float(f[i]):.3f}" for i in top))
-    found, kept, sae = children(run, layer, position, feature), run.cache[layer], run.saes[layer]
+    for other_layer, f in traced.f.items():
+        strongest = f[position].argsort(descending=True)[:6].tolist()
+        shown = [f"{other_layer}.{i} {float(f[position, i]):.3f}"
+                 for i in strongest if f[position, i] > 0]
+        lines.append(f"active at {position} in layer {other_layer}:  " + "  ".join(shown))
+    pre = decompose(traced, layer, position, feature).pre
+    activation = float(traced.f[layer][position, feature])
     lines += ["", f"feature {layer}.{feature} at {position} {texts[position]!r}: pre-activation "
-              f"{found.pre:.4f}, activation {float(run.f[layer][position, feature]):.4f}"]
-    v = varying(run.model, layer, kept.v)
-    per_source = dfa(kept.pattern, v, sae.W_enc[:, feature])[0, :, position]                        # (H,k)
-    weights = head_weights(sae.W_dec[feature], run.model.config.n_heads)
-    lines += ["", "head         DFA   share of decoder"]
-    lines += [f"{f'{layer}.{h}':8} {float(per_source[h].sum()):8.4f}  {float(weights[h]):8.1%}"
-              for h in range(len(weights))]
-    lines += [f"constant {float(constants(run.model, layer, sae)[feature]):8.4f}", "", "sources by DFA:"]
-    for k in per_source.sum(0).abs().argsort(descending=True)[:5].tolist():
-        h = int(per_source[:, k].abs().argmax())
-        lines.append(f"{k:4d} {texts[k]!r:16} {float(per_source[:, k].sum()):8.4f}   most of it through head "
-                     f"{layer}.{h}")
-    root = tree(run, layer, position, feature, config.share, config.depth, config.breadth)
+              f"{pre:.4f}, activation {activation:.4f}", ""]
+    lines += describe_dfa(traced, texts, layer, position, feature)
+    root = attribution_tree(traced, layer, position, feature, config.share, config.depth,
+                            config.breadth)
     lines += ["", f"recursive DFA, in units of the root's {root.value:.4f}:"]
-    lines += outline(run, texts, root, root.value)
-    written, value = (column[:3] for column in feature_children(run, layer, position, feature))
-    if len(written):
-        lines += ["", "the strongest features below it, removed from the model in turn, nothing frozen:"]
-        for part, one, fell in zip(written.tolist(), value, remove(run, written, layer, position, feature)):
-            l, k, j = (int(column[part]) for column in run.parts[1:4])
-            lines.append(f"{l}.{j} at {k} {texts[k]!r}: attributed {float(one):+.4f} over all heads, and "
-                         f"the root falls by {float(fell):+.4f}")
-    first = next((child for child in root.children if child.position >= 0), None)
-    if first and position > 1:
-        why = qk(run, layer, first.head, position, first.position, "others")
-        lines += ["", f"why head {layer}.{first.head} looks from {position} at {first.position} "
-                  f"{texts[first.position]!r}: its score is {why.score:+.2f} above the mean over other keys; "
-                  f"the strongest pairs:"]
-        for i in why.pairs.abs().flatten().argsort(descending=True)[:6].tolist():
-            a, b = divmod(i, len(why.key))
-            pair = f"{name_part(*why.query[a])}  x  {name_part(*why.key[b])}"
-            lines.append(f"{float(why.pairs[a, b]):+8.3f}   {pair}")
-    return "\n".join(lines)
-
-
-def outline(run, texts, node, whole, indent="  "):
-    """The tree as indented lines; each number is a share of the root."""
-    lines = []
-    for child in node.children:
-        head, via = f"head {node.layer}.{child.head}", ": the feature's bias"
-        if child.head >= 0:
-            via = f" through {head}" if child.position >= 0 else f": the values of {head}"
-        name = name_part(child.kind, child.layer, child.feature, child.position, texts)
-        lines.append(f"{indent}{child.value / whole:+7.1%}  {name}{via}")
-        lines += outline(run, texts, child, whole, indent + "    ")
-    if node.n_pruned and node.children:
-        lines.append(f"{indent}{node.pruned / whole:+7.1%}  {node.n_pruned} smaller ones; of this node, SAE "
-                     f"errors are {node.error:.1%}, MLP outputs {node.mlp:.1%}")
+    lines += describe_children(texts, root, root.value)
+    lines += describe_ablations(traced, texts, layer, position, feature)
+    sources = [child for child in root.children if child.position >= 0]
+    if sources:
+        lines += describe_qk(traced, texts, layer, sources[0].head, position, sources[0].position)
     return lines
 
 
-def explorer_data(run, texts, start, n_features=15, breadth=12, n_pairs=6):
-    """What the explorer page shows, as plain lists: for each (layer, position) the strongest features, for
-    each of these and of the features below them its strongest children, and for each edge the QK contrast."""
-    nodes, contrasts, listed, waiting = {}, {}, {}, [start]
-    for layer, f in run.f.items():
-        for position in range(1, len(texts)):
-            top = f[position].argsort(descending=True)[:n_features].tolist()
-            top = [i for i in top if f[position, i] > 0]
-            listed[f"{layer}.{position}"] = top
-            waiting += [(layer, position, i) for i in top]
-    while waiting:
-        layer, position, feature = waiting.pop()
-        key = f"{layer}.{position}.{feature}"
-        if key in nodes:
-            continue
-        found, H = children(run, layer, position, feature), run.model.config.n_heads
-        root = _expand(run, Node("feature", layer, position, feature, -1, found.pre), found, 0.0, 1, breadth)
-        nodes[key] = {"pre": root.value, "f": float(run.f[layer][position, feature]),
-                      "pruned": root.pruned, "n_pruned": root.n_pruned, "error": root.error, "mlp": root.mlp,
-                      "heads": [float(found.value[(found.head == h) & (found.part >= 0)].sum())
-                                for h in range(H)],
-                      "constant": float(found.value[found.part < 0].sum()),
-                      "weights": head_weights(run.saes[layer].W_dec[feature], H).tolist(),
-                      "children": [[name_part(c.kind, c.layer, c.feature, c.position, texts), c.layer,
-                                    c.position, c.feature, c.head, c.value] for c in root.children]}
-        waiting += [(c.layer, c.position, c.feature) for c in root.children if c.feature >= 0]
-        for c in root.children:
-            edge = (layer, c.head, position, c.position)
-            if c.position >= 0 and (name := ".".join(map(str, edge))) not in contrasts:
-                why = qk(run, *edge, "others")
-                strongest = why.pairs.flatten().abs().topk(min(n_pairs, why.pairs.numel())).indices.tolist()
-                pairs = [(*divmod(i, len(why.key)), float(why.pairs.flatten()[i])) for i in strongest]
-                contrasts[name] = {
-                    "score": why.score,
-                    "weight": float(run.cache[layer].pattern[0, c.head, position, c.position]),
-                    "pairs": [[name_part(*why.query[a]), name_part(*why.key[b]), value]
-                              for a, b, value in pairs]}
-    return _rounded({"tokens": texts, "listed": listed, "nodes": nodes, "qk": contrasts,
-                     "start": ".".join(map(str, start))})
+def describe_dfa(traced, texts, layer, position, feature):
+    """Heads, by DFA and by weights, and the strongest sources."""
+    kept = traced.cache[layer]
+    sae = traced.saes[layer]
+    v = values_minus_bias(traced.model, layer, kept.v)
+    by_source = dfa(kept.pattern, v, sae.W_enc[:, feature])[0, :, position]         # (H,k)
+    by_source = by_source[:, :position + 1]                 # what the query sees
+    weights = head_weights(sae.W_dec[feature], len(by_source))
+    constant = float(constant_part(traced.model, layer, sae)[feature])
+    lines = ["head         DFA   share of decoder"]
+    for h, total in enumerate(by_source.sum(1).tolist()):
+        lines.append(f"{f'{layer}.{h}':8} {total:8.4f}  {float(weights[h]):8.1%}")
+    lines += [f"constant {constant:8.4f}", "", "sources by DFA:"]
+    all_heads = by_source.sum(0)
+    for k in all_heads.abs().argsort(descending=True)[:5].tolist():
+        h = int(by_source[:, k].abs().argmax())
+        lines.append(f"{k:4d} {texts[k]!r:16} {float(all_heads[k]):8.4f}   of which head "
+                     f"{layer}.{h} {float(by_source[h, k]):.4f}")
+    return lines
 
 
-def _rounded(value):
-    """Floats with five significant digits, so that the page stays small."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list) else value
+def describe_children(texts, node, total, indent="  "):
+    """The tree below a node as indented lines. Numbers are shares of the root, `total`; those of
+    SAE errors and MLP outputs are shares of their node."""
+    lines = []
+    for child in node.children:
+        head = f"head {node.layer}.{child.head}"
+        if child.head < 0:
+            via = ": the feature's bias"
+        elif child.position < 0:
+            via = f": the values of {head}"
+        else:
+            via = f" through {head}"
+        lines.append(f"{indent}{ratio(child.value, total):+7.1%}  {writer_at(child, texts)}{via}")
+        lines += describe_children(texts, child, total, indent + "    ")
+    if node.n_pruned and node.children:
+        lines.append(f"{indent}{ratio(node.pruned, total):+7.1%}  {node.n_pruned} smaller ones; of "
+                     f"this node, SAE errors are {node.error:.1%}, MLP outputs {node.mlp:.1%}")
+    return lines
 
 
-def measure(config, model, tokenizer, saes, folder):
-    """--measure: two tables, also written to agreement.json."""
-    rows = next(data.rows(config.corpus, tokenizer, "held-out", min(128, model.config.n_ctx), config.n_rows,
-                          repeat_share=0.0))
-    rows = rows.to(next(model.parameters()).device)
-    heads = head_agreement(model, saes, rows)
+def describe_ablations(traced, texts, layer, position, feature, n=3):
+    """The strongest features below, by attribution and by ablation."""
+    upstream, attributed = upstream_features(traced, layer, position, feature)
+    upstream = upstream[:n]
+    if not len(upstream):
+        return []
+    lines = ["", "the strongest features below it, removed from the model in turn, nothing frozen:"]
+    drops = ablation_effects(traced, upstream, layer, position, feature)
+    chosen = traced.components.pick(upstream)
+    for l, k, j, value, drop in zip(chosen.layer.tolist(), chosen.position.tolist(),
+                                    chosen.feature.tolist(), attributed.tolist(), drops.tolist()):
+        lines.append(f"{l}.{j} at {k} {texts[k]!r}: attributed {value:+.4f} over all heads, and "
+                     f"the root falls by {drop:+.4f}")
+    return lines
 
-    shown = lambda r, name, form: with_interval(r[name], r[name + "_ci"], form)
-    print(f"weight-based head attribution against DFA by head, over features that fire in {len(rows)} rows; "
-          f"[95% interval]\nlayer  fired  silent    Spearman over heads       same top head")
-    for layer, r in heads.items():
-        print(f"{layer:5d} {r['n_fired']:6d} {r['n_silent']:7d}   {shown(r, 'rank', '.3f'):>21}  "
-              f"{shown(r, 'top1', '.1%'):>22}")
-    found = {"heads": {f"L{layer}": r for layer, r in heads.items()}}
-    write_json(folder / "agreement.json", found)
-    if len(saes) < 2:
-        print("\nattribution against removal takes SAEs on two layers or more")
-        return
-    removal = ablation_agreement(model, saes, rows, seed=config.seed)
-    print(f"\none step of recursive DFA against removal, nothing frozen: {removal['n_removed']} removals "
-          f"below {removal['n_roots']} features of layer {removal['layer']}")
-    print(f"Spearman {shown(removal, 'rank', '.3f')}; same sign, strongest ten "
-          f"{shown(removal, 'sign', '.1%')}; fall per unit attributed {shown(removal, 'slope', '.2f')}")
-    write_json(folder / "agreement.json", found | {"removal": removal})
+
+def describe_qk(traced, texts, layer, head, query, key):
+    """Why a head looks where it looks."""
+    why = qk(traced, layer, head, query, key, against="others")
+    lines = ["", f"why head {layer}.{head} looks from {query} at {key} {texts[key]!r}: its score "
+             f"is {why.score:+.2f} above the mean over other keys; the strongest pairs:"]
+    for a, b, value in strongest_pairs(why, 6):
+        lines.append(f"{value:+8.3f}   {writer_name(*a)}  x  {writer_name(*b)}")
+    return lines
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

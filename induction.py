@@ -1,24 +1,25 @@
-"""The induction study: '"board" is next by induction', and heads that need a long prefix (the paper, Fig. 2,
-4 and 19).
+"""The induction study: '"board" is next by induction', and heads that need a long prefix (the
+paper, Fig. 2, 4 and 19).
 
-An induction head at a query looks for the same token earlier in the text, and attends to the one after it:
+An induction head at a query looks for the same token earlier in the text, and attends to the one
+after it:
 
-    ... A B C X ...... A B C        prefix length 3: query C attends to key X, since A B C stood before X
-              k            q        L[q,k] = length of the longest run up to q that equals the run before k
+    ... A B C X ...... A B C    prefix length 3: query C attends to key X, as A B C stood before X
+              k            q    L[q,k] = length of the longest run up to q that equals that before k
 
     heads          induction, previous-token and duplicate-token score of every head
-    prefix         one random row, its prefix grown from 0 to 9 tokens with key and query in place: attention
-                   to X, and direct logit attribution of X, for every head
-    intervention   held-out text: the token at k-2 replaced, so that 1 token of the prefix is left. Controls:
-                   the token at k+2 replaced instead; that at k-2 where only 1 token matched to begin with
-    features       SAE features that fire where X followed the current token earlier: "X is next by induction"
-                   (features.py finds by DFA those that read what followed, whatever it was)
+    prefix         one random row, its prefix grown from 0 to 9 tokens with key and query in place:
+                   attention to X, and direct logit attribution of X, for every head
+    intervention   held-out text: the token at k-2 replaced, so that 1 token of the prefix is left.
+                   Controls: the token at k+2 replaced instead; that at k-2 where only 1 matched
+    features       "X is next" features: SAE features that fire where X followed the current token
+                   earlier. They are found by text; the family "after a copy" of features.py is
+                   found by DFA, and may read whatever followed
 
-    python induction.py                     all four on the shipped model, as tables, JSON and figures in
-                                            <out>/<model>/induction/
+    python induction.py         all four on the shipped model, in <out>/<model>/induction/
 
-Two tokens match if they are equal but for one leading space and the case of letters (`fuzzy`). BOS matches
-nothing.
+Two tokens match if they are equal but for one leading space and the case of letters
+(data.tokens.fuzzy_classes). BOS matches nothing.
 
 Shapes: B batch, T positions (q query, k key), H heads, d_head; n examples.
 """
@@ -31,94 +32,125 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
 from attribution import head_logits, token_effects
-from data import common
-from data.common import Progress, UserError, field, mean_of, parse_flags, with_interval, write_json
-from data.figures import plot_feature, plot_heads, plot_intervention, plot_lengths, plot_prefixes
-from data.keep import Keeper
-from data.study import StudyConfig, begin, finish, parse_feature, reported
-from data.text import fuzzy, in_text
-from sae import ablate, active_entries, check_feature
+from data.errors import UserError, run
+from data.figures import plot_feature, plot_heads, plot_intervention, plot_prefixes
+from data.files import write_json
+from data.flags import field, parse_flags
+from data.progress import Progress
+from data.stats import format_ci, mean_with_ci
+from data.strongest import StrongestPerGroup, feature_token_mass, rank_in_group
+from data.tokens import fuzzy_classes, text_around
+from sae import ablate, check_feature
+from sparse import active_entries
+from study import StudyConfig, begin, finish, held_out_rows, parse_feature, reported
 
 LENGTHS = range(10)             # prefix lengths of the paired protocol
-ATTENDS = 0.3                   # attention above which a head counts as attending (Fig. 4b)
-SHARE, EXCESS, N_ACTIVE = 0.5, 0.25, 100    # what makes a feature an induction feature: see `find_features`
+MIN_ATTENTION = 0.3             # above which a head counts as attending (Fig. 4b)
 
 # ---- which tokens match ----
 
 
-def prefix_lengths(classes):                                            # (B,T) -> (B,q,k)
-    """L[q,k]: the length of the longest run of tokens that ends at q and matches the run that ends at k-1; 0
-    for k > q and for k = 0.
+def prefix_lengths(classes):                                # (B,T) -> (B,q,k)
+    """L[q,k]: the length of the longest run of tokens that ends at q and matches the run that ends
+    at k-1; 0 for k > q and for k = 0.
 
     classes: an integer for each token, equal where tokens match; BOS is -1, which matches nothing.
 
     L[q,k] = 1 + L[q-1,k-1] if q matches k-1, else 0.
     """
     B, T = classes.shape
-    same = (classes[:, :, None] == classes[:, None]) & (classes >= 0)[:, None]                  # (B,q,k)
+    same = (classes[:, :, None] == classes[:, None]) & (classes >= 0)[:, None]          # (B,q,k)
     lengths = classes.new_zeros(B, T, T)
     for q in range(1, T):
         lengths[:, q, 1:q + 1] = same[:, q, :q] * (1 + lengths[:, q - 1, :q])
     return lengths
 
 
-def followed_by(tokens, classes, row, q, X):                            # (B,T), (B,T), (n,) x 3 -> (n,) bool
-    """The proxy of Fig. 2: whether the token at q, or its variant in space or case, stood earlier in its row
-    with token X after it."""
-    earlier = torch.arange(tokens.shape[1] - 1, device=tokens.device) < q[:, None]              # (n,T-1)
-    matches = classes[row, :-1] == classes[row, q][:, None]
-    return ((classes[row, q] >= 0)[:, None] & earlier & matches & (tokens[row, 1:] == X[:, None])).any(-1)
+def followed_by(tokens, classes, row, q, X):                # (B,T) x 2, (n,) x 3 -> (n,) bool
+    """The proxy of Fig. 2: whether the token at q, or its variant in space or case, stood earlier
+    in its row with token X after it."""
+    k = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    own_class = classes[row, q][:, None]
+    is_copy = (classes[row, :-1] == own_class) & (own_class >= 0) & (k < q[:, None])    # (n,T-1)
+    return (is_copy & (tokens[row, 1:] == X[:, None])).any(-1)
+
+
+def followed_everywhere(tokens, classes, X):                # (B,T) x 2, a token -> (B,T-1) bool
+    """The proxy for one token at positions 1 to T-1."""
+    T = tokens.shape[1]
+    parts = []
+    for rows in torch.arange(len(tokens), device=tokens.device).split(64):
+        row = rows.repeat_interleave(T - 1)
+        q = torch.arange(1, T, device=tokens.device).repeat(len(rows))
+        hits = followed_by(tokens, classes, row, q, torch.full_like(row, X))
+        parts.append(hits.view(len(rows), T - 1))
+    return torch.cat(parts)
 
 
 # ---- heads ----
 
 
 @torch.no_grad()
-def head_scores(model, tokens, classes):                                # (B,T) each -> {score: (layers,H)}
+def head_scores(model, tokens, classes, matched=1):         # (B,T) x 2 -> {score: (layers,H)}
     """Mean attention of every head at the queries that have something to look at.
 
-    induction: to the tokens after earlier occurrences of the query's token, all together. duplicate: to those
-    occurrences. previous: to the token before the query, wherever that is not BOS.
+    induction: to the tokens before which the query's last `matched` tokens stood earlier, all
+    together. duplicate: to earlier occurrences of the query's token. previous: to the token before
+    the query, where that is not BOS. Also "n_queries", how many the induction score is a mean over.
     """
-    total, count = {}, {}
-    for part in torch.arange(len(tokens), device=tokens.device).split(16):
-        own = classes[part]
-        q, k = positions(tokens)
-        duplicate = (own[:, :, None] == own[:, None]) & (own >= 0)[:, None] & (k < q)
-        follows = F.pad(duplicate, (1, 0))[..., :-1] & (k < q)
-        previous = (k == q - 1) & (k > 0) & (own >= 0)[:, None]
-        targets = {"induction": follows, "previous": previous, "duplicate": duplicate}
-        for layer, kept in model.layer_by_layer(tokens[part]):
-            for name, target in targets.items():
-                mass = (kept.pattern * target[:, None]).sum(-1)         # (B,H,q)
-                at = target.any(-1)                                     # (B,q)
-                total[name, layer] = total.get((name, layer), 0) + mass.transpose(1, 2)[at].sum(0)
-                count[name, layer] = count.get((name, layer), 0) + int(at.sum())
     layers = range(model.config.n_layers)
-    return {name: torch.stack([total[name, layer] / max(count[name, layer], 1) for layer in layers])
-            for name in ("induction", "previous", "duplicate")}
+    names = ("induction", "previous", "duplicate")
+    attention = {(name, layer): 0 for name in names for layer in layers}
+    n_queries = dict.fromkeys(names, 0)
+    for part in torch.arange(len(tokens), device=tokens.device).split(16):
+        targets = score_targets(classes[part], matched)
+        for name in names:
+            n_queries[name] += int(targets[name].any(-1).sum())
+        for layer, kept in model.layer_caches(tokens[part]):
+            for name in names:
+                on_target = (kept.pattern * targets[name][:, None]).sum(-1)         # (B,H,q)
+                attention[name, layer] = attention[name, layer] + on_target.sum((0, 2))
+    scores = {}
+    for name in names:
+        sums = torch.stack([attention[name, layer] for layer in layers])            # (layers,H)
+        scores[name] = sums / max(n_queries[name], 1)
+    return scores | {"n_queries": n_queries["induction"]}
 
 
-def positions(tokens):                                                  # (B,T) -> q (T,1), k (1,T)
+def score_targets(classes, matched):                        # (B,T) -> {score: (B,q,k) bool}
+    """The keys that each score is about."""
+    q, k = query_and_key_positions(classes)
+    is_token = classes >= 0
+    same = (classes[:, :, None] == classes[:, None]) & is_token[:, None]
+    return {"induction": (prefix_lengths(classes) >= matched) & (k < q),
+            "duplicate": same & (k < q),
+            "previous": (k == q - 1) & (k > 0) & is_token[:, None]}
+
+
+def query_and_key_positions(tokens):                        # (B,T) -> (T,1), (1,T)
     """Query and key positions, to compare with each other."""
-    each = torch.arange(tokens.shape[1], device=tokens.device)
-    return each[:, None], each[None]
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    return position[:, None], position[None]
 
 
-def random_rows(model, bos, table, n, generator, repeat=False):         # -> (n,T)
-    """BOS and random tokens that all differ, also fuzzily; with `repeat` the same again to fill the row."""
+def random_rows(model, bos, token_class, n, generator, repeat=False):   # -> (n,T)
+    """BOS and random tokens that all differ, also in class; with `repeat` the same tokens again to
+    fill the row. token_class: (n_vocab,)."""
     T = min(128, model.config.n_ctx)
-    different = (T - 1) // 2 if repeat else T - 1
-    of_token = table.cpu().numpy()
-    first = np.unique(of_token, return_index=True)[1]                   # one token of every class
-    pool = torch.from_numpy(first[of_token[first] >= 0])
-    if len(pool) < different:
-        raise UserError(f"this vocabulary has {len(pool)} tokens that differ, and a row takes {different}.")
-    drawn = torch.stack([pool[torch.randperm(len(pool), generator=generator)[:different]] for _ in range(n)])
-    parts = [torch.full((n, 1), bos), drawn] + ([drawn] if repeat else [])
-    return torch.cat(parts, 1).to(table.device)
+    n_different = (T - 1) // 2 if repeat else T - 1
+    classes = token_class.cpu().numpy()
+    one_of_each = np.unique(classes, return_index=True)[1]
+    pool = torch.from_numpy(one_of_each[classes[one_of_each] >= 0])
+    if len(pool) < n_different:
+        raise UserError(f"this vocabulary has {len(pool)} tokens that differ, and a row takes "
+                        f"{n_different}.")
+    drawn = torch.stack([pool[torch.randperm(len(pool), generator=generator)[:n_different]]
+                         for _ in range(n)])
+    parts = [torch.full((n, 1), bos), drawn]
+    if repeat:
+        parts.append(drawn)
+    return torch.cat(parts, 1).to(token_class.device)
 
 
 # ---- prefix length (Fig. 4a, 19) ----
@@ -126,66 +158,93 @@ def random_rows(model, bos, table, n, generator, repeat=False):         # -> (n,
 
 class PrefixCurves(NamedTuple):
     """Scores of every head by prefix length, paired: the sequences are the same for all lengths."""
-    attention: np.ndarray   # (n,lengths,layers,H) from the query to the key that followed the prefix
-    logit: np.ndarray       # (n,lengths,layers,H) direct logit attribution of the key's token, less the mean
+    attention: np.ndarray   # (n,lengths,layers,H) from the query to the key after the prefix
+    logit: np.ndarray       # (n,lengths,layers,H) direct logit attribution of the key's token
 
 
 @torch.no_grad()
-def prefix_curves(model, bos, table, n=400, seed=0, say=lambda done: None):
-    """The paired protocol: key e1 and query e2 of a random row stay, and for each p the tokens e1-p .. e1-1
-    are copied to e2-p+1 .. e2. All tokens but the copies differ -> PrefixCurves."""
+def prefix_curves(model, bos, token_class, n=400, seed=0, progress=lambda rows: None):
+    """The paired protocol -> PrefixCurves.
+
+    Key and query of a random row stay where they are, and for each length p the p tokens before the
+    key are copied to the p tokens up to the query. All tokens but the copies differ.
+    """
     generator = torch.Generator().manual_seed(seed)
-    base = random_rows(model, bos, table, n, generator)
-    longest, T = max(LENGTHS), base.shape[1]
-    if T < 2 * longest + 3:
-        raise UserError(f"prefixes of {longest} tokens take rows of {2 * longest + 3} tokens or more; this "
-                        f"model has {T}.")
-    key = torch.randint(longest + 1, T - longest - 1, (n,), generator=generator)
-    query = torch.stack([torch.randint(int(e1) + longest, T, (), generator=generator) for e1 in key])
-    key, query = key.to(base.device), query.to(base.device)
+    base = random_rows(model, bos, token_class, n, generator)
+    key, query = draw_key_and_query(base, generator)
+    order = query.argsort()         # rows end at their queries: neighbours have them close together
+    base, key, query = base[order], key[order], query[order]
     matrices = [model.head_matrices(layer) for layer in range(model.config.n_layers)]
     attention, logit = [], []
-    order = query.argsort()         # neighbours have their queries close together, and rows end there
-    base, key, query = base[order], key[order], query[order]
     for rows in torch.arange(n, device=base.device).split(8):
-        tokens, e1, e2 = grow_prefix(base[rows, :query[rows].max() + 1], key[rows], query[rows])
-        at, seen, gathered = torch.arange(len(tokens), device=base.device), [], []
-        for layer, kept in model.layer_by_layer(tokens):
-            seen.append(kept.pattern[at, :, e2, e1])                    # (B,H)
-            scale = kept.scales["attn_out"][at, e2] if "attn_out" in kept.scales else 1.0
-            gathered.append((kept.z_cat[at, e2], matrices[layer], scale))
-        final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[at, e2]
-        direction = model.logit_directions(tokens[at, e1]) / model.final_scale(final)
-        made = [head_logits(z, m, direction, scale) for z, m, scale in gathered]
-        attention.append(torch.stack(seen, 1).cpu().numpy())            # (B,layers,H)
-        logit.append(torch.stack(made, 1).cpu().numpy())
-        say(int(rows[-1]) + 1)
-    heads = (len(matrices), model.config.n_heads)
-    return PrefixCurves(*(np.concatenate(found).reshape(n, len(LENGTHS), *heads)
-                          for found in (attention, logit)))
+        up_to_query = base[rows, :query[rows].max() + 1]
+        tokens, k, q = grow_prefix(up_to_query, key[rows], query[rows])
+        pattern, direct = attention_and_logits(model, matrices, tokens, k, q)
+        attention.append(pattern.cpu().numpy())
+        logit.append(direct.cpu().numpy())
+        progress(int(rows[-1]) + 1)
+    shape = (n, len(LENGTHS), model.config.n_layers, model.config.n_heads)
+    return PrefixCurves(np.concatenate(attention).reshape(shape),
+                        np.concatenate(logit).reshape(shape))
 
 
-def grow_prefix(base, key, query):                  # (b,T), (b,), (b,) -> (B,T), (B,), (B,); B = b*lengths
-    """Each row once for each prefix length, lengths varying fastest -> tokens, keys, queries."""
-    tokens = base.repeat_interleave(len(LENGTHS), 0)
-    e1, e2 = key.repeat_interleave(len(LENGTHS)), query.repeat_interleave(len(LENGTHS))
+def draw_key_and_query(base, generator):                    # (n,T) -> (n,), (n,)
+    """Random positions with room for the longest prefix before each."""
+    n, T = base.shape
+    longest = max(LENGTHS)
+    if T < 2 * longest + 3:
+        raise UserError(f"prefixes of {longest} tokens take rows of {2 * longest + 3} tokens or "
+                        f"more; this model has {T}.")
+    key = torch.randint(longest + 1, T - longest - 1, (n,), generator=generator)
+    query = [torch.randint(int(k) + longest, T, (), generator=generator) for k in key]
+    return key.to(base.device), torch.stack(query).to(base.device)
+
+
+def grow_prefix(base, key, query):              # (b,T), (b,), (b,) -> (B,T), (B,), (B,)
+    """Each row once for each prefix length, lengths varying fastest, so that B = b * lengths ->
+    tokens, keys, queries."""
+    n_lengths = len(LENGTHS)
+    tokens = base.repeat_interleave(n_lengths, 0)
+    k = key.repeat_interleave(n_lengths)
+    q = query.repeat_interleave(n_lengths)
     length = torch.tensor(LENGTHS, device=base.device).repeat(len(base))
     source = tokens.clone()
-    at = torch.arange(len(tokens), device=base.device)
+    row = torch.arange(len(tokens), device=base.device)
     for back in range(max(LENGTHS)):
-        there = back < length
-        tokens[at[there], (e2 - back)[there]] = source[at[there], (e1 - 1 - back)[there]]
-    return tokens, e1, e2
+        grown = back < length                               # the rows whose prefix is that long
+        tokens[row[grown], (q - back)[grown]] = source[row[grown], (k - 1 - back)[grown]]
+    return tokens, k, q
 
 
-def pick_heads(attention):                              # (n,lengths,layers,H) -> (layer, head), (layer, head)
-    """The short-prefix head attends most after 1 matching token; the long-prefix head is the one, of the
-    others, whose attention grows most from 1 token to 9."""
+def attention_and_logits(model, matrices, tokens, k, q):    # (B,T), (B,), (B,) -> (B,layers,H) x 2
+    """Every head's attention from q to k, and what it adds at q, directly, to the logit of the
+    token at k, less the mean over all tokens."""
+    row = torch.arange(len(tokens), device=tokens.device)
+    attention, gathered = [], []
+    for layer, kept in model.layer_caches(tokens):
+        attention.append(kept.pattern[row, :, q, k])                    # (B,H)
+        scale = kept.scales["attn_out"][row, q] if "attn_out" in kept.scales else 1.0
+        gathered.append((kept.z_cat[row, q], scale))
+    final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[row, q]
+    direction = model.logit_directions(tokens[row, k]) / model.final_scale(final)
+    logits = [head_logits(z, matrices[layer], direction, scale)
+              for layer, (z, scale) in enumerate(gathered)]
+    return torch.stack(attention, 1), torch.stack(logits, 1)
+
+
+def pick_heads(attention):                      # (n,lengths,layers,H) -> two of (layer, head)
+    """The short-prefix head attends most after 1 matching token. The long-prefix head is the one,
+    of the others, whose attention grows most from 1 token to 9."""
     mean = attention.mean(0)
-    best = lambda scores: tuple(int(i) for i in np.unravel_index(scores.argmax(), scores.shape))
-    short, rise = best(mean[1]), mean[max(LENGTHS)] - mean[1]
+    short = argmax_head(mean[1])
+    rise = mean[max(LENGTHS)] - mean[1]
     rise[short] = -np.inf
-    return short, best(rise)
+    return short, argmax_head(rise)
+
+
+def argmax_head(scores):                                    # (layers,H) -> (layer, head)
+    layer, head = np.unravel_index(scores.argmax(), scores.shape)
+    return int(layer), int(head)
 
 
 # ---- intervention on real text (Fig. 4b) ----
@@ -203,198 +262,226 @@ class Examples(NamedTuple):
 
 
 @torch.no_grad()
-def find_examples(tokens, classes, model=None, head=None, unique=True):         # (B,T), (B,T) -> Examples
+def find_examples(tokens, classes, model=None, head=None):  # (B,T), (B,T) -> Examples
     """Places where a prefix of 1 or more tokens matches.
 
-    By text alone: where the query has exactly one such key, so that no head's attention is divided (all
-    places if not unique). Given a head: where that head's attention is over 0.3, as in the paper. In all, k
-    is 3 or more, the token at k-2 is not BOS, and the two copies of the prefix do not overlap.
+    By text alone: where the query has exactly one such key, so that no head's attention is divided.
+    Given a head: where that head's attention is over 0.3, as in the paper. In both, k is 3 or more,
+    the token at k-2 is not BOS, and the two copies of the prefix do not overlap.
     """
-    found = []
-    for part in torch.arange(len(tokens), device=tokens.device).split(16):
-        lengths, (q, k) = prefix_lengths(classes[part]), positions(tokens)
-        lengths = lengths * (k < q)
-        at = (lengths > 0) & (k >= 3) & (k + lengths <= q + 1) & (classes[part] >= 0).roll(2, 1)[:, None]
-        if model is not None:
-            for _, kept in model.layer_by_layer(tokens[part], head[0] + 1):
-                attends = kept.pattern[:, head[1]] > ATTENDS            # of the last one, in the end
-            at &= attends
-        elif unique:
-            at &= (lengths > 0).sum(-1, keepdim=True) == 1
-        row, query, key = at.nonzero(as_tuple=True)
-        found.append(Examples(part[row], query, key, lengths[row, query, key]))
-    return Examples(*map(torch.cat, zip(*found)))
+    parts = []
+    for rows in torch.arange(len(tokens), device=tokens.device).split(16):
+        q, k = query_and_key_positions(tokens)
+        lengths = prefix_lengths(classes[rows]) * (k < q)               # (B,q,k)
+        token_at_k_minus_2 = (classes[rows] >= 0).roll(2, 1)[:, None]
+        chosen = (lengths > 0) & (k >= 3) & (k + lengths <= q + 1) & token_at_k_minus_2
+        if model is None:
+            chosen &= (lengths > 0).sum(-1, keepdim=True) == 1
+        else:
+            layer, h = head
+            chosen &= model.layer_cache(tokens[rows], layer).pattern[:, h] > MIN_ATTENTION
+        row, query, key = chosen.nonzero(as_tuple=True)
+        parts.append(Examples(rows[row], query, key, lengths[row, query, key]))
+    return Examples(*(torch.cat(column) for column in zip(*parts)))
 
 
-def replaced(tokens, table, examples, offset, generator):               # -> (n,T)
-    """A copy of each example's row with the token at k + offset replaced by a random one that matches nothing
-    in the row."""
+def with_token_replaced(tokens, token_class, examples, offset, generator):      # -> (n,T)
+    """A copy of each example's row with the token at k + offset replaced by a random one that
+    matches nothing in the row."""
     rows = tokens[examples.row].clone()
-    for row, at in zip(rows, (examples.k + offset).tolist()):
-        present = {-1, *table[row].tolist()}
-        while int(table[token := int(torch.randint(len(table), (), generator=generator))]) in present:
-            pass
-        row[at] = token
+    for row, position in zip(rows, (examples.k + offset).tolist()):
+        present = {-1, *token_class[row].tolist()}
+        for _ in range(10_000):
+            token = int(torch.randint(len(token_class), (), generator=generator))
+            if int(token_class[token]) not in present:
+                row[position] = token
+                break
+        else:
+            raise UserError("a row of this text has nearly every token of the vocabulary, and none "
+                            "is left to replace one by.")
     return rows
 
 
 @torch.no_grad()
-def attention_at(model, rows, examples, layers):                        # (n,T) -> (n,len(layers),H)
-    """Every head's attention from q to k."""
-    found = []
+def attention_at(model, rows, examples, layers):            # (n,T) -> (n,len(layers),H)
+    """Every head's attention from q to k, in some layers."""
+    parts = []
     for part in torch.arange(len(rows), device=rows.device).split(32):
-        at, q, k = torch.arange(len(part), device=rows.device), examples.q[part], examples.k[part]
-        found.append(torch.stack([kept.pattern[at, :, q, k] for layer, kept in
-                                  model.layer_by_layer(rows[part], max(layers) + 1)
-                                  if layer in layers], 1).cpu())
-    return torch.cat(found).numpy()
+        row = torch.arange(len(part), device=rows.device)
+        q, k = examples.q[part], examples.k[part]
+        attention = [kept.pattern[row, :, q, k]
+                     for layer, kept in model.layer_caches(rows[part], max(layers) + 1)
+                     if layer in layers]
+        parts.append(torch.stack(attention, 1).cpu())
+    return torch.cat(parts).numpy()
 
 
-def intervene(model, tokens, table, examples, heads, n, seed=0):      # -> {condition: {...}}
+def intervene(model, tokens, token_class, examples, heads, n, seed=0):  # -> {condition: {...}}
     """Attention of the heads before and after one token is replaced.
 
-    corrupt: k-2, prefix 2 or longer. control, other token: k+2, the same examples; in both, k+2 stands before
-    the prefix that ends at the query, and is not BOS. control, prefix 1: k-2, prefix exactly 1. At most n
-    examples each, drawn at random; intervals over rows.
+    corrupt: k-2, prefix 2 or longer. control, other token: k+2, the same examples; in both, k+2
+    stands before the prefix that ends at the query, and is not BOS. control, prefix 1: k-2, prefix
+    exactly 1. At most n examples each, drawn at random; intervals over rows.
     """
-    generator, layers, results = torch.Generator().manual_seed(seed), sorted({l for l, _ in heads}), {}
-    later = tokens[examples.row, (examples.k + 2).clamp_max(tokens.shape[1] - 1)]
-    room = (examples.k + 2 <= examples.q - examples.length) & (table[later] >= 0)
-    draw = lambda e: e.pick(torch.randperm(len(e.q), generator=generator)[:n].to(e.q.device))
-    long, one = draw(examples.pick((examples.length >= 2) & room)), draw(examples.pick(examples.length == 1))
-    for name, chosen, offset in (("corrupt", long, -2), ("control, other token", long, 2),
-                                 ("control, prefix 1", one, -2)):
-        results[name] = {"n": len(chosen.q), "n_rows": len(chosen.row.unique())}
+    generator = torch.Generator().manual_seed(seed)
+    after_k = (examples.k + 2).clamp_max(tokens.shape[1] - 1)
+    has_room = (examples.k + 2 <= examples.q - examples.length) \
+        & (token_class[tokens[examples.row, after_k]] >= 0)
+    long = draw(examples.pick((examples.length >= 2) & has_room), n, generator)
+    of_one_token = draw(examples.pick(examples.length == 1), n, generator)
+    conditions = {"corrupt": (long, -2), "control, other token": (long, 2),
+                  "control, prefix 1": (of_one_token, -2)}
+    layers = sorted({layer for layer, _ in heads})
+    results = {}
+    for condition, (chosen, offset) in conditions.items():
+        results[condition] = {"n": len(chosen.q), "n_rows": len(chosen.row.unique())}
         if not len(chosen.q):
             continue
+        rows = with_token_replaced(tokens, token_class, chosen, offset, generator)
         before = attention_at(model, tokens[chosen.row], chosen, layers)
-        after = attention_at(model, replaced(tokens, table, chosen, offset, generator), chosen, layers)
+        after = attention_at(model, rows, chosen, layers)
         for layer, h in heads:
-            pair = [found[:, layers.index(layer), h] for found in (before, after)]
-            values = np.stack([*pair, pair[1] - pair[0]], 1)
-            mean, (low, high) = mean_of(values, chosen.row.cpu().numpy())
-            names = ("before", "after", "change")
-            results[name][f"{layer}.{h}"] = ({key: m for key, m in zip(names, mean)}
-                                             | {f"{key}_ci": [a, b] for key, a, b in zip(names, low, high)})
+            pair = [x[:, layers.index(layer), h] for x in (before, after)]
+            values = np.stack([*pair, pair[1] - pair[0]], 1)            # (n,3)
+            mean, (low, high) = mean_with_ci(values, chosen.row.cpu().numpy())
+            result = {}
+            for i, name in enumerate(("before", "after", "change")):
+                result |= {name: mean[i], f"{name}_ci": [low[i], high[i]]}
+            results[condition][f"{layer}.{h}"] = result
     return results
 
 
-# ---- "X is next by induction" features (Fig. 2) ----
+def draw(examples, n, generator):                           # -> Examples, n at most
+    drawn = torch.randperm(len(examples.q), generator=generator)[:n]
+    return examples.pick(drawn.to(examples.q.device))
 
 
-def name_next(tokens, classes, entries, d_sae):                         # -> (d_sae,)
-    """For each feature the token that followed earlier occurrences of the current token most often, weighted
-    by activation; -1 where there is none."""
-    owner, column = [], []
-    for part in torch.arange(len(entries.q), device=tokens.device).split(2**16):
-        row, q = entries.row[part], entries.q[part]
-        matches = (classes[row, :-1] == classes[row, q][:, None]) & (classes[row, q] >= 0)[:, None]
-        matches &= torch.arange(tokens.shape[1] - 1, device=tokens.device) < q[:, None]
-        i, k = matches.nonzero(as_tuple=True)
-        owner.append(part[i])
-        column.append(k + 1)
-    owner, column = torch.cat(owner), torch.cat(column)
-    V, X = int(tokens.max()) + 1, tokens[entries.row[owner], column]
-    vote = (owner * V + X).unique()                                     # a token once for each entry
-    owner, X = vote // V, vote % V
-    pair, index = (entries.feature[owner] * V + X).unique(return_inverse=True)
-    weight = entries.f.new_zeros(len(pair)).index_add_(0, index, entries.f[owner])
-    order = torch.from_numpy(np.lexsort((weight.cpu().numpy(), (pair // V).cpu().numpy()))).to(pair.device)
-    feature, X = pair[order] // V, pair[order] % V
-    last = feature != F.pad(feature[1:], (0, 1), value=-1)              # the heaviest token of each feature
-    named = torch.full((d_sae,), -1, device=tokens.device)
-    named[feature[last]] = X[last]
-    return named
+# ---- "X is next" features (Fig. 2) ----
+#
+# A feature is named after the token X that followed earlier occurrences of the current token where
+# it is most active, on one half of the text. It counts if, on the other half, at least MIN_SHARE of
+# its activation is where X followed the current token earlier, and that is MIN_EXCESS more than the
+# current token alone would give.
 
-
-class Tally(NamedTuple):
-    """Sums over text for each feature and the token X it is named after."""
-    n: Tensor               # (d_sae,) active positions
-    mass: Tensor            # (d_sae,) sum of activations
-    n_hit: Tensor           # (d_sae,) active positions where X followed the current token earlier
-    hit: Tensor             # (d_sae,) sum of activations there
-
-
-def tally(model, saes, tokens, classes, names, say=lambda done: None):  # -> {layer: Tally}
-    """Where the features are active, and how much of that where their token followed earlier."""
-    zeros = lambda sae: torch.zeros(sae.d_sae, dtype=torch.float64)     # on the CPU: MPS has no float64
-    tallies = {layer: Tally(*(zeros(sae) for _ in Tally._fields)) for layer, sae in saes.items()}
-    for layer, (row, q, feature, f) in active_entries(model, saes, tokens, say):
-        parts = zip(*(column.split(2**16) for column in (row, q, names[layer][feature])))
-        hit = torch.cat([followed_by(tokens, classes, *part) for part in parts] or [f > 0]).cpu().double()
-        feature, f = feature.cpu(), f.cpu().double()
-        for total, each in zip(tallies[layer], (torch.ones_like(hit), f, hit, hit * f)):
-            total.index_add_(0, feature, each)
-    return tallies
-
-
-def expected_share(model, sae, layer, tokens, classes, features, X, others, its_classes):       # -> (m,)
-    """The share of a feature's activation that would fall where X followed earlier if it depended on the
-    current token alone: sum over tokens of (activation at that token) * (how often X followed it earlier).
-
-    features, X (m,). How often is counted in `others`, rows that are not those measured: with a token that is
-    rare, its own hits would otherwise be what is expected. A feature that reads nothing but the current token
-    has this share, up to the difference of the two texts.
-    """
-    n = int(max(classes.max(), its_classes.max())) + 2                  # class -1 is BOS
-    mass, rate = (sae.b_enc.new_zeros(n, len(features)) for _ in range(2))
-    count = torch.bincount(its_classes[:, 1:].flatten() + 1, minlength=n).clamp_min(1)
-    for part in torch.arange(len(tokens), device=tokens.device).split(32):
-        f = sae.encode(model.z_cat_at(tokens[part], [layer])[layer][:, 1:])[..., features]
-        mass.index_add_(0, classes[part, 1:].flatten() + 1, f.flatten(0, 1))
-    for one in X.unique().tolist():
-        has = (others == one).any(1).nonzero()[:, 0]
-        proxy = proxy_everywhere(others[has], its_classes[has], one)
-        times = torch.bincount(its_classes[has, 1:][proxy] + 1, minlength=n)
-        rate[:, X == one] = (times / count)[:, None].to(rate.dtype)
-    return (mass * rate).sum(0) / mass.sum(0)
-
-
-def proxy_everywhere(tokens, classes, X):                               # (B,T) -> (B,T-1) bool
-    """The proxy at positions 1 to T-1."""
-    found = []
-    for part in torch.arange(len(tokens), device=tokens.device).split(64):
-        row, q = torch.meshgrid(part, torch.arange(1, tokens.shape[1], device=tokens.device), indexing="ij")
-        hits = followed_by(tokens, classes, row.flatten(), q.flatten(), torch.full_like(row, X).flatten())
-        found.append(hits.view(row.shape))
-    return torch.cat(found)
+MIN_SHARE, MIN_EXCESS = 0.5, 0.25
+MIN_ACTIVE = 100                # positions at which such a feature is active
+N_NAMING = 32                   # strongest activations that name it
 
 
 @torch.no_grad()
-def find_features(model, saes, tokens, classes, say=lambda done: None):
-    """Every "X is next by induction" feature -> list of dicts, first those whose share is most above the
-    expected one; {layer: number of features active in the second half}; {layer: (d_sae,) each one's X}.
+def find_features(model, saes, tokens, classes, progress=lambda rows: None):
+    """Every "X is next" feature -> list of dicts, first those whose share is most above the
+    expected one; {layer: number of features active in the second half}; {layer: (d_sae,) each one's
+    X}."""
+    half = len(tokens) // 2
+    naming, measuring = tokens[:half], tokens[half:]
+    names = name_features(model, saes, naming, classes[:half], progress)
+    sums = sum_where_followed(model, saes, measuring, classes[half:], names,
+                              lambda rows: progress(half + rows))
+    found = []
+    n_live = {}
+    for layer, s in sums.items():
+        n_live[layer] = int((s.n > 0).sum())
+        share = s.hit / s.mass.clamp_min(1e-30)
+        chosen = ((s.n >= MIN_ACTIVE) & (share >= MIN_SHARE)).nonzero()[:, 0]
+        X = names[layer][chosen.to(tokens.device)]
+        expected = expected_share(model, saes[layer], layer, measuring, classes[half:], chosen, X,
+                                  naming, classes[:half])
+        for i, x, by_token_alone in zip(chosen.tolist(), X.tolist(), expected.tolist()):
+            if float(share[i]) >= by_token_alone + MIN_EXCESS:
+                found.append({"layer": layer, "feature": i, "X": x, "share": float(share[i]),
+                              "expected_share": by_token_alone, "n_active": int(s.n[i]),
+                              "n_hit": int(s.n_hit[i])})
+    found.sort(key=lambda feature: feature["expected_share"] - feature["share"])
+    return found, n_live, names
 
-    X is named on the first half of the rows (by the 32 strongest activations), the rest is measured on the
-    second half: a feature counts if it is active at 100 positions or more, if half of its activation or more
-    is where X followed the current token (or its variant) earlier, and if that share is 0.25 or more above
-    what the current token alone would give (`expected_share`).
-    """
-    naming, measuring = tokens[:len(tokens) // 2], tokens[len(tokens) // 2:]
-    names, its_classes = {}, classes[len(naming):]
-    best = {layer: Keeper(32, sae.d_sae) for layer, sae in saes.items()}
-    for layer, entries in active_entries(model, saes, naming, say):
-        best[layer].add(entries, entries.feature, entries.f)
+
+def name_features(model, saes, tokens, classes, progress):  # -> {layer: (d_sae,)}
+    """Every feature's X, from its strongest activations; -1 where there is none."""
+    strongest = {layer: StrongestPerGroup(N_NAMING, sae.d_sae) for layer, sae in saes.items()}
+    for layer, entries in active_entries(model, saes, tokens, progress):
+        strongest[layer].add(entries, entries.feature, entries.f)
+    names = {}
     for layer, sae in saes.items():
-        named = name_next(naming.cpu(), classes[:len(naming)].cpu(), best[layer].best()[0], sae.d_sae)
-        names[layer] = named.to(tokens.device)
-    found, n_live = [], {}
-    later = lambda done: say(len(naming) + done)
-    for layer, t in tally(model, saes, measuring, its_classes, names, later).items():
-        n_live[layer] = int((t.n > 0).sum())
-        share = t.hit / t.mass.clamp_min(1e-30)
-        chosen = ((t.n >= N_ACTIVE) & (share >= SHARE)).nonzero()[:, 0]
-        X = names[layer][chosen]
-        expected = expected_share(model, saes[layer], layer, measuring, its_classes, chosen, X, naming,
-                                  classes[:len(naming)])
-        of_layer = [{"layer": layer, "feature": i, "X": x, "share": float(share[i]), "expected_share": e,
-                     "n_active": int(t.n[i]), "n_hit": int(t.n_hit[i])}
-                    for i, x, e in zip(chosen.tolist(), X.tolist(), expected.tolist())]
-        found += [one for one in of_layer if one["share"] >= one["expected_share"] + EXCESS]
-    return sorted(found, key=lambda one: one["expected_share"] - one["share"]), n_live, names
+        entries, _, _ = strongest[layer].best()
+        names[layer] = name_next(tokens.cpu(), classes.cpu(), entries, sae.d_sae).to(tokens.device)
+    return names
 
 
-class Detail(NamedTuple):
+def name_next(tokens, classes, entries, d_sae):             # (B,T) x 2 -> (d_sae,)
+    """For each feature the token that followed earlier occurrences of the current token most often,
+    weighted by activation; -1 where there is none."""
+    T = tokens.shape[1]
+    owner, position = [], []                                # of each token that followed
+    for part in torch.arange(len(entries.q)).split(2**16):
+        row, q = entries.row[part], entries.q[part]
+        own_class = classes[row, q][:, None]
+        is_copy = (classes[row, :-1] == own_class) & (own_class >= 0)
+        is_copy &= torch.arange(T - 1) < q[:, None]
+        i, k = is_copy.nonzero(as_tuple=True)
+        owner.append(part[i])
+        position.append(k + 1)
+    owner, position = torch.cat(owner), torch.cat(position)
+    followed = tokens[entries.row[owner], position]
+    vote = torch.stack([owner, followed], 1).unique(dim=0)  # a token once for each entry
+    owner, X = vote[:, 0], vote[:, 1]
+    pair, _ = feature_token_mass(entries.feature[owner], X, entries.f[owner])
+    heaviest = pair[rank_in_group(pair[:, 0]) == 0]
+    named = torch.full((d_sae,), -1)
+    named[heaviest[:, 0]] = heaviest[:, 1]
+    return named
+
+
+class SumsWhereFollowed(NamedTuple):
+    """Sums over text for each feature and the token X it is named after, (d_sae,) each."""
+    n: Tensor               # active positions
+    mass: Tensor            # sum of activations
+    n_hit: Tensor           # active positions where X followed the current token earlier
+    hit: Tensor             # sum of activations there
+
+
+def sum_where_followed(model, saes, tokens, classes, names, progress=lambda rows: None):
+    """How active each feature is, and how much of that where its X followed earlier -> {layer:
+    SumsWhereFollowed}."""
+    sums = {layer: torch.zeros(4, sae.d_sae, dtype=torch.float64) for layer, sae in saes.items()}
+    for layer, entries in active_entries(model, saes, tokens, progress):
+        X = names[layer][entries.feature]
+        hits = [followed_by(tokens, classes, *part) for part in
+                zip(entries.row.split(2**16), entries.q.split(2**16), X.split(2**16))]
+        hit = torch.cat(hits).cpu().double() if hits else torch.zeros(0, dtype=torch.float64)
+        f = entries.f.cpu().double()
+        columns = torch.stack([torch.ones_like(f), f, hit, hit * f])
+        sums[layer].index_add_(1, entries.feature.cpu(), columns)
+    return {layer: SumsWhereFollowed(*columns) for layer, columns in sums.items()}
+
+
+def expected_share(model, sae, layer, tokens, classes, features, X, other_tokens, other_classes):
+    """The share of a feature's activation that would fall where X followed earlier if it depended
+    on the current token alone -> (m,).
+
+    It is the sum over tokens of (activation at that token) * (how often X followed it earlier),
+    over the sum of activations. features, X: (m,). How often is counted on other rows, estimated
+    there so that a rare token's own hits do not inflate it. A feature that reads nothing but the
+    current token has this share, up to the difference of the two texts.
+    """
+    n_classes = int(max(classes.max(), other_classes.max())) + 2        # class -1 is BOS
+    mass = sae.b_enc.new_zeros(n_classes, len(features))
+    for part in torch.arange(len(tokens), device=tokens.device).split(32):
+        z = model.z_cat_at(tokens[part], [layer])[layer][:, 1:]
+        f = sae.encode(z)[..., features.to(z.device)]
+        mass.index_add_(0, classes[part, 1:].flatten() + 1, f.flatten(0, 1))
+
+    n_of_class = torch.bincount(other_classes[:, 1:].flatten() + 1, minlength=n_classes)
+    rate = torch.zeros_like(mass)
+    for x in X.unique().tolist():
+        has_x = (other_tokens == x).any(1).nonzero()[:, 0]
+        followed = followed_everywhere(other_tokens[has_x], other_classes[has_x], x)
+        hits = torch.bincount(other_classes[has_x, 1:][followed] + 1, minlength=n_classes)
+        rate[:, X == x] = (hits / n_of_class.clamp_min(1))[:, None].to(rate.dtype)
+    return (mass * rate).sum(0) / mass.sum(0)
+
+
+class OnText(NamedTuple):
     """One feature over text, at positions 1 to T-2 (which have a next token)."""
     f: Tensor               # (B,T-2) its activation
     proxy: Tensor           # (B,T-2) whether X followed the current token earlier
@@ -402,78 +489,98 @@ class Detail(NamedTuple):
 
 
 @torch.no_grad()
-def details(model, saes, wanted, tokens, classes):      # [(layer, feature, X)] -> [Detail]
-    """Activation and proxy of some features at every position, for Fig. 2, in one pass over the text."""
-    found, layers = [[] for _ in wanted], sorted({layer for layer, _, _ in wanted})
+def features_on_text(model, saes, wanted, tokens, classes):     # [(layer, feature, X)] -> [OnText]
+    """Activation and proxy of some features at every position, in one pass over the text."""
+    activations = [[] for _ in wanted]
+    layers = sorted({layer for layer, _, _ in wanted})
     for part in tokens.split(32):
-        z = model.z_cat_at(part, layers)
-        for each, (layer, feature, _) in zip(found, wanted):
-            each.append(saes[layer].activation(z[layer][:, 1:-1], feature))
-    return [Detail(torch.cat(f), proxy_everywhere(tokens, classes, X)[:, :-1], tokens[:, 2:] == X)
-            for f, (_, _, X) in zip(found, wanted)]
+        for layer, z in model.z_cat_at(part, layers).items():
+            f = saes[layer].encode(z[:, 1:-1])                          # (32,T-2,d_sae)
+            for i, (feature_layer, feature, _) in enumerate(wanted):
+                if feature_layer == layer:
+                    activations[i].append(f[..., feature])
+    return [OnText(torch.cat(f), followed_everywhere(tokens, classes, X)[:, :-1],
+                   tokens[:, 2:] == X)
+            for f, (_, _, X) in zip(activations, wanted)]
 
 
-def precision_and_recall(d, levels=(0.0, 0.25, 0.5, 0.75)):             # Detail -> list of dicts
-    """At levels of activation, as parts of its maximum: precision P(proxy | f > level), recall P(f > level |
-    proxy), with their denominators."""
+def precision_and_recall(on_text, levels=(0.0, 0.25, 0.5, 0.75)):       # OnText -> list of dicts
+    """At levels of activation, as parts of its maximum: precision P(proxy | f > level), recall
+    P(f > level | proxy), with their denominators."""
+    n_proxy = int(on_text.proxy.sum())
     table = []
     for level in levels:
-        over = d.f > level * d.f.max()
-        both, n, n_proxy = int((over & d.proxy).sum()), int(over.sum()), int(d.proxy.sum())
-        table.append({"level": level, "n_over": n, "n_proxy": n_proxy, "n_both": both,
-                      "precision": both / n if n else None, "recall": both / n_proxy if n_proxy else None})
+        above = on_text.f > level * on_text.f.max()
+        n_above = int(above.sum())
+        n_both = int((above & on_text.proxy).sum())
+        table.append({"level": level, "n_over": n_above, "n_proxy": n_proxy, "n_both": n_both,
+                      "precision": n_both / n_above if n_above else None,
+                      "recall": n_both / n_proxy if n_proxy else None})
     return table
 
 
 @torch.no_grad()
-def downstream(model, sae, layer, feature, X, tokens, d, n_rows=64, seed=0):
-    """What a feature does for X.
+def downstream(model, sae, layer, feature, X, tokens, on_text, n_rows=64, seed=0):
+    """What a feature does for X -> dict.
 
-    direct_logit: what it adds, where it is active, to the logit of X less the mean over all tokens, the final
-    norm's scale frozen; rank_of_X: X's place among all tokens in its direction. loss_if_X, loss_if_not_X: by
-    how much the loss changes, in nats, when the feature is removed where it is active, SAE error kept and
-    nothing frozen, apart by whether X is the next token. Intervals over rows.
+    direct_logit: what it adds, where it is active, to the logit of X less the mean over all tokens,
+    the final norm's scale frozen. rank_of_X: X's place among all tokens in its direction.
+    loss_if_X, loss_if_not_X: by how much the loss changes, in nats, when the feature is removed
+    where it is active, SAE error kept and nothing frozen, apart by whether X is the next token.
+    Intervals over rows.
     """
-    rows = (d.f > 0).any(1).nonzero()[:, 0].cpu()
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_rows]]
-    effects = token_effects(model, layer, sae, feature)                                           # (d_vocab,)
-    direct, change, is_X, owner = [], [], [], []
-    for row in rows.split(16):
-        part, f = tokens[row], d.f[row]
-        x, cache = model.through(model.embed(part), keep=(layer,))
-        scale = model.final_scale(x) * cache[layer].scales.get("attn_out", 1.0)                     # (b,T,1)
-        where = F.pad(f > 0, (1, 1))
-        after, _ = model.through(cache[layer].resid_pre, {layer: ablate(sae, feature, where)},
-                                 layers=range(layer, model.config.n_layers))
-        at = where.nonzero(as_tuple=True)
-        target = part[at[0], at[1] + 1]
-        loss = [F.cross_entropy(model.unembed(stream[at]).float(), target, reduction="none")
-                for stream in (x, after)]
-        change.append(loss[1] - loss[0])
-        direct.append(f[f > 0] * effects[X] / scale[at][:, 0])
-        is_X.append(target == X)
-        owner.append(row.to(part.device)[at[0]])
-    change, direct, is_X, owner = (torch.cat(found).cpu().numpy() for found in (change, direct, is_X, owner))
-    result = {"rank_of_X": 1 + int((effects > effects[X]).sum()), "n_rows": len(rows)}
-    for name, values, chosen in (("direct_logit", direct, is_X | ~is_X), ("loss_if_X", change, is_X),
-                                 ("loss_if_not_X", change, ~is_X)):
-        mean, interval = mean_of(values[chosen], owner[chosen])
-        result |= {name: mean, name + "_ci": interval, "n_" + name: int(chosen.sum())}
+    generator = torch.Generator().manual_seed(seed)
+    active_rows = (on_text.f > 0).any(1).nonzero()[:, 0].cpu()
+    active_rows = active_rows[torch.randperm(len(active_rows), generator=generator)[:n_rows]]
+    effects = token_effects(model, layer, sae, feature)                 # (d_vocab,)
+    direct, loss_change, is_X, row_of_place = [], [], [], []
+    for rows in active_rows.split(16):
+        part = tokens[rows]
+        f = on_text.f[rows]
+        active = F.pad(f > 0, (1, 1))                                   # (b,T)
+        row, q = active.nonzero(as_tuple=True)
+        next_token = part[row, q + 1]
+
+        final, cache = model.run_layers(model.embed(part), keep=(layer,))
+        without, _ = model.run_layers(cache[layer].resid_pre,
+                                      {layer: ablate(sae, feature, active)},
+                                      layers=range(layer, model.config.n_layers))
+        before, after = (F.cross_entropy(model.unembed(stream[row, q]).float(), next_token,
+                                         reduction="none") for stream in (final, without))
+        scale = model.final_scale(final) * cache[layer].scales.get("attn_out", 1.0)     # (b,T,1)
+        direct.append(f[f > 0] * effects[X] / scale[row, q, 0])
+        loss_change.append(after - before)
+        is_X.append(next_token == X)
+        row_of_place.append(rows.to(part.device)[row])
+    direct, loss_change, is_X, row_of_place = (
+        torch.cat(column).cpu().numpy() for column in (direct, loss_change, is_X, row_of_place))
+    everywhere = np.ones_like(is_X)
+    result = {"rank_of_X": 1 + int((effects > effects[X]).sum()), "n_rows": len(active_rows)}
+    for name, values, where in (("direct_logit", direct, everywhere),
+                                ("loss_if_X", loss_change, is_X),
+                                ("loss_if_not_X", loss_change, ~is_X)):
+        mean, interval = mean_with_ci(values[where], row_of_place[where])
+        result |= {name: mean, f"{name}_ci": interval, f"n_{name}": int(where.sum())}
     return result
 
 
-def show_places(d, tokens, tokenizer, n=5, seed=0):                     # -> {kind: list of text}
-    """True positives and false positives with the largest activation, and false negatives drawn at random."""
-    generator, shown = torch.Generator().manual_seed(seed), {}
-    for kind, wanted in (("active, X followed earlier", (d.f > 0) & d.proxy),
-                         ("active, X did not follow earlier", (d.f > 0) & ~d.proxy)):
-        values = torch.where(wanted, d.f, 0).flatten()
-        best = values.topk(min(n, int(wanted.sum()))).indices
-        shown[kind] = [(float(values[i]), *divmod(int(i), d.f.shape[1])) for i in best]
-    silent = ((d.f == 0) & d.proxy).nonzero()
+def show_places(on_text, tokens, tokenizer, n=5, seed=0):   # -> {kind: list of dicts}
+    """True positives and false positives with the largest activation, and false negatives drawn at
+    random."""
+    f, proxy = on_text.f, on_text.proxy
+    width = f.shape[1]
+    shown = {}
+    for kind, wanted in (("active, X followed earlier", (f > 0) & proxy),
+                         ("active, X did not follow earlier", (f > 0) & ~proxy)):
+        values = torch.where(wanted, f, 0).flatten()
+        strongest = values.topk(min(n, int(wanted.sum()))).indices.tolist()
+        shown[kind] = [(float(values[i]), *divmod(i, width)) for i in strongest]
+    silent = ((f == 0) & proxy).nonzero()
+    generator = torch.Generator().manual_seed(seed)
     drawn = silent[torch.randperm(len(silent), generator=generator)[:n]].tolist()
-    shown["silent, X followed earlier"] = [(0.0, row, q) for row, q in drawn]
-    return {kind: [{"f": f, "text": in_text(tokens[row], q + 1, tokenizer)} for f, row, q in places]
+    shown["silent, X followed earlier"] = [(0.0, row, column) for row, column in drawn]
+    return {kind: [{"f": value, "text": text_around(tokens[row], column + 1, tokenizer)}
+                   for value, row, column in places]
             for kind, places in shown.items()}
 
 
@@ -482,9 +589,9 @@ def show_places(d, tokens, tokenizer, n=5, seed=0):                     # -> {ki
 
 @dataclass(frozen=True)
 class InductionConfig(StudyConfig):
-    feature: str = field("", "the feature to draw, as layer.feature; empty: the first of those found")
+    feature: str = field("", "the feature to draw, as layer.feature; empty: the first one found")
     n_sequences: int = field(400, "random sequences for each prefix length (the paper: 400)")
-    n_examples: int = field(300, "places in real text where a token is replaced, for each condition")
+    n_examples: int = field(300, "places in real text where a token is replaced, per condition")
     n_rows: int = field(2048, "rows of real text")
 
 
@@ -495,157 +602,207 @@ def main():
         if value < 2:
             raise UserError(f"{flag} must be 2 or more, not {value}.")
     layer, feature = parse_feature(config.feature)
-    model, tokenizer, saes, folder = begin(config, "induction")
+    study = begin(config, "induction")
     if layer is not None:
-        check_feature(saes, layer, feature)
-    T = min(128, model.config.n_ctx)
-    rows = next(data.rows(config.corpus, tokenizer, "held-out", T, config.n_rows, repeat_share=0.0))
-    if len(rows) < 16:
-        raise UserError(f"--corpus {config.corpus} gave {len(rows)} held-out rows, and 16 are needed; give "
-                        f"more text, or raise --n-rows.")
-    device = next(model.parameters()).device
-    rows, table = rows.to(device), fuzzy(tokenizer).to(device)
-    study_heads(config, model, tokenizer, rows, table, folder)
-    heads = study_prefixes(config, model, tokenizer, table, folder)
-    reported(config, "5.1 below 0.3 for short prefixes, over 0.7 for long ones; 5.5 already 0.7 for short")
-    study_intervention(config, model, rows, table, heads, folder)
-    reported(config, "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43")
-    study_features(config, model, tokenizer, saes, rows, table, (layer, feature), folder)
-    finish(config, folder)
+        check_feature(study.saes, layer, feature)
+    rows = held_out_rows(study, config.n_rows)
+    token_class = fuzzy_classes(study.tokenizer).to(study.device)
 
+    report_heads(study, compute_head_scores(study, rows, token_class))
 
-def study_heads(config, model, tokenizer, rows, table, folder):
-    """Induction, previous-token and duplicate-token score of every head."""
-    generator = torch.Generator().manual_seed(config.seed)
-    random = random_rows(model, tokenizer.bos, table, 64, generator, repeat=True)
-    scores = {"repeated random tokens": head_scores(model, random, table[random]),
-              "held-out text": head_scores(model, rows[:256], table[rows[:256]])}
-    for text, by_name in scores.items():
-        print(f"\nmean attention on {text}, strongest heads")
-        for name, values in by_name.items():
-            order = values.flatten().argsort(descending=True)[:5].tolist()
-            best = [divmod(i, values.shape[1]) for i in order]
-            print(f"{name:>10}  " + "  ".join(f"{l}.{h} {float(values[l, h]):.2f}" for l, h in best))
-            by_name[name] = values.tolist()
-    write_json(folder / "heads.json", scores)
-    plot_heads(scores, folder / "heads.png")
-
-
-def study_prefixes(config, model, tokenizer, table, folder):            # -> (short head, long head)
-    """The paired protocol for every head; picks the short-prefix and the long-prefix head."""
     progress = Progress(config.n_sequences, "sequences")
-    curves = prefix_curves(model, tokenizer.bos, table, config.n_sequences, config.seed,
-                           progress)
-    short, long = pick_heads(curves.attention)
-    statistics = {}
-    for name, values in zip(PrefixCurves._fields, curves):
-        mean, interval = mean_of(values)
-        statistics |= {name: mean, name + "_ci": interval}
-    rise, rise_ci = mean_of(curves.attention[:, max(LENGTHS)] - curves.attention[:, 1])
-    found = {"n_sequences": config.n_sequences, "prefix_lengths": list(LENGTHS),
-             "short_head": f"{short[0]}.{short[1]}", "long_head": f"{long[0]}.{long[1]}",
-             **statistics, "rise": rise, "rise_ci": rise_ci}
-    write_json(folder / "prefix.json", found)
-    plot_prefixes(found, folder / "prefix.png")
-    mean = curves.attention.mean(0)
-    strong = [divmod(int(i), mean.shape[2]) for i in mean[max(LENGTHS)].argsort(axis=None)[::-1][:6]]
-    print(f"\nattention to the token after the prefix, by prefix length; {config.n_sequences} random "
-          f"sequences, the same for all lengths\nhead " + "".join(f"{p:6d}" for p in LENGTHS)
-          + "   rise from 1 to 9")
-    for l, h in dict.fromkeys([short, long, *strong]):
-        role = {short: "  short-prefix head", long: "  long-prefix head"}.get((l, h), "")
-        print(f"{l}.{h:<3}" + "".join(f"{a:6.2f}" for a in mean[:, l, h])
-              + "   " + with_interval(rise[l][h], [rise_ci[0][l][h], rise_ci[1][l][h]], "+.2f") + role)
-    return short, long
+    curves = prefix_curves(study.model, study.tokenizer.bos, token_class, config.n_sequences,
+                           config.seed, progress)
+    heads = pick_heads(curves.attention)
+    report_prefixes(study, curves, *heads)
 
+    report_interventions(study, compute_interventions(study, rows, token_class, heads), heads)
 
-def study_intervention(config, model, rows, table, heads, folder):
-    """The prefix cut to one token in real text, with both controls, on three choices of examples."""
-    classes, found = table[rows], {}
-    everywhere = find_examples(rows, classes, unique=False).length.clamp_max(10)
-    lengths = {"everywhere": torch.bincount(everywhere, minlength=11)[1:].tolist()}
-    chosen = {"by text alone": (find_examples(rows, classes), heads)}
-    for layer, h in heads:
-        chosen[f"where {layer}.{h} attends"] = find_examples(rows, classes, model, (layer, h)), [(layer, h)]
-    print(f"\nattention before and after one token is replaced; [95% interval]\n{'examples':22}"
-          f"{'replaced':22}{'n':>5}  head  before  after   change")
-    for choice, (examples, mine) in chosen.items():
-        found[choice] = intervene(model, rows, table, examples, mine, config.n_examples, config.seed)
-        lengths[choice] = torch.bincount(examples.length.clamp_max(10), minlength=11)[1:].tolist()
-        for condition, r in found[choice].items():
-            for layer, h in mine:
-                if (one := r.get(f"{layer}.{h}")) is None:
-                    print(f"{choice:22}{condition:22}{0:5}  {layer}.{h}   n/a: no such place in this text")
-                    continue
-                print(f"{choice:22}{condition:22}{r['n']:5}  {layer}.{h}  {one['before']:6.2f} "
-                      f"{one['after']:6.2f}   {with_interval(one['change'], one['change_ci'], '+.3f')}")
-    names = [f"{layer}.{h}" for layer, h in heads]
-    write_json(folder / "intervention.json", {"heads": names, "conditions": found, "prefix_lengths": lengths})
-    plot_intervention(found, names, folder / "intervention.png")
-    plot_lengths(lengths, folder / "prefix_lengths.png")
-
-
-def study_features(config, model, tokenizer, saes, rows, table, asked, folder, n_shown=20):
-    """Every "X is next by induction" feature; one of them in full."""
-    classes, progress = table[rows], Progress(len(rows), "rows")
     print("\nlooking for features ...", flush=True)
-    found, n_live, names = find_features(model, saes, rows, classes, progress)
-    rows, classes = rows[len(rows) // 2:], classes[len(rows) // 2:]
-    counts = {layer: sum(one["layer"] == layer for one in found) for layer in saes}
-    print("\"X is next by induction\" features: "
-          + ", ".join(f"layer {layer} {n} of {n_live[layer]} live" for layer, n in counts.items()))
-    print("share: of its activation, where X followed its token earlier; loss: change without it\n"
-          "feature   X             active    share   by token alone   rank of X   loss, X next / not")
+    study_features(study, rows, token_class, layer, feature)
+    finish(study)
+
+
+def compute_head_scores(study, rows, token_class):          # -> {text: {score: (layers,H)}}
+    """The scores on repeated random tokens and on held-out text."""
+    generator = torch.Generator().manual_seed(study.config.seed)
+    repeated = random_rows(study.model, study.tokenizer.bos, token_class, 64, generator,
+                           repeat=True)
+    scores = {}
+    for text, tokens in (("repeated random tokens", repeated), ("held-out text", rows[:256])):
+        scores[text] = head_scores(study.model, tokens, token_class[tokens])
+        del scores[text]["n_queries"]
+    return scores
+
+
+def compute_interventions(study, rows, token_class, heads):     # -> {choice of examples: {...}}
+    """The intervention on examples chosen by text alone, and where each head attends."""
+    config, model = study.config, study.model
+    classes = token_class[rows]
+    by_text = find_examples(rows, classes)
+    results = {"by text alone": intervene(model, rows, token_class, by_text, heads,
+                                          config.n_examples, config.seed)}
+    for layer, h in heads:
+        examples = find_examples(rows, classes, model, (layer, h))
+        results[f"where {layer}.{h} attends"] = intervene(
+            model, rows, token_class, examples, [(layer, h)], config.n_examples, config.seed)
+    return results
+
+
+def study_features(study, rows, token_class, layer, feature, n_shown=20):
+    """Every "X is next" feature; what the first of them do; one of them in full."""
+    config, model, saes = study.config, study.model, study.saes
+    classes = token_class[rows]
+    found, n_live, names = find_features(model, saes, rows, classes, Progress(len(rows), "rows"))
+    half = len(rows) // 2
+    rows, classes = rows[half:], classes[half:]             # the half that did not name them
     for one in found:
-        one["X_text"] = tokenizer.decode([one["X"]])
-    shown = [(one["layer"], one["feature"], one["X"]) for one in found[:n_shown]]
-    for one, d, (layer, feature, X) in zip(found, details(model, saes, shown, rows, classes), shown):
-        one["downstream"] = r = downstream(model, saes[layer], layer, feature, X, rows, d, seed=config.seed)
-        loss = " / ".join("n/a" if change is None else f"{change:+.3f}"
-                          for change in (r["loss_if_X"], r["loss_if_not_X"]))
-        print(f"{layer}.{feature:<7} {one['X_text']!r:12} {one['n_active']:7} {one['share']:8.1%} "
-              f"{one['expected_share']:12.1%} {r['rank_of_X']:14}   {loss}")
-    result = {"n_live": n_live, "n_found": counts, "features": found}
-    write_json(folder / "features.json", result)
-    if asked[0] is None and not found:
+        one["X_text"] = study.tokenizer.decode([one["X"]])
+    shown = found[:n_shown]
+    wanted = [(one["layer"], one["feature"], one["X"]) for one in shown]
+    for one, on_text in zip(shown, features_on_text(model, saes, wanted, rows, classes)):
+        one["downstream"] = downstream(model, saes[one["layer"]], one["layer"], one["feature"],
+                                       one["X"], rows, on_text, seed=config.seed)
+    result = {"n_live": n_live, "features": found,
+              "n_found": {layer: sum(one["layer"] == layer for one in found) for layer in saes}}
+    report_features(result, shown)
+    write_json(study.folder / "features.json", result)
+
+    if layer is None and not found:
         print("none, so none is drawn; --feature draws one all the same")
         return
-    layer, feature = (found[0]["layer"], found[0]["feature"]) if asked[0] is None else asked
+    if layer is None:
+        layer, feature = found[0]["layer"], found[0]["feature"]
     X = int(names[layer][feature])
     if X < 0:
-        raise UserError(f"feature {layer}.{feature} was never active where a token came again in these rows; "
-                        f"raise --n-rows, or name another with --feature.")
-    d, = details(model, saes, [(layer, feature, X)], rows, classes)
-    drawn = {"layer": layer, "feature": feature, "X": X, "X_text": tokenizer.decode([X]),
+        raise UserError(f"feature {layer}.{feature} was never active where a token came again in "
+                        f"these rows; raise --n-rows, or name another with --feature.")
+    on_text, = features_on_text(model, saes, [(layer, feature, X)], rows, classes)
+    drawn = {"layer": layer, "feature": feature, "X": X, "X_text": study.tokenizer.decode([X]),
              "found": any((one["layer"], one["feature"]) == (layer, feature) for one in found),
-             "precision_and_recall": precision_and_recall(d),
-             "places": show_places(d, rows, tokenizer, seed=config.seed),
-             "downstream": downstream(model, saes[layer], layer, feature, X, rows, d, seed=config.seed)}
-    print_feature(drawn)
-    write_json(folder / "features.json", result | {"drawn": drawn})
-    active = d.f > 0
-    plot_feature(d.f[active].cpu().numpy(), d.proxy[active].cpu().numpy(),
-                 f"{layer}.{feature}, named after {drawn['X_text']!r}", folder / "feature.png")
+             "precision_and_recall": precision_and_recall(on_text),
+             "places": show_places(on_text, rows, study.tokenizer, seed=config.seed),
+             "downstream": downstream(model, saes[layer], layer, feature, X, rows, on_text,
+                                      seed=config.seed)}
+    report_feature(drawn)
+    write_json(study.folder / "features.json", result | {"drawn": drawn})
+    active = on_text.f > 0
+    plot_feature(on_text.f[active].cpu().numpy(), on_text.proxy[active].cpu().numpy(),
+                 f"{layer}.{feature}, named after {drawn['X_text']!r}",
+                 study.folder / "feature.png")
 
 
-def print_feature(drawn):
+# ---- the report ----
+
+
+def report_heads(study, scores):
+    """The strongest heads by each score."""
+    plain = {}
+    for text, by_name in scores.items():
+        print(f"\nmean attention on {text}, strongest heads")
+        plain[text] = {}
+        for name, values in by_name.items():
+            n_heads = values.shape[1]
+            strongest = [divmod(i, n_heads)
+                         for i in values.flatten().argsort(descending=True)[:5].tolist()]
+            shown = [f"{layer}.{h} {float(values[layer, h]):.2f}" for layer, h in strongest]
+            print(f"{name:>10}  " + "  ".join(shown))
+            plain[text][name] = values.tolist()
+    write_json(study.folder / "heads.json", plain)
+    plot_heads(plain, study.folder / "heads.png")
+
+
+def report_prefixes(study, curves, short, long):
+    """Attention by prefix length, for the two heads picked and the strongest others."""
+    longest = max(LENGTHS)
+    statistics = {}
+    for name, values in zip(PrefixCurves._fields, curves):
+        statistics[name], statistics[f"{name}_ci"] = mean_with_ci(values)
+    rise, rise_ci = mean_with_ci(curves.attention[:, longest] - curves.attention[:, 1])
+    result = {"n_sequences": study.config.n_sequences, "prefix_lengths": list(LENGTHS),
+              "short_head": f"{short[0]}.{short[1]}", "long_head": f"{long[0]}.{long[1]}",
+              **statistics, "rise": rise, "rise_ci": rise_ci}
+    write_json(study.folder / "prefix.json", result)
+    plot_prefixes(result, study.folder / "prefix.png")
+
+    mean = curves.attention.mean(0)                                     # (lengths,layers,H)
+    strongest = mean[longest].argsort(axis=None)[::-1][:6]
+    others = [divmod(int(i), mean.shape[2]) for i in strongest]
+    print(f"\nattention to the token after the prefix, by prefix length; "
+          f"{study.config.n_sequences} random sequences, the same for all lengths")
+    print("head " + "".join(f"{length:6d}" for length in LENGTHS) + "   rise from 1 to 9")
+    roles = {short: "  short-prefix head", long: "  long-prefix head"}
+    for layer, h in dict.fromkeys([short, long, *others]):
+        low, high = rise_ci
+        print(f"{layer}.{h:<3}" + "".join(f"{a:6.2f}" for a in mean[:, layer, h])
+              + "   " + format_ci(rise[layer][h], [low[layer][h], high[layer][h]], "+.2f")
+              + roles.get((layer, h), ""))
+    reported(study, "5.1 below 0.3 for short prefixes, over 0.7 for long ones; 5.5 already 0.7 for "
+             "short")
+
+
+def report_interventions(study, results, heads):
+    """Attention before and after, for every choice of examples and condition."""
+    names = [f"{layer}.{h}" for layer, h in heads]
+    print(f"\nattention before and after one token is replaced; [95% interval]\n{'examples':22}"
+          f"{'replaced':22}{'n':>5}  head  before  after   change")
+    for choice, conditions in results.items():
+        measured = [name for name in names if choice in ("by text alone", f"where {name} attends")]
+        for condition, result in conditions.items():
+            for name in measured:
+                if name not in result:
+                    print(f"{choice:22}{condition:22}{0:5}  {name}   n/a: no such place in this "
+                          f"text")
+                    continue
+                r = result[name]
+                change = format_ci(r["change"], r["change_ci"], "+.3f")
+                print(f"{choice:22}{condition:22}{result['n']:5}  {name}  {r['before']:6.2f} "
+                      f"{r['after']:6.2f}   {change}")
+    write_json(study.folder / "intervention.json", {"heads": names, "conditions": results})
+    plot_intervention(results, names, study.folder / "intervention.png")
+    reported(study, "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43")
+
+
+def report_features(result, shown):
+    """How many "X is next" features each layer has, and what the first of them do."""
+    print("\"X is next\" features: " + ", ".join(
+        f"layer {layer} {n} of {result['n_live'][layer]} live"
+        for layer, n in result["n_found"].items()))
+    print("share: of its activation, where X followed its token earlier; loss: change without it\n"
+          "feature   X             active    share   by token alone   rank of X   "
+          "loss, X next / not")
+    for one in shown:
+        losses = [one["downstream"][name] for name in ("loss_if_X", "loss_if_not_X")]
+        loss = " / ".join("n/a" if change is None else f"{change:+.3f}" for change in losses)
+        print(f"{one['layer']}.{one['feature']:<7} {one['X_text']!r:12} {one['n_active']:7} "
+              f"{one['share']:8.1%} {one['expected_share']:12.1%} "
+              f"{one['downstream']['rank_of_X']:14}   {loss}")
+
+
+def report_feature(drawn):
     """Precision, recall, what the feature does for X, and places in the text."""
-    print(f"\nfeature {drawn['layer']}.{drawn['feature']}, named after {drawn['X_text']!r}, "
-          + ("one of those found" if drawn["found"] else "not one of those found: it does not meet the rule"))
+    rule = "one of those found" if drawn["found"] else \
+        "not one of those found: it does not meet the rule"
+    print(f"\nfeature {drawn['layer']}.{drawn['feature']}, named after {drawn['X_text']!r}, {rule}")
     print("activation over   precision            recall")
     for r in drawn["precision_and_recall"]:
-        precision, recall = ("n/a" if r[name] is None else f"{r[name]:.1%} of {r[n]}"
-                             for name, n in (("precision", "n_over"), ("recall", "n_proxy")))
+        precision = share_text(r["precision"], r["n_over"])
+        recall = share_text(r["recall"], r["n_proxy"])
         print(f"{r['level']:8.0%} of max   {precision:18}   {recall}")
     for name, meaning in (("direct_logit", "adds to X's logit, directly"),
-                          ("loss_if_X", "loss without it, X next"), ("loss_if_not_X", "X not next")):
+                          ("loss_if_X", "loss without it, X next"),
+                          ("loss_if_not_X", "X not next")):
         r = drawn["downstream"]
-        print(f"{meaning:28} {with_interval(r[name], r[name + '_ci'], '+.3f')}, n = {r['n_' + name]}")
-    for kind, examples in drawn["places"].items():
+        print(f"{meaning:28} {format_ci(r[name], r[name + '_ci'], '+.3f')}, n = {r['n_' + name]}")
+    for kind, places in drawn["places"].items():
         print(kind + ":")
-        for e in examples:
-            print(f"  {e['f']:6.2f}  {e['text']}")
+        for place in places:
+            print(f"  {place['f']:6.2f}  {place['text']}")
+
+
+def share_text(share, n):
+    return "n/a" if share is None else f"{share:.1%} of {n}"
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

@@ -1,23 +1,25 @@
-"""The indirect-object-identification (IOI) study (the paper, Fig. 5, 14 and 16; the task: Wang et al. 2022).
+"""The indirect-object-identification (IOI) study (the paper, Fig. 5, 14 and 16; the task: Wang et
+al. 2022).
 
     When Mary and John went to the store, John gave a drink to  ->  Mary
-         IO   and S1                      S2               end      logit difference = logit[IO] - logit[S]
+         IO   and S1                      S2               end
 
-ABBA is this order of names; BABA has S before the connector, IO after it.
+The logit difference is logit[IO] - logit[S] at the end. ABBA is this order of names; BABA has S
+before the connector, IO after it.
 
-    circuit     direct logit attribution, attention, and activation patching of every head; their roles
-    features    with SAEs spliced in, is the task still done? With the SAE error kept, which features, at S2
-                and at the end, does it depend on, and what do they look at?
-    signal      what do the layers that act at S2 tell the rest: where S1 was, or on which side of " and"?
-                z_cat at S2 is replaced by another prompt's
+    circuit     direct logit attribution, attention, and activation patching of every head; roles
+    features    with SAEs spliced in, is the task still done? With the SAE error kept, which
+                features, at S2 and at the end, does it depend on, and what do they look at?
+    signal      what do the layers that act at S2 tell the rest: where S1 was, or on which side of
+                " and"? z_cat at S2 is replaced by another prompt's
     qk          why do the name movers look at IO rather than at S?
 
-    python ioi.py                           all four on the shipped model, as tables, JSON and figures in
-                                            <out>/<model>/ioi/
+    python ioi.py           all four on the shipped model, in <out>/<model>/ioi/
 
-A *source* prompt differs from its base prompt in what is stated. Patching puts the source's z_cat at a place
-of its own into the base run at the corresponding place, row by row. Recovered = (LD_patched - LD_zero) /
-(LD_clean - LD_zero), a ratio of means over prompts; LD_zero has z_cat = 0 there, in the model's own weights.
+A *source* prompt differs from its base prompt in what is stated. Patching copies the source run's
+z_cat at a position into the base run, at the matching position of each row. Recovered =
+(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means over prompts; LD_zero has z_cat = 0
+there, in the model's own weights.
 
 Shapes: N prompts, T positions, H heads, D = H*d_head, d_sae; L layers.
 """
@@ -25,7 +27,6 @@ Shapes: N prompts, T positions, H heads, D = H*d_head, d_sae; L layers.
 import dataclasses
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,21 +34,23 @@ import torch
 from torch import Tensor
 
 import data
-from attribution import (KINDS, children, constants, dfa, head_logits, name_part, qk, token_effects,
-                         trace_run, varying)
-from data import common
-from data.bpe import Tokenizer
-from data.common import (Progress, UserError, bootstrap, field, mean_of, parse_flags, wilson, with_interval,
-                         write_json)
+from attribution import (KINDS, constant_part, decompose, dfa, head_logits, qk, token_effects,
+                         trace_prompt, values_minus_bias, writer_name)
+from data.errors import UserError, run
 from data.figures import plot_ablations, plot_cells, plot_circuit, plot_effects, plot_signal
+from data.files import write_json
+from data.flags import field, parse_flags
+from data.progress import Progress
+from data.stats import bootstrap, format_ci, mean_with_ci, wilson
 from data.stories import HELD_OUT_NAMES, OBJECTS, PLACES
-from data.study import StudyConfig, begin, finish, reported
+from data.tokens import pad_prompts
 from sae import ablate, splice
+from study import Study, StudyConfig, begin, finish, reported
 
 # ---- prompts ----
 
-# (opening, what the two did, what the giver did). The stories that tiny was trained on never join these verbs
-# with this text between the names.
+# (opening, what the two did, what the giver did). The stories that tiny was trained on never join
+# these verbs with this text between the names.
 TEMPLATES = (("When", " went to the {place},", " gave a {object} to"),
              ("After", " got to the {place},", " presented a {object} to"),
              ("While", " were working at the {place},", " rolled a {object} to"),
@@ -62,7 +65,6 @@ FILLERS = ("the rain had stopped.", "it was a quiet morning.", "the dog was asle
            "nobody else was there.", "the door was open.", "the sun was going down.")
 CONNECTORS = (" and", " alongside", " or", " but", " with", " plus", ",")
 ORDERS = ("ABBA", "BABA")
-NAMED_POSITIONS = ("IO", "S1", "S1+1", "connector", "S2", "end")
 
 
 @dataclass(frozen=True)
@@ -79,36 +81,40 @@ class Prompt:
     middle: str = ""        # a sentence before S2
 
 
-class Prompts(NamedTuple):
-    """Prompts as tokens. What stands after the end of a shorter one is BOS and changes nothing before it."""
-    tokens: Tensor          # (N,T)
-    pos: dict               # {named position: (N,)}
+class PromptBatch(NamedTuple):
+    """Prompts as tokens."""
+    tokens: Tensor          # (N,T), BOS first, and filled up with BOS
+    pos: dict               # {named position: (N,)}: IO, S1, S1+1, connector, S2, end
     io: Tensor              # (N,) token
     s: Tensor               # (N,) token
-    words: list             # (N,) Prompt
+    prompts: list           # (N,) Prompt
 
     def pick(self, which):
-        words = [self.words[i] for i in which.tolist()]
-        return Prompts(self.tokens[which], {name: at[which] for name, at in self.pos.items()}, self.io[which],
-                       self.s[which], words)
+        return PromptBatch(self.tokens[which], {name: at[which] for name, at in self.pos.items()},
+                           self.io[which], self.s[which], [self.prompts[i] for i in which.tolist()])
+
+    def rows(self):
+        return torch.arange(len(self.tokens), device=self.tokens.device)
 
 
-def draw_prompts(n, names, tokenizer, seed=0):                          # -> list of Prompt
-    """n prompts, ABBA and BABA in turn, templates in turn, everything else at random; two different names.
+def draw_prompts(n, names, tokenizer, seed=0):              # -> list of Prompt
+    """n prompts, ABBA and BABA in turn, templates in turn, everything else at random; two different
+    names.
 
-    Places and objects are those that are one token in this vocabulary. Raises UserError for a name that is
-    not, and for fewer than four names.
+    Places and objects are those that are one token in this vocabulary. Raises UserError for a name
+    that is not, and for fewer than four names.
     """
     if len(set(names)) < 4 or "" in names:
         raise UserError("--names takes four different names or more, with commas between them.")
     for name in names:
         tokenizer.single(" " + name)
-    places, objects = ([word for word in words if len(tokenizer.encode(" " + word)) == 1]
-                       for words in (PLACES, OBJECTS))
+    places = [word for word in PLACES if len(tokenizer.encode(" " + word)) == 1]
+    objects = [word for word in OBJECTS if len(tokenizer.encode(" " + word)) == 1]
     if not places or not objects:
-        raise UserError("no place or no object of the templates is one token in this model's vocabulary; the "
-                        "study takes a model that knows such words.")
-    rng, prompts = random.Random(f"ioi {seed}"), []
+        raise UserError("no place or no object of the templates is one token in this model's "
+                        "vocabulary; the study takes a model that knows such words.")
+    rng = random.Random(f"ioi {seed}")
+    prompts = []
     for i in range(n):
         io, s = rng.sample(sorted(set(names)), 2)
         prompts.append(Prompt(i // 2 % len(TEMPLATES), ORDERS[i % 2], io, s, rng.choice(places),
@@ -116,368 +122,82 @@ def draw_prompts(n, names, tokenizer, seed=0):                          # -> lis
     return prompts
 
 
-def build(words, tokenizer, device="cpu"):                              # list of Prompt -> Prompts
-    """Tokens, BOS first, and where everything stands."""
-    rows, places = [], []
-    for one in words:
-        opening, scene, giving = TEMPLATES[one.template]
-        first, second = (one.io, one.s) if one.order == "ABBA" else (one.s, one.io)
-        scene, giving = (text.replace("{place}", one.place).replace("{object}", one.object)
-                         for text in (scene, giving))
-        front = one.front[:1].upper() + one.front[1:]
-        middle = one.middle if scene.endswith(",") else one.middle[:1].upper() + one.middle[1:]
-        pieces = {"front": front, "opening": " " * bool(front) + opening, "first": " " + first,
-                  "connector": one.connector, "second": " " + second, "scene": scene,
-                  "middle": " " * bool(middle) + middle, "S2": " " + one.s, "giving": giving}
-        ids, at = [tokenizer.bos], {}
-        for name, text in pieces.items():
-            at[name] = len(ids)
+def tokenise(prompts, tokenizer, device="cpu"):             # list of Prompt -> PromptBatch
+    """Tokens, and where everything stands."""
+    rows, positions = [], []
+    for prompt in prompts:
+        ids = [tokenizer.bos]
+        start = {}
+        for piece, text in pieces_of(prompt).items():
+            start[piece] = len(ids)
             ids += tokenizer.encode(text)
-        io, s1 = (at["first"], at["second"])[:: 1 if one.order == "ABBA" else -1]
+        io, s1 = start["first"], start["second"]
+        if prompt.order == "BABA":
+            io, s1 = s1, io
         rows.append(ids)
-        places.append((io, s1, s1 + 1, at["connector"], at["S2"], len(ids) - 1))
-    tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.bos)
-    for row, ids in zip(tokens, rows):
-        row[:len(ids)] = torch.tensor(ids)
-    pos = dict(zip(NAMED_POSITIONS, torch.tensor(places).T.to(device)))
-    single = lambda names: torch.tensor([tokenizer.single(" " + name) for name in names]).to(device)
-    io, s = single(one.io for one in words), single(one.s for one in words)
-    return Prompts(tokens.to(device), pos, io, s, words)
+        positions.append({"IO": io, "S1": s1, "S1+1": s1 + 1, "connector": start["connector"],
+                          "S2": start["S2"], "end": len(ids) - 1})
+    tokens, _ = pad_prompts(rows, tokenizer.bos)
+    pos = {name: torch.tensor([of_prompt[name] for of_prompt in positions], device=device)
+           for name in positions[0]}
+    io = torch.tensor([tokenizer.single(" " + prompt.io) for prompt in prompts], device=device)
+    s = torch.tensor([tokenizer.single(" " + prompt.s) for prompt in prompts], device=device)
+    return PromptBatch(tokens.to(device), pos, io, s, prompts)
 
 
-def with_other_names(words, names, seed=0):
+def pieces_of(prompt):                                      # -> {piece: text}
+    """A prompt in the pieces whose places matter."""
+    opening, scene, giving = TEMPLATES[prompt.template]
+    scene = scene.replace("{place}", prompt.place)
+    giving = giving.replace("{object}", prompt.object)
+    first, second = prompt.io, prompt.s
+    if prompt.order == "BABA":
+        first, second = second, first
+    front, middle = capitalised(prompt.front), prompt.middle
+    if not scene.endswith(","):                             # the scene is a sentence of its own
+        middle = capitalised(middle)
+    return {"front": front,
+            "opening": f" {opening}" if front else opening,
+            "first": f" {first}", "connector": prompt.connector, "second": f" {second}",
+            "scene": scene,
+            "middle": f" {middle}" if middle else "",
+            "S2": f" {prompt.s}", "giving": giving}
+
+
+def capitalised(text):
+    return text[:1].upper() + text[1:]
+
+
+def with_other_names(prompts, names, seed=0):
     """The same prompts with two other names, none of them in the prompt before."""
-    rng, others = random.Random(f"other names {seed}"), []
-    for one in words:
-        io, s = rng.sample([name for name in sorted(set(names)) if name not in (one.io, one.s)], 2)
-        others.append(dataclasses.replace(one, io=io, s=s))
-    return others
-
-
-def with_filler(words, seed=0):
-    """The same prompts with a sentence in front, and another before S2."""
-    rng, changed = random.Random(f"filler {seed}"), []
-    for one in words:
-        a, b = rng.sample(FILLERS, 2)
-        changed.append(dataclasses.replace(one, front=a, middle=b))
+    rng = random.Random(f"other names {seed}")
+    changed = []
+    for prompt in prompts:
+        others = [name for name in sorted(set(names)) if name not in (prompt.io, prompt.s)]
+        io, s = rng.sample(others, 2)
+        changed.append(dataclasses.replace(prompt, io=io, s=s))
     return changed
 
 
-def flipped(words):
+def with_filler(prompts, seed=0):
+    """The same prompts with a sentence in front, and another before S2."""
+    rng = random.Random(f"filler {seed}")
+    changed = []
+    for prompt in prompts:
+        front, middle = rng.sample(FILLERS, 2)
+        changed.append(dataclasses.replace(prompt, front=front, middle=middle))
+    return changed
+
+
+def flipped(prompts):
     """The same names in the same roles, in the other order: ABBA <-> BABA."""
-    return [dataclasses.replace(one, order=ORDERS[one.order == "ABBA"]) for one in words]
+    other = {"ABBA": "BABA", "BABA": "ABBA"}
+    return [dataclasses.replace(prompt, order=other[prompt.order]) for prompt in prompts]
 
 
-def other_giver(words):
+def other_giver(prompts):
     """The same text but for S2, which is the other name: roles and order both change."""
-    return [dataclasses.replace(one, io=one.s, s=one.io) for one in flipped(words)]
-
-
-# ---- runs and patches ----
-
-
-class Base(NamedTuple):
-    """A run of the model on the prompts, with what patches start from."""
-    resid: list             # per layer (N,T,d_model): the stream before it
-    z: list                 # per layer (N,T,D)
-    ld: Tensor              # (N,) logit difference at the end
-
-
-@torch.no_grad()
-def base_run(model, prompts):                                           # -> Base
-    """The run without an edit, layer by layer."""
-    x, resid, z = model.embed(prompts.tokens), [], []
-    for layer in range(model.config.n_layers):
-        resid.append(x)
-        # an edit that only looks: the run is then, bit for bit, the one that `edited` changes
-        x, _ = model.through(x, {layer: lambda z_cat: z.append(z_cat) or z_cat}, layers=(layer,))
-    return Base(resid, z, logit_difference(model, x, prompts))
-
-
-def logit_difference(model, final, prompts):                            # (N,T,d_model) -> (N,)
-    """logit[IO] - logit[S] at the end."""
-    at = torch.arange(len(final), device=final.device)
-    logits = model.unembed(final[at, prompts.pos["end"]]).float()
-    return logits[at, prompts.io] - logits[at, prompts.s]
-
-
-@torch.no_grad()
-def edited(model, base, prompts, edit_z):                               # {layer: edit} -> (N,)
-    """Logit difference with edits of z_cat, run from the first layer that is edited."""
-    first = min(edit_z, default=0)
-    final, _ = model.through(base.resid[first], edit_z, layers=range(first, model.config.n_layers))
-    return logit_difference(model, final, prompts)
-
-
-def put(values, at):                                                    # (N,D), (N,) -> edit
-    """The edit that puts values[i] at position at[i] of row i, and leaves all else as it is."""
-    def edit(z):
-        z = z.clone()
-        z[torch.arange(len(z), device=z.device), at] = values.to(z.dtype)
-        return z
-    return edit
-
-
-def at_place(z, prompts, place):                                        # (N,T,D) -> (N,D)
-    """z at a named position, which is each prompt's own."""
-    return z[torch.arange(len(z), device=z.device), prompts.pos[place]]
-
-
-def one_head(base_z, source_z, head, n_heads):                          # (N,D), (N,D) -> (N,D)
-    """The base's z_cat with one head's part from the source."""
-    z = base_z.unflatten(-1, (n_heads, -1)).clone()
-    z[:, head] = source_z.unflatten(-1, (n_heads, -1))[:, head]
-    return z.flatten(-2)
-
-
-# ---- the circuit ----
-
-
-class Circuit(NamedTuple):
-    """What every head does; (N,L,H) each, logit differences for effects. `attention` has the keys that a role
-    asks for, such as "end -> IO"."""
-    attention: dict
-    dla: np.ndarray         # direct logit attribution at the end: its part of the logit difference
-    direct: np.ndarray      # change of LD if it is patched at the end, later layers' z_cat there frozen
-    at_end: np.ndarray      # change of LD if it is patched at the end
-    at_S2: np.ndarray       # change of LD if it is patched at S2
-
-
-LOOKS = (("end", "IO"), ("end", "S1"), ("end", "S2"), ("S2", "S1"), ("S2", "S1+1"), ("S1+1", "S1"))
-ANYWHERE = "each -> the one before"
-
-
-@torch.no_grad()
-def circuit(model, prompts, source, base, source_run, say=lambda done: None):
-    """Attention and effects of every head. Source: the prompts with the other giver (`other_giver`); the
-    effects are of putting the source's z of a head, at S2 or at the end, into the base run."""
-    L, H = model.config.n_layers, model.config.n_heads
-    rows, end = torch.arange(len(prompts.tokens), device=prompts.tokens.device), prompts.pos["end"]
-    attention, before, gathered = {look: [] for look in LOOKS}, [], []
-    queries = torch.arange(1, prompts.tokens.shape[1], device=end.device)
-    counted = ((queries > 1) & (queries <= end[:, None])).to(base.ld.dtype)     # (N,T-1); BOS is not counted
-    for _, kept in model.layer_by_layer(prompts.tokens):
-        for q, k in LOOKS:
-            attention[q, k].append(kept.pattern[rows, :, prompts.pos[q], prompts.pos[k]])
-        to_before = kept.pattern.diagonal(-1, 2, 3)                                            # (N,H,T-1)
-        before.append((to_before * counted[:, None]).sum(-1) / counted.sum(-1, keepdim=True))
-        scale = kept.scales["attn_out"][rows, end] if "attn_out" in kept.scales else 1.0
-        gathered.append((kept.z_cat[rows, end], scale))
-    final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[rows, end]
-    direction = model.logit_directions(prompts.io) - model.logit_directions(prompts.s)
-    direction = direction / model.final_scale(final)
-    dla = [head_logits(z, model.head_matrices(layer), direction, scale) for layer, (z, scale) in
-           enumerate(gathered)]
-    effects = {"direct": [], "end": [], "S2": []}
-    for layer in range(L):
-        later = {l: put(at_place(base.z[l], prompts, "end"), end) for l in range(layer + 1, L)}
-        for place in ("S2", "end"):
-            mine, theirs = (at_place(run.z[layer], one, place)
-                            for run, one in ((base, prompts), (source_run, source)))
-            for h in range(H):
-                patch = {layer: put(one_head(mine, theirs, h, H), prompts.pos[place])}
-                effects[place].append(edited(model, base, prompts, patch) - base.ld)
-                if place == "end":
-                    effects["direct"].append(edited(model, base, prompts, patch | later) - base.ld)
-        say(layer + 1)
-    stack = lambda found: torch.stack(found, 1).unflatten(1, (L, H)).cpu().numpy()
-    attention = {f"{q} -> {k}": found for (q, k), found in attention.items()} | {ANYWHERE: before}
-    attention = {look: torch.stack(found, 1).cpu().numpy() for look, found in attention.items()}
-    dla = torch.stack(dla, 1).cpu().numpy()
-    return Circuit(attention, dla, stack(effects["direct"]), stack(effects["end"]), stack(effects["S2"]))
-
-
-ROLES = ("name mover", "negative name mover", "S-inhibition", "duplicate token", "induction",
-         "previous token")
-ATTENDS, MATTERS = 0.2, 0.05    # least attention, and least effect as a part of LD_clean - LD_source
-
-
-def roles(attention, direct, at_end, at_S2):            # {look: (L,H)}, (L,H) x 3 -> {role: [(layer, head)]}
-    """Roles by rule, from means over prompts. Effects are changes as parts of LD_clean - LD_source, so a head
-    that helps has a negative one.
-
-    name mover           looks from the end at IO, and its direct effect is 5% of the difference or more
-    negative name mover  the same with the opposite sign
-    S-inhibition         looks from the end at S2, and in all has 5% more than directly: through later heads
-    duplicate token      looks from S2 at S1, and patched at S2 has 5% or more
-    induction            looks from S2 at S1+1, and patched at S2 has 5% or more
-    previous token       looks from S1+1 at S1, and from all tokens at the one before: by attention alone,
-                         since the patch cannot reach it
-    To look is an attention of 0.2 or more, on average.
-    """
-    looks = {look: at >= ATTENDS for look, at in attention.items()}
-    found = {"name mover": looks["end -> IO"] & (direct <= -MATTERS),
-             "negative name mover": looks["end -> IO"] & (direct >= MATTERS),
-             "S-inhibition": looks["end -> S2"] & (at_end - direct <= -MATTERS),
-             "duplicate token": looks["S2 -> S1"] & (np.abs(at_S2) >= MATTERS),
-             "induction": looks["S2 -> S1+1"] & (np.abs(at_S2) >= MATTERS),
-             "previous token": looks["S1+1 -> S1"] & looks[ANYWHERE]}
-    return {role: [tuple(map(int, head)) for head in np.argwhere(heads)] for role, heads in found.items()}
-
-
-# ---- through SAEs (Fig. 16) ----
-
-
-class FeatureEffects(NamedTuple):
-    """What happens to LD when a feature is removed at one place of each prompt; one entry for each prompt in
-    which it is active there. In the other prompts nothing happens."""
-    row: Tensor             # (n,)
-    feature: Tensor         # (n,)
-    f: Tensor               # (n,) activation
-    change: Tensor          # (n,) of LD
-
-
-@torch.no_grad()
-def remove_features(model, sae, layer, prompts, base, place):           # -> FeatureEffects
-    """Each feature that is active at the place, removed in turn at each prompt's own, SAE error kept."""
-    f = sae.encode(at_place(base.z[layer], prompts, place))
-    row, feature = f.nonzero(as_tuple=True)
-    change = []
-    for part in torch.arange(len(row), device=row.device).split(256):
-        some = prompts.pick(row[part])
-        where = torch.arange(some.tokens.shape[1], device=row.device) == some.pos[place][:, None]
-        edit = {layer: ablate(sae, feature[part], where)}
-        x, later = base.resid[layer][row[part]], range(layer, model.config.n_layers)
-        final, _ = model.through(x, edit, layers=later)
-        change.append(logit_difference(model, final, some) - base.ld[row[part]])
-    change = torch.cat(change) if change else f.new_zeros(0)
-    return FeatureEffects(row, feature, f[row, feature], change)
-
-
-@torch.no_grad()
-def remove_error(model, sae, layer, prompts, base, place):              # -> (N,) change of LD
-    """The SAE's error removed at the place: z_hat instead of z_cat."""
-    z_hat = sae(at_place(base.z[layer], prompts, place))
-    return edited(model, base, prompts, {layer: put(z_hat, prompts.pos[place])}) - base.ld
-
-
-def rank_features(effects, prompts, n_top):                             # {layer: FeatureEffects} -> [dict]
-    """The features with the largest mean effect over all prompts, with intervals, and by order of names."""
-    N, ranked = len(prompts.words), []
-    is_abba = np.array([one.order == "ABBA" for one in prompts.words])
-    of_template = np.array([one.template for one in prompts.words])
-    for layer, e in effects.items():
-        total = e.change.new_zeros(int(e.feature.max()) + 1 if len(e.feature) else 0)
-        total.index_add_(0, e.feature, e.change)
-        ranked += [(abs(float(total[i])), layer, i) for i in e.feature.unique().tolist()]
-    found = []
-    for _, layer, i in sorted(ranked, reverse=True)[:n_top]:
-        e, change = effects[layer], np.zeros(N)
-        mine = e.feature == i
-        change[e.row[mine].cpu().numpy()] = e.change[mine].cpu().numpy()
-        mean, interval = mean_of(change)
-        by_order = {order: float(change[is_abba == (order == "ABBA")].mean()) for order in ORDERS}
-        by_template = {t: float(change[of_template == t].mean()) for t in np.unique(of_template).tolist()}
-        found.append({"layer": layer, "feature": i, "n_active": int(mine.sum()), "effect": mean,
-                      "effect_ci": interval, "where_active": float(e.change[mine].mean()), **by_order,
-                      "by_template": by_template})
-    return found
-
-
-def role_of(k, pos, row):
-    """What stands at position k of a prompt: a place of interest, BOS, or something else."""
-    if k == 0:
-        return "BOS"
-    for name in ("connector", "IO", "S1", "S1+1", "S2", "end"):         # in BABA, S1+1 is the connector
-        if int(pos[name][row]) == k:
-            return name
-    return "else"
-
-
-def most_active(sae, layer, feature, prompts, base, place, n=8):        # -> {order: (m,) prompts}, f (N,)
-    """The prompts of each order in which a feature is most active at the place, n of them at most."""
-    f, found = sae.encode(at_place(base.z[layer], prompts, place))[:, feature], {}
-    for order in ORDERS:
-        mine = torch.tensor([one.order == order for one in prompts.words], device=f.device)
-        rows = torch.where(mine, f, 0).argsort(descending=True)[:n]
-        found[order] = rows[(f * mine)[rows] > 0]
-    return found, f
-
-
-@torch.no_grad()
-def reads(model, sae, layer, feature, prompts, base, place):            # -> {order: {role: share}}
-    """DFA of a feature by what stands at the source, in the prompts of each order where it is most active:
-    sum over prompts, as a share of the sum of its activations.
-
-    With "constant" (attribution.constants) the shares sum to 1.
-    """
-    found, (rows_of, f) = {}, most_active(sae, layer, feature, prompts, base, place)
-    w, constant = sae.W_enc[:, feature], float(constants(model, layer, sae)[feature])
-    for order, rows in rows_of.items():
-        sums = {}
-        if len(rows):
-            for _, kept in model.layer_by_layer(prompts.tokens[rows], layer + 1):
-                pass                                                    # the last one is the layer's
-            moved = dfa(kept.pattern, varying(model, layer, kept.v), w)                           # (B,H,q,k)
-            sums["constant"] = constant * len(rows) / float(f[rows].sum())
-        for i, row in enumerate(rows.tolist()):
-            q = int(prompts.pos[place][row])
-            for k, value in enumerate(moved[i, :, q, :q + 1].sum(0).tolist()):
-                role = role_of(k, prompts.pos, row)
-                sums[role] = sums.get(role, 0) + value / float(f[rows].sum())
-        found[order] = sums
-    return found
-
-
-@torch.no_grad()
-def reads_further(model, saes, layer, feature, prompts, base, place):   # -> {order: {(role, writer): share}}
-    """One step of recursive DFA, in the same prompts and units as `reads`: what was written at the sources,
-    and by whom; the constants together are ("constant", "")."""
-    found, (rows_of, f) = {}, most_active(saes[layer], layer, feature, prompts, base, place)
-    for order, rows in rows_of.items():
-        sums = {}
-        for row in rows.tolist():
-            run = trace_run(model, saes, prompts.tokens[row, :int(prompts.pos["end"][row]) + 1])
-            below = children(run, layer, int(prompts.pos[place][row]), feature)
-            columns = [column.tolist() for column in run.parts[:4]]     # kind, layer, position, feature
-            for part, value in zip(below.part.tolist(), below.value.tolist()):
-                key = "constant", ""
-                if part >= 0:
-                    kind, l, k, j = (column[part] for column in columns)
-                    key = role_of(k, prompts.pos, row), name_part(KINDS[kind], l, j)
-                sums[key] = sums.get(key, 0) + value / float(f[rows].sum())
-        found[order] = sums
-    return found
-
-
-# ---- the " and" signal (Fig. 5, 14) ----
-
-
-def recovered(patched, clean, zero):                                    # (N,) each -> value | None, interval
-    """(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means, with its bootstrap interval over
-    prompts; (None, None) unless the interval of the mean of LD_clean - LD_zero lies above 0."""
-    patched, clean, zero = (x.cpu().double().numpy() for x in (patched, clean, zero))
-    ratio = lambda i: (patched[i] - zero[i]).mean() / (clean[i] - zero[i]).mean()
-    low, _ = mean_of(clean - zero)[1]
-    if low <= 0:
-        return None, None
-    return float(ratio(np.arange(len(clean)))), bootstrap(ratio, len(clean))
-
-
-@torch.no_grad()
-def patch_S2(model, prompts, base, source_run, source, layers):         # -> (N,) logit difference
-    """z_cat of the layers at S2 from the source's S2."""
-    values = {layer: at_place(source_run.z[layer], source, "S2") for layer in layers}
-    return edited(model, base, prompts, {layer: put(z, prompts.pos["S2"]) for layer, z in values.items()})
-
-
-def baselines(model, prompts, base, layers):                            # -> {name: (N,) LD}
-    """What is taken as no signal: zero at S2; at S2 the mean over these prompts; zero at all positions, as in
-    the released code."""
-    at = {layer: at_place(base.z[layer], prompts, "S2") for layer in layers}
-    S2 = prompts.pos["S2"]
-    return {"zero": edited(model, base, prompts, {l: put(torch.zeros_like(z), S2) for l, z in at.items()}),
-            "mean": edited(model, base, prompts, {l: put(z.mean(0).expand_as(z), S2) for l, z in at.items()}),
-            "zero everywhere": edited(model, base, prompts, {l: torch.zeros_like for l in layers})}
-
-
-def frequent_word(rows, tokenizer, taken):
-    """A word about as frequent as " and" in the text: the token that is a space and letters, and not among
-    those taken, with the nearest count."""
-    counts = torch.bincount(rows.flatten().cpu(), minlength=tokenizer.n_vocab)
-    order = (counts - counts[tokenizer.single(" and")]).abs().argsort(stable=True).tolist()
-    return next(word for word in map(lambda i: tokenizer.decode([i]), order)
-                if word[:1] == " " and word[1:].isalpha() and word not in taken)
+    return [dataclasses.replace(prompt, io=prompt.s, s=prompt.io) for prompt in flipped(prompts)]
 
 
 def longer(filler):
@@ -488,287 +208,784 @@ def longer(filler):
 POSITIONS = ("same", "2 tokens", "a sentence")
 
 
-def placed(words, fillers, position):
-    """The prompts with fillers set so that S1 stands where `position` says. "same": at one position and one
-    distance from S2 for both orders of names (S1 is two tokens later in ABBA, so BABA has two tokens more in
-    front and two less in the middle). "2 tokens": these two the other way round, so that S1 moves on in one
-    order and back in the other: a cell is a mean over both. "a sentence": all in the middle."""
-    moved = []
-    for one, short in zip(words, fillers):
-        long = longer(short)
-        front, middle = (short, long) if one.order == "ABBA" else (long, short)
-        if position == "2 tokens":
+def placed(prompts, fillers, position):
+    """The prompts with fillers set so that S1 stands where `position` says.
+
+    "same": at one position and one distance from S2 for both orders of names. S1 is two tokens
+    later in ABBA, so BABA has two tokens more in front and two less in the middle. "2 tokens":
+    these two the other way round, so that S1 moves on in one order and back in the other: a cell is
+    a mean over both. "a sentence": all in the middle.
+    """
+    changed = []
+    for prompt, short in zip(prompts, fillers):
+        front, middle = short, longer(short)
+        if (prompt.order == "BABA") != (position == "2 tokens"):
             front, middle = middle, front
-        elif position == "a sentence":
-            front, middle = "", short + " " + long[0].upper() + long[1:]
-        moved.append(dataclasses.replace(one, front=front, middle=middle))
-    return moved
+        if position == "a sentence":
+            front, middle = "", short + " " + capitalised(longer(short))
+        changed.append(dataclasses.replace(prompt, front=front, middle=middle))
+    return changed
+
+
+def frequent_word(rows, tokenizer, taken):
+    """A word about as frequent as " and" in the text: the token that is a space and letters, and
+    not among those taken, with the nearest count."""
+    counts = torch.bincount(rows.flatten().cpu(), minlength=tokenizer.n_vocab)
+    distance = (counts - counts[tokenizer.single(" and")]).abs()
+    for token in distance.argsort(stable=True).tolist():
+        word = tokenizer.decode([token])
+        if word[:1] == " " and word[1:].isalpha() and word not in taken:
+            return word
+    raise UserError("no other word of this vocabulary stands in the text; give more text.")
+
+
+# ---- runs and patches ----
+
+
+class CleanRun(NamedTuple):
+    """A run of the model on some prompts, with what patches start from."""
+    resid: list             # per layer (N,T,d_model): the stream before it
+    z: list                 # per layer (N,T,D)
+    ld: Tensor              # (N,) logit difference at the end
+
+
+@torch.no_grad()
+def run_clean(model, batch):                                # -> CleanRun
+    """The run without an edit, layer by layer."""
+    resid, z = [], []
+
+    def look(z_cat):        # an edit that changes nothing: the run is, bit for bit, as with edits
+        z.append(z_cat)
+        return z_cat
+
+    x = model.embed(batch.tokens)
+    for layer in range(model.config.n_layers):
+        resid.append(x)
+        x, _ = model.run_layers(x, {layer: look}, layers=(layer,))
+    return CleanRun(resid, z, logit_difference(model, x, batch))
+
+
+def logit_difference(model, final, batch):                  # (N,T,d_model) -> (N,)
+    """logit[IO] - logit[S] at the end."""
+    row = batch.rows()
+    logits = model.unembed(final[row, batch.pos["end"]]).float()
+    return logits[row, batch.io] - logits[row, batch.s]
+
+
+@torch.no_grad()
+def logit_diff_with(model, clean, batch, edit_z):           # {layer: edit} -> (N,)
+    """Logit difference with edits of z_cat, run from the first layer that is edited."""
+    first = min(edit_z, default=0)
+    layers = range(first, model.config.n_layers)
+    final, _ = model.run_layers(clean.resid[first], edit_z, layers=layers)
+    return logit_difference(model, final, batch)
+
+
+def patch_at(values, position):                             # (N,D), (N,) -> edit
+    """The edit that puts values[i] at position[i] of row i, and leaves all else as it is."""
+    def edit(z):
+        z = z.clone()
+        z[torch.arange(len(z), device=z.device), position] = values.to(z.dtype)
+        return z
+    return edit
+
+
+def z_at(z, batch, place):                                  # (N,T,D) -> (N,D)
+    """z at a named position, which is each prompt's own."""
+    return z[batch.rows(), batch.pos[place]]
+
+
+def with_head_from(base_z, source_z, head, n_heads):        # (N,D), (N,D) -> (N,D)
+    """The base's z_cat with one head's part from the source."""
+    z = base_z.unflatten(-1, (n_heads, -1)).clone()
+    z[:, head] = source_z.unflatten(-1, (n_heads, -1))[:, head]
+    return z.flatten(-2)
+
+
+# ---- the circuit ----
+
+# Who might look at whom, and the name under which it is kept.
+ATTENTION_PAIRS = (("end", "IO"), ("end", "S1"), ("end", "S2"), ("S2", "S1"), ("S2", "S1+1"),
+                   ("S1+1", "S1"))
+PREVIOUS_TOKEN = "each -> the one before"
+
+
+class Circuit(NamedTuple):
+    """What every head does, (N,L,H) each; effects are changes of the logit difference (LD)."""
+    attention: dict         # {"end -> IO": ...}, for the keys that a role asks for
+    dla: np.ndarray         # direct logit attribution at the end: its part of LD
+    direct: np.ndarray      # if patched at the end, with later layers' z_cat there frozen
+    at_end: np.ndarray      # if patched at the end
+    at_S2: np.ndarray       # if patched at S2
+
+
+@torch.no_grad()
+def compute_circuit(model, batch, source, clean, source_run, progress=lambda layers: None):
+    """Attention and effects of every head -> Circuit.
+
+    source: the prompts with the other giver (`other_giver`). The effects are of putting the
+    source's z of a head, at S2 or at the end, into the clean run.
+    """
+    L, H = model.config.n_layers, model.config.n_heads
+    attention, dla = attention_and_dla(model, batch)
+    direct, at_end, at_S2 = [], [], []
+    for layer in range(L):
+        frozen = {later: patch_at(z_at(clean.z[later], batch, "end"), batch.pos["end"])
+                  for later in range(layer + 1, L)}
+        for head in range(H):
+            to_end, to_S2 = ({layer: patch_at(
+                with_head_from(z_at(clean.z[layer], batch, place),
+                               z_at(source_run.z[layer], source, place), head, H),
+                batch.pos[place])} for place in ("end", "S2"))
+            at_S2.append(logit_diff_with(model, clean, batch, to_S2) - clean.ld)
+            at_end.append(logit_diff_with(model, clean, batch, to_end) - clean.ld)
+            direct.append(logit_diff_with(model, clean, batch, to_end | frozen) - clean.ld)
+        progress(layer + 1)
+
+    def by_head(effects):                                   # list of (N,) -> (N,L,H)
+        return torch.stack(effects, 1).unflatten(1, (L, H)).cpu().numpy()
+
+    return Circuit(attention, dla, by_head(direct), by_head(at_end), by_head(at_S2))
+
+
+def attention_and_dla(model, batch):                        # -> {pair: (N,L,H)}, (N,L,H)
+    """Every head's attention between named positions, and its direct logit attribution at the
+    end."""
+    row, end = batch.rows(), batch.pos["end"]
+    attention = {f"{q} -> {k}": [] for q, k in ATTENTION_PAIRS} | {PREVIOUS_TOKEN: []}
+    gathered = []
+    for layer, kept in model.layer_caches(batch.tokens):
+        for q, k in ATTENTION_PAIRS:
+            pattern = kept.pattern[row, :, batch.pos[q], batch.pos[k]]              # (N,H)
+            attention[f"{q} -> {k}"].append(pattern)
+        attention[PREVIOUS_TOKEN].append(attention_to_previous(kept.pattern, end))
+        scale = kept.scales["attn_out"][row, end] if "attn_out" in kept.scales else 1.0
+        gathered.append((kept.z_cat[row, end], scale))
+    final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[row, end]
+    direction = model.logit_directions(batch.io) - model.logit_directions(batch.s)
+    direction = direction / model.final_scale(final)
+    dla = [head_logits(z, model.head_matrices(layer), direction, scale)
+           for layer, (z, scale) in enumerate(gathered)]
+    attention = {pair: torch.stack(by_layer, 1).cpu().numpy()
+                 for pair, by_layer in attention.items()}
+    return attention, torch.stack(dla, 1).cpu().numpy()
+
+
+def attention_to_previous(pattern, end):                    # (N,H,T,T), (N,) -> (N,H)
+    """Mean attention to the token before, over a prompt's tokens whose previous one is not BOS."""
+    to_previous = pattern.diagonal(-1, 2, 3)                # (N,H,T-1), for queries 1 to T-1
+    query = torch.arange(1, pattern.shape[2], device=end.device)
+    counts = ((query > 1) & (query <= end[:, None])).to(pattern.dtype)              # (N,T-1)
+    return (to_previous * counts[:, None]).sum(-1) / counts.sum(-1, keepdim=True)
+
+
+ROLES = ("name mover", "negative name mover", "S-inhibition", "duplicate token", "induction",
+         "previous token")
+LOOKS_AT = 0.2              # mean attention with which a head looks at something
+MIN_EFFECT = 0.05           # effect that counts, as a part of LD_clean - LD_source
+
+
+def find_roles(attention, direct, at_end, at_S2):           # {pair: (L,H)}, (L,H) x 3
+    """Roles by rule, from means over prompts -> {role: [(layer, head)]}. Effects are changes as
+    parts of LD_clean - LD_source, so a head that helps has a negative one.
+
+    name mover           looks from the end at IO, and its direct effect is 5% or more
+    negative name mover  the same with the opposite sign
+    S-inhibition         looks from the end at S2, and in all has 5% more than directly: through
+                         later heads
+    duplicate token      looks from S2 at S1, and patched at S2 has 5% or more
+    induction            looks from S2 at S1+1, and patched at S2 has 5% or more
+    previous token       looks from S1+1 at S1, and from all tokens at the one before: by attention
+                         alone, since the patch cannot reach it
+    """
+    looks = {pair: weight >= LOOKS_AT for pair, weight in attention.items()}
+    acts_at_S2 = np.abs(at_S2) >= MIN_EFFECT
+    heads_of = {"name mover": looks["end -> IO"] & (direct <= -MIN_EFFECT),
+                "negative name mover": looks["end -> IO"] & (direct >= MIN_EFFECT),
+                "S-inhibition": looks["end -> S2"] & (at_end - direct <= -MIN_EFFECT),
+                "duplicate token": looks["S2 -> S1"] & acts_at_S2,
+                "induction": looks["S2 -> S1+1"] & acts_at_S2,
+                "previous token": looks["S1+1 -> S1"] & looks[PREVIOUS_TOKEN]}
+    return {role: [(int(layer), int(head)) for layer, head in np.argwhere(heads)]
+            for role, heads in heads_of.items()}
+
+
+# ---- through SAEs (Fig. 16) ----
+
+
+class FeatureEffects(NamedTuple):
+    """What happens to LD when a feature is removed at one place of each prompt; one entry for each
+    prompt in which it is active there. In the other prompts nothing happens."""
+    row: Tensor             # (n,)
+    feature: Tensor         # (n,)
+    f: Tensor               # (n,) activation
+    change: Tensor          # (n,) of LD
+
+
+@torch.no_grad()
+def ablate_features(model, sae, layer, batch, clean, place):    # -> FeatureEffects
+    """Ablate each feature active at `place`, one at a time, at each prompt's own (SAE error
+    kept)."""
+    f = sae.encode(z_at(clean.z[layer], batch, place))                  # (N,d_sae)
+    row, feature = f.nonzero(as_tuple=True)
+    layers = range(layer, model.config.n_layers)
+    changes = []
+    for part in torch.arange(len(row), device=row.device).split(256):
+        copies = batch.pick(row[part])                      # a prompt once for each of its features
+        position = torch.arange(copies.tokens.shape[1], device=row.device)
+        where = position == copies.pos[place][:, None]
+        edit = ablate(sae, feature[part], where)
+        final, _ = model.run_layers(clean.resid[layer][row[part]], {layer: edit}, layers=layers)
+        changes.append(logit_difference(model, final, copies) - clean.ld[row[part]])
+    change = torch.cat(changes) if changes else f.new_zeros(0)
+    return FeatureEffects(row, feature, f[row, feature], change)
+
+
+@torch.no_grad()
+def ablate_error(model, sae, layer, batch, clean, place):   # -> (N,) change of LD
+    """The SAE's error removed at the place: z_hat instead of z_cat."""
+    z_hat = sae(z_at(clean.z[layer], batch, place))
+    edit = patch_at(z_hat, batch.pos[place])
+    return logit_diff_with(model, clean, batch, {layer: edit}) - clean.ld
+
+
+def rank_features(effects, prompts, n_top):                 # {layer: FeatureEffects} -> [dict]
+    """The features with the largest mean effect over all prompts, with intervals, and by order of
+    names and template."""
+    order = np.array([prompt.order for prompt in prompts])
+    template = np.array([prompt.template for prompt in prompts])
+    total = []                                              # (size, layer, feature)
+    for layer, e in effects.items():
+        features, index = e.feature.unique(return_inverse=True)
+        sums = e.change.new_zeros(len(features)).index_add_(0, index, e.change)
+        total += [(abs(size), layer, i) for size, i in zip(sums.tolist(), features.tolist())]
+    ranked = []
+    for _, layer, i in sorted(total, reverse=True)[:n_top]:
+        e = effects[layer]
+        is_this = e.feature == i
+        change = np.zeros(len(prompts))                     # 0 where it is not active
+        change[e.row[is_this].cpu().numpy()] = e.change[is_this].cpu().numpy()
+        mean, interval = mean_with_ci(change)
+        ranked.append({
+            "layer": layer, "feature": i, "n_active": int(is_this.sum()),
+            "effect": mean, "effect_ci": interval,
+            "where_active": float(e.change[is_this].mean()),
+            **{one: float(change[order == one].mean()) for one in ORDERS},
+            "by_template": {t: float(change[template == t].mean())
+                            for t in np.unique(template).tolist()}})
+    return ranked
+
+
+def role_of_position(k, pos, row):
+    """What stands at position k of a prompt: a named position, BOS, or something else."""
+    if k == 0:
+        return "BOS"
+    for name in ("connector", "IO", "S1", "S1+1", "S2", "end"):     # in BABA, S1+1 is the connector
+        if int(pos[name][row]) == k:
+            return name
+    return "else"
+
+
+def most_active_prompts(sae, layer, feature, batch, clean, place, n=8):
+    """The prompts of each order in which a feature is most active at the place, n of them at most
+    -> {order: (m,) rows}, its activation in every prompt (N,)."""
+    f = sae.encode(z_at(clean.z[layer], batch, place))[:, feature]
+    rows_of = {}
+    for order in ORDERS:
+        is_order = torch.tensor([prompt.order == order for prompt in batch.prompts],
+                                device=f.device)
+        f_of_order = torch.where(is_order, f, 0)
+        rows = f_of_order.argsort(descending=True)[:n]
+        rows_of[order] = rows[f_of_order[rows] > 0]
+    return rows_of, f
+
+
+@torch.no_grad()
+def sources_by_role(model, sae, layer, feature, batch, rows_of, f, place):
+    """DFA of a feature by what stands at the source -> {order: {role: share}}.
+
+    Shares are sums over prompts, over the sum of activations; with "constant"
+    (attribution.constant_part) they sum to 1. rows_of, f: of `most_active_prompts`.
+    """
+    constant = float(constant_part(model, layer, sae)[feature])
+    shares = {order: {} for order in rows_of}
+    for order, rows in rows_of.items():
+        if not len(rows):
+            continue
+        total = float(f[rows].sum())
+        kept = model.layer_cache(batch.tokens[rows], layer)
+        v = values_minus_bias(model, layer, kept.v)
+        moved = dfa(kept.pattern, v, sae.W_enc[:, feature]).sum(1)                  # (B,q,k)
+        add(shares[order], "constant", constant * len(rows) / total)
+        for i, row in enumerate(rows.tolist()):
+            q = int(batch.pos[place][row])
+            for k, value in enumerate(moved[i, q, :q + 1].tolist()):
+                add(shares[order], role_of_position(k, batch.pos, row), value / total)
+    return shares
+
+
+@torch.no_grad()
+def writers_by_role(model, saes, layer, feature, batch, rows_of, f, place):
+    """One step of recursive DFA, in the same prompts and units: what was written at the sources,
+    and by whom -> {order: {(role, writer): share}}. Constants are under ("constant", "")."""
+    shares = {order: {} for order in rows_of}
+    for order, rows in rows_of.items():
+        total = float(f[rows].sum())
+        for row in rows.tolist():
+            tokens = batch.tokens[row, :int(batch.pos["end"][row]) + 1]
+            traced = trace_prompt(model, saes, tokens)
+            terms = decompose(traced, layer, int(batch.pos[place][row]), feature)
+            c = traced.components
+            kind, written_in, position, j = (column.tolist() for column in
+                                             (c.kind, c.layer, c.position, c.feature))
+            for n, value in zip(terms.component.tolist(), terms.value.tolist()):
+                key = ("constant", "")
+                if n >= 0:
+                    key = (role_of_position(position[n], batch.pos, row),
+                           writer_name(KINDS[kind[n]], written_in[n], j[n]))
+                add(shares[order], key, value / total)
+    return shares
+
+
+def add(sums, key, value):
+    sums[key] = sums.get(key, 0) + value
+
+
+# ---- the " and" signal (Fig. 5, 14) ----
+
+
+def recovered(patched, clean, zero):                        # (N,) each -> value | None, interval
+    """(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means, with its bootstrap interval
+    over prompts; (None, None) unless the interval of the mean of LD_clean - LD_zero lies above
+    0."""
+    patched, clean, zero = (ld.cpu().double().numpy() for ld in (patched, clean, zero))
+    _, (low, _) = mean_with_ci(clean - zero)
+    if low <= 0:
+        return None, None
+
+    def ratio(drawn):
+        return (patched[drawn] - zero[drawn]).mean() / (clean[drawn] - zero[drawn]).mean()
+
+    return float(ratio(np.arange(len(clean)))), bootstrap(ratio, len(clean))
+
+
+@torch.no_grad()
+def patch_S2(model, batch, clean, source, source_run, layers):      # -> (N,) logit difference
+    """z_cat of the layers at S2 from the source's S2."""
+    edits = {layer: patch_at(z_at(source_run.z[layer], source, "S2"), batch.pos["S2"])
+             for layer in layers}
+    return logit_diff_with(model, clean, batch, edits)
+
+
+def baselines(model, batch, clean, layers):                 # -> {name: (N,) LD}
+    """What is taken as no signal: zero at S2; at S2 the mean over these prompts; zero at all
+    positions, as in the released code."""
+    S2 = batch.pos["S2"]
+    zero, mean = {}, {}
+    for layer in layers:
+        z = z_at(clean.z[layer], batch, "S2")
+        zero[layer] = patch_at(torch.zeros_like(z), S2)
+        mean[layer] = patch_at(z.mean(0).expand_as(z), S2)
+    everywhere = {layer: torch.zeros_like for layer in layers}
+    edits = {"zero": zero, "mean": mean, "zero everywhere": everywhere}
+    return {name: logit_diff_with(model, clean, batch, edit) for name, edit in edits.items()}
 
 
 # ---- why there ----
 
 
 @torch.no_grad()
-def why_io(model, saes, head, prompts, n=24):           # -> score, [(at the end, at the key, value)]
-    """The score of IO less that of S1 from the end, for one head, as a sum over (query part, key part): mean
-    over n prompts, strongest first."""
-    layer, h = head
-    sums, score, n = {}, 0.0, min(n, len(prompts.words))
+def why_io(model, saes, layer, head, batch, n=24):          # -> score, [(query, key, value)]
+    """The score of IO less that of S1 from the end, for one head, as a sum over pairs of writers:
+    mean over n prompts, strongest first."""
+    sums = {}
+    score = 0.0
+    n = min(n, len(batch.prompts))
     for row in range(n):
-        end, io, s1 = (int(prompts.pos[place][row]) for place in ("end", "IO", "S1"))
-        why = qk(trace_run(model, saes, prompts.tokens[row, :end + 1]), layer, h, end, io, s1)
+        end, io, s1 = (int(batch.pos[place][row]) for place in ("end", "IO", "S1"))
+        traced = trace_prompt(model, saes, batch.tokens[row, :end + 1])
+        why = qk(traced, layer, head, end, io, against=s1)
         score += why.score / n
-        for name_a, values in zip(why.query, why.pairs.tolist()):
-            for name_b, value in zip(why.key, values):
-                pair = name_part(*name_a), name_part(*name_b)
-                sums[pair] = sums.get(pair, 0) + value / n
-    return score, sorted(((*pair, value) for pair, value in sums.items()), key=lambda one: -abs(one[2]))
+        for a, values in zip(why.query, why.pairs.tolist()):
+            for b, value in zip(why.key, values):
+                add(sums, (writer_name(*a), writer_name(*b)), value / n)
+    pairs = [(*pair, value) for pair, value in sums.items()]
+    return score, sorted(pairs, key=lambda pair: -abs(pair[2]))
 
 
 # ---- the program ----
+
 
 @dataclass(frozen=True)
 class IOIConfig(StudyConfig):
     n_prompts: int = field(200, "prompts, half of them ABBA and half BABA")
     names: str = field(",".join(HELD_OUT_NAMES), "names, each one token with a space before it")
     corpus: str = field("python", "text in which the frequency of words is counted: see train.py")
+    signal_layers: tuple[int, ...] = field((), "layers whose z_cat at S2 carries the signal; if "
+                                           "not given, the two that act most there (paper: 5,6)")
 
 
-@dataclass(frozen=True)
-class Study:
-    """What every part of the study needs."""
-    config: IOIConfig
-    model: torch.nn.Module
-    tokenizer: Tokenizer
+class IOI(NamedTuple):
+    """The prompts of a study, and the clean run on them."""
+    study: Study
     names: list
-    folder: Path
-    prompts: Prompts
-    base: Base
+    batch: PromptBatch
+    clean: CleanRun
 
-    def run(self, words):                                               # -> Prompts, Base
+    def run(self, prompts):                                 # -> PromptBatch, CleanRun
         """Other prompts, and the run on them."""
-        prompts = build(words, self.tokenizer, self.prompts.tokens.device)
-        return prompts, base_run(self.model, prompts)
+        batch = tokenise(prompts, self.study.tokenizer, self.study.device)
+        return batch, run_clean(self.study.model, batch)
+
+    def patch_S2_from(self, prompts, layers):               # -> (N,) logit difference
+        """z_cat of the layers at S2 from that of other prompts."""
+        source, source_run = self.run(prompts)
+        return patch_S2(self.study.model, self.batch, self.clean, source, source_run, layers)
 
 
 def main():
     config = parse_flags(IOIConfig, __doc__)
-    model, tokenizer, saes, folder = begin(config, "ioi")
+    study = begin(config, "ioi")
+    study.model.check_layers(config.signal_layers)
+    ioi, frequent = prepare(study)
+    circuit = study_circuit(ioi)
+    report_circuit(ioi, circuit)
+    saes = study_saes(ioi)
+    report_saes(ioi, saes)
+    signal = study_signal(ioi, circuit["signal_layers"], frequent)
+    report_signal(ioi, signal)
+    why = study_qk(ioi, circuit["movers"])
+    report_qk(ioi, why)
+    finish(study)
+
+
+def prepare(study):                                         # -> IOI, a word as frequent as " and"
+    """The prompts and the clean run. Raises UserError if the model cannot take them."""
+    config, tokenizer = study.config, study.tokenizer
     if config.n_prompts < 20:
         raise UserError(f"--n-prompts must be 20 or more for intervals, not {config.n_prompts}.")
     names = [name.strip() for name in config.names.split(",")]
-    words = draw_prompts(config.n_prompts, names, tokenizer, config.seed)
-    longest = max(FILLERS, key=lambda filler: len(tokenizer.encode(" " + filler)))
-    longest = placed(words, [longest] * len(words), "a sentence")
-    model.check_length(build(longest, tokenizer).tokens.shape[1])
-    text = next(data.rows(config.corpus, tokenizer, "held-out", min(128, model.config.n_ctx), 512))
-    prompts = build(words, tokenizer, next(model.parameters()).device)
-    study = Study(config, model, tokenizer, names, folder, prompts, base_run(model, prompts))
-    movers, layers = study_circuit(study)
-    study_saes(study, saes)
-    study_signal(study, layers, frequent_word(text, tokenizer, CONNECTORS))
-    study_qk(study, saes, movers)
-    finish(config, folder)
+    prompts = draw_prompts(config.n_prompts, names, tokenizer, config.seed)
+    longest_filler = max(FILLERS, key=lambda filler: len(tokenizer.encode(" " + filler)))
+    longest = placed(prompts, [longest_filler] * len(prompts), "a sentence")
+    study.model.check_length(tokenise(longest, tokenizer).tokens.shape[1])
+    text = next(data.rows(config.corpus, tokenizer, "held-out", study.n_ctx, 512))
+    batch = tokenise(prompts, tokenizer, study.device)
+    ioi = IOI(study, names, batch, run_clean(study.model, batch))
+    return ioi, frequent_word(text, tokenizer, CONNECTORS)
 
 
-def in_words(values, form="+.2f"):                                      # (N,) -> "mean [low, high]"
-    """A mean over prompts with its 95% interval."""
-    return with_interval(*mean_of(values), form)
+def study_circuit(ioi):                                     # -> dict
+    """Can the model do the task, which heads do it, and what are their roles?
 
+    "unit" is what effects are divided by: LD_clean - LD_source, or 1 where the two are not told
+    apart. "movers": the two strongest name movers, or for want of them the head with the strongest
+    direct effect. "signal_layers": those that act at S2.
+    """
+    model, batch, clean = ioi.study.model, ioi.batch, ioi.clean
+    source, source_run = ioi.run(other_giver(batch.prompts))
+    ld = clean.ld.cpu().numpy()
+    source_ld = -source_run.ld.cpu().numpy()                # IO and S have changed roles
+    _, (low, _) = mean_with_ci(ld - source_ld)
+    told_apart = low > 0
+    unit = float(ld.mean() - source_ld.mean()) if told_apart else 1.0
 
-def study_circuit(study):                               # -> [(layer, head)], [layer]
-    """Can the model do the task, which heads do it, and what are their roles? Gives the name movers and the
-    layers that act at S2."""
-    model, prompts, base, ld = study.model, study.prompts, study.base, study.base.ld.cpu().numpy()
-    text = study.tokenizer.decode(prompts.tokens[0][1:prompts.pos["end"][0] + 1])
-    print(f"{len(ld)} prompts, such as: {text!r}")
-    for order in ORDERS:
-        mine = np.array([one.order == order for one in prompts.words])
-        right = with_interval((ld[mine] > 0).mean(), wilson(int((ld[mine] > 0).sum()), mine.sum()), ".1%")
-        print(f"{order}  logit difference {in_words(ld[mine])}, IO above S in {right}")
-    if mean_of(ld)[1][0] <= 0 or (ld > 0).mean() < 0.6:
-        print("this model does not do the task; what follows describes its heads all the same")
-    source, source_run = study.run(other_giver(prompts.words))
-    source_ld = -source_run.ld.cpu().numpy()                            # IO and S have changed roles
-    whole, told_apart = float(ld.mean() - source_ld.mean()), mean_of(ld - source_ld)[1][0] > 0
-    form, unit = ".1%", "part of clean - source"
-    if not told_apart:
-        whole, form, unit = 1.0, ".2f", "logits"
     progress = Progress(model.config.n_layers, "layers")
-    c = circuit(model, prompts, source, base, source_run, progress)
-    share = {name: getattr(c, name).mean(0) / whole for name in ("direct", "at_end", "at_S2")}      # (L,H)
-    attention = {look: at.mean(0) for look, at in c.attention.items()}
-    found = roles(attention, **share) if told_apart else {role: [] for role in ROLES}
-    print(f"with the other name at S2: {in_words(source_ld)}; effects: " + (
-        f"parts of the difference, {whole:.2f}" if told_apart else "in logits, and no roles, since the two "
-        "are not told apart"))
-    print("head    direct logit   patched at the end: directly   in all   patched at S2   looks at")
-    order = np.argsort(-sum(map(abs, share.values())), axis=None)[:12]
-    for head in (divmod(int(i), model.config.n_heads) for i in order):
-        looks = ", ".join(f"{look} {at[head]:.2f}" for look, at in attention.items() if at[head] >= ATTENDS)
-        print(f"{head[0]}.{head[1]:<4} {c.dla.mean(0)[head]:+10.2f} {share['direct'][head]:+26{form}} "
-              f"{share['at_end'][head]:+10{form}} {share['at_S2'][head]:+13{form}}   {looks}".rstrip())
-    for role, heads in found.items():
-        print(f"{role:20} " + (" ".join(f"{layer}.{h}" for layer, h in heads) or "none"))
-    whole_layers = [patch_S2(model, prompts, base, source_run, source, [layer]) - base.ld
-                    for layer in range(model.config.n_layers)]
-    at_S2 = np.array([float(change.mean()) / whole for change in whole_layers])
-    layers = sorted(np.argsort(-abs(at_S2), kind="stable")[:2].tolist())
-    layers = [5, 6] if study.config.model == "gpt2" else layers
-    print("whole layers patched at S2: " + "  ".join(f"{l} {x:+{form}}" for l, x in enumerate(at_S2)))
-    reported(study.config, "name movers 9.9 9.6 10.0, negative 10.7 11.10, S-inhibition 7.3 7.9 8.6 8.10, "
-             "induction 5.5 6.9, duplicate token 0.1 3.0, previous token 2.2 4.11 (Wang et al.)")
-    write_json(study.folder / "circuit.json", {
-        "logit_difference": mean_of(ld), "source": mean_of(source_ld),
-        "accuracy": [float((ld > 0).mean()), wilson(int((ld > 0).sum()), len(ld))],
-        "roles": found, "attention": {look: at.tolist() for look, at in attention.items()},
-        "clean_less_source": whole if told_apart else None,
-        "layers_at_S2_as_share": at_S2.tolist(),
-        **{name: mean_of(getattr(c, name)) for name in ("dla", *share)}})
-    plot_effects({"direct logit attribution": c.dla.mean(0), "patched at the end, directly": share["direct"],
-                  "patched at the end": share["at_end"], "patched at S2": share["at_S2"]}, unit,
-                 study.folder / "heads.png")
-    plot_circuit(found, share["at_end"], share["at_S2"], study.folder / "circuit.png")
-    most_direct = divmod(int(share["direct"].argmin()), model.config.n_heads)
-    return sorted(found["name mover"] or [most_direct], key=lambda head: share["direct"][head])[:2], layers
+    c = compute_circuit(model, batch, source, clean, source_run, progress)
+    effects = {name: getattr(c, name).mean(0) / unit for name in ("direct", "at_end", "at_S2")}
+    attention = {pair: weight.mean(0) for pair, weight in c.attention.items()}
+    roles = find_roles(attention, **effects) if told_apart else {role: [] for role in ROLES}
+    movers = roles["name mover"]
+    if not movers:
+        movers = [divmod(int(effects["direct"].argmin()), model.config.n_heads)]
+    movers = sorted(movers, key=lambda head: effects["direct"][head])[:2]
+
+    layer_effects = []
+    for layer in range(model.config.n_layers):
+        patched = patch_S2(model, batch, clean, source, source_run, [layer])
+        layer_effects.append(float((patched - clean.ld).mean()) / unit)
+    strongest = np.argsort(-np.abs(layer_effects), kind="stable")[:2]
+    signal_layers = list(ioi.study.config.signal_layers) or sorted(strongest.tolist())
+    return {"ld": ld, "source_ld": source_ld, "told_apart": told_apart, "unit": unit, "circuit": c,
+            "effects": effects, "attention": attention, "roles": roles, "movers": movers,
+            "layer_effects": layer_effects, "signal_layers": signal_layers}
 
 
-def study_saes(study, saes):
+def study_saes(ioi, n_shown=12, n_read=5):                  # -> dict
     """Does the task survive the SAEs, and which features does it hang on?"""
-    model, prompts, base = study.model, study.prompts, study.base
-    print(f"\nlogit difference with SAEs spliced in (clean {in_words(base.ld.cpu().numpy())})")
-    found = {"clean": mean_of(base.ld.cpu().numpy()), "spliced": {}, "places": {}}
+    model, saes = ioi.study.model, ioi.study.saes
+    spliced = {}
     edits = {f"layer {layer}": {layer: splice(sae)} for layer, sae in saes.items()}
     edits["all layers"] = {layer: splice(sae) for layer, sae in saes.items()}
     for name, edit in edits.items():
-        ld = edited(model, base, prompts, edit).cpu().numpy()
-        print(f"{name:12} {in_words(ld)}, IO above S in {(ld > 0).mean():.1%}")
-        found["spliced"][name] = mean_of(ld)
-    for place in ("S2", "end"):
-        found["places"][place] = study_place(study, saes, place)
-    write_json(study.folder / "features.json", found)
-    plot_ablations(found["places"], study.folder / "features.png")
+        spliced[name] = logit_diff_with(model, ioi.clean, ioi.batch, edit).cpu().numpy()
+    places = {place: study_place(ioi, place, n_shown, n_read) for place in ("S2", "end")}
+    return {"spliced": spliced, "places": places}
 
 
-def study_place(study, saes, place, n_shown=12, n_read=5):
-    """Every feature active at one place removed in turn; the strongest read by DFA and recursive DFA."""
-    model, prompts, base = study.model, study.prompts, study.base
-    at = (prompts, base, place)
-    effects = {layer: remove_features(model, sae, layer, *at) for layer, sae in saes.items()}
-    errors = {layer: remove_error(model, sae, layer, *at).cpu().numpy() for layer, sae in saes.items()}
-    ranked, n_removed = rank_features(effects, prompts, n_shown), sum(len(e.row) for e in effects.values())
-    print(f"\nat {place}: {n_removed:,} removals of one feature; change of the logit difference, mean over "
-          f"all prompts,\nby order of names, and over those where it is active; ranked and measured on the "
-          f"same prompts\n"
-          f"feature    active in   change                     ABBA    BABA   where active   raises most")
-    for one in ranked:
-        effects_on = token_effects(model, one["layer"], saes[one["layer"]], one["feature"])
-        one["raises"] = study.tokenizer.decode([int(effects_on.argmax())])
-        change = with_interval(one["effect"], one["effect_ci"], "+.3f")
-        print(f"{one['layer']}.{one['feature']:<8} {one['n_active']:5}      {change}  {one['ABBA']:+6.3f}  "
-              f"{one['BABA']:+6.3f} {one['where_active']:+11.2f}    {one['raises']!r}")
-    for layer, change in errors.items():
-        print(f"SAE error {layer}           {in_words(change, '+.3f')}")
-    for one in ranked[:n_read]:
+def study_place(ioi, place, n_shown, n_read):               # -> dict
+    """Every feature active at one place removed in turn; the strongest read by DFA and recursive
+    DFA."""
+    model, saes, tokenizer = ioi.study.model, ioi.study.saes, ioi.study.tokenizer
+    at = (ioi.batch, ioi.clean, place)
+    effects = {layer: ablate_features(model, sae, layer, *at) for layer, sae in saes.items()}
+    errors = {layer: ablate_error(model, sae, layer, *at).cpu().numpy()
+              for layer, sae in saes.items()}
+    ranked = rank_features(effects, ioi.batch.prompts, n_shown)
+    for rank, one in enumerate(ranked):
         layer, i = one["layer"], one["feature"]
-        one["reads"] = reads(model, saes[layer], layer, i, *at)
-        one["n_read"] = {order: len(rows) for order, rows in
-                         most_active(saes[layer], layer, i, *at)[0].items()}
-        further = reads_further(model, saes, layer, i, *at)
-        one["reads_further"] = {order: sorted(([*key, x] for key, x in shares.items() if key[1]),
-                                              key=lambda item: -abs(item[2]))[:8]
-                                for order, shares in further.items()}
-        print(f"{layer}.{i} reads, in shares of its activation (number of prompts)")
-        for order, by_role in one["reads"].items():
-            best = sorted(by_role.items(), key=lambda item: -abs(item[1]))[:5]
-            print(f"  {order} ({one['n_read'][order]})  "
-                  + ("  ".join(f"{role} {x:+.0%}" for role, x in best) or "never active"))
-            if best:
-                print("        written by  " + "  ".join(f"{writer} at {role} {x:+.0%}" for role, writer, x
-                                                         in one["reads_further"][order][:4]))
-    return {"n_removed": n_removed, "features": ranked,
-            "error": {layer: mean_of(change) for layer, change in errors.items()}}
+        raised = token_effects(model, layer, saes[layer], i)
+        one["raises"] = tokenizer.decode([int(raised.argmax())])
+        if rank < n_read:
+            one |= read_feature(ioi, layer, i, place)
+    return {"n_removed": sum(len(e.row) for e in effects.values()), "features": ranked,
+            "errors": errors}
 
 
-def study_signal(study, layers, frequent):
+def read_feature(ioi, layer, feature, place):               # -> dict
+    """Where a feature reads, and who wrote there, in the prompts where it is most active."""
+    model, saes, batch = ioi.study.model, ioi.study.saes, ioi.batch
+    rows_of, f = most_active_prompts(saes[layer], layer, feature, batch, ioi.clean, place)
+    by_role = sources_by_role(model, saes[layer], layer, feature, batch, rows_of, f, place)
+    writers = writers_by_role(model, saes, layer, feature, batch, rows_of, f, place)
+    strongest = {}
+    for order, shares in writers.items():
+        parts = [[role, writer, share] for (role, writer), share in shares.items() if writer]
+        strongest[order] = sorted(parts, key=lambda part: -abs(part[2]))[:8]
+    return {"reads": by_role, "n_read": {order: len(rows) for order, rows in rows_of.items()},
+            "reads_further": strongest}
+
+
+def study_signal(ioi, layers, frequent):                    # -> dict
     """What z_cat at S2 tells the later layers: noising, connectors, side and position."""
-    model, prompts, base, words = study.model, study.prompts, study.base, study.prompts.words
-    connectors = [c for c in (*CONNECTORS[1:], frequent) if len(study.tokenizer.encode(c)) == 1]
-    others = with_other_names(words, study.names, study.config.seed)
-    noisy = with_filler(others, study.config.seed)
-    sources = {"itself": words, "other names": others, "other names and filler": noisy,
-               "other names, order flipped": flipped(others), "names, filler, order flipped": flipped(noisy)}
-    sources |= {f"connector{c}": [dataclasses.replace(one, connector=c) for one in words] for c in connectors}
-    zeros = baselines(model, prompts, base, layers)
-    means = ", ".join(f"{name} {float(ld.mean()):.2f}" for name, ld in ({"clean": base.ld} | zeros).items())
-    print(f"\nz_cat of layers {' and '.join(map(str, layers))} at S2 from other prompts; logit difference: "
-          f"{means}\nthe word about as frequent as \" and\" is {frequent!r}")
-    print("source                          patched   recovered                   ABBA     BABA   over mean   "
-          "over zero everywhere")
-    is_abba = torch.tensor([one.order == "ABBA" for one in words], device=base.ld.device)
-    found = {}
-    for name, source_words in sources.items():
-        ld = patch_S2(model, prompts, base, *study.run(source_words)[::-1], layers)
-        ways = {"recovered": recovered(ld, base.ld, zeros["zero"])}
-        ways |= {order: recovered(ld[mine], base.ld[mine], zeros["zero"][mine])
-                 for order, mine in (("ABBA", is_abba), ("BABA", ~is_abba))}
-        ways |= {f"over {name}": recovered(ld, base.ld, zeros[name]) for name in ("mean", "zero everywhere")}
-        found[name] = {"patched": float(ld.mean())}
+    model, batch, clean = ioi.study.model, ioi.batch, ioi.clean
+    zero = baselines(model, batch, clean, layers)
+    is_abba = torch.tensor([prompt.order == "ABBA" for prompt in batch.prompts],
+                           device=clean.ld.device)
+    sources = {}
+    for name, prompts in source_prompts(ioi, frequent).items():
+        ld = ioi.patch_S2_from(prompts, layers)
+        ways = {"recovered": recovered(ld, clean.ld, zero["zero"]),
+                "ABBA": recovered(ld[is_abba], clean.ld[is_abba], zero["zero"][is_abba]),
+                "BABA": recovered(ld[~is_abba], clean.ld[~is_abba], zero["zero"][~is_abba]),
+                "over mean": recovered(ld, clean.ld, zero["mean"]),
+                "over zero everywhere": recovered(ld, clean.ld, zero["zero everywhere"])}
+        sources[name] = {"patched": float(ld.mean())}
         for way, (value, interval) in ways.items():
-            found[name] |= {way: value, way + "_ci": interval}
-        shown = ["n/a" if value is None else f"{value:.1%}" for value, _ in ways.values()]
-        print(f"{name:30} {float(ld.mean()):8.2f}   {with_interval(*ways['recovered'], '.1%'):25} "
-              f"{shown[1]:>7}  {shown[2]:>7}   {shown[3]:>9}   {shown[4]:>20}")
-    reported(study.config, "layers 5 and 6: other names and filler, order around \" and\" kept: 93% "
-             "recovered; \" alongside\": 43%")
-    cells = side_and_position(study, layers, others)
-    write_json(study.folder / "signal.json", {
-        "layers": layers, "frequent_word": frequent, "sources": found, "side_and_position": cells,
-        **{name: mean_of(ld.cpu().numpy()) for name, ld in ({"clean": base.ld} | zeros).items()}})
-    plot_signal(found, layers, study.folder / "signal.png")
-    plot_cells(cells, study.folder / "side_and_position.png")
+            sources[name] |= {way: value, f"{way}_ci": interval}
+    means = {name: mean_with_ci(ld.cpu().numpy())
+             for name, ld in {"clean": clean.ld, **zero}.items()}
+    return {"layers": layers, "frequent_word": frequent, "sources": sources,
+            "side_and_position": side_and_position(ioi, layers), **means}
 
 
-def side_and_position(study, layers, others):           # -> {"side, position" or "effect of ...": {...}}
-    """Side of the connector crossed with S1's position, from prompts with other names."""
-    length = lambda text: len(study.tokenizer.encode(" " + text))
-    fits = [filler for filler in FILLERS if length(longer(filler)) == length(filler) + 2]
+def source_prompts(ioi, frequent):                          # -> {name: list of Prompt}
+    """The prompts whose z_cat at S2 is put into the clean run."""
+    prompts, seed = ioi.batch.prompts, ioi.study.config.seed
+    others = with_other_names(prompts, ioi.names, seed)
+    noisy = with_filler(others, seed)
+    sources = {"itself": prompts, "other names": others, "other names and filler": noisy,
+               "other names, order flipped": flipped(others),
+               "names, filler, order flipped": flipped(noisy)}
+    for connector in (*CONNECTORS[1:], frequent):
+        if len(ioi.study.tokenizer.encode(connector)) == 1:
+            sources[f"connector{connector}"] = [dataclasses.replace(prompt, connector=connector)
+                                                for prompt in prompts]
+    return sources
+
+
+def side_and_position(ioi, layers):                         # -> {cell or effect: {...}}
+    """Side of the connector crossed with S1's position, from prompts with other names. Empty if no
+    filler of this vocabulary grows by two tokens."""
+    prompts, seed = ioi.batch.prompts, ioi.study.config.seed
+
+    def n_tokens(text):
+        return len(ioi.study.tokenizer.encode(" " + text))
+
+    fits = [filler for filler in FILLERS if n_tokens(longer(filler)) == n_tokens(filler) + 2]
     if not fits:
-        print("side and position: no filler of this vocabulary grows by two tokens; left out")
         return {}
-    rng = random.Random(f"fillers {study.config.seed}")
-    fillers = [rng.choice(fits) for _ in others]
-    prompts, base = study.run(placed(study.prompts.words, fillers, "same"))
-    zero = baselines(study.model, prompts, base, layers)["zero"]
-    ld, cells = {}, {}
-    for side, change in (("same side", list), ("other side", flipped)):
+    rng = random.Random(f"fillers {seed}")
+    fillers = [rng.choice(fits) for _ in prompts]
+    others = with_other_names(prompts, ioi.names, seed)
+    batch, clean = ioi.run(placed(prompts, fillers, "same"))
+    with_fillers = ioi._replace(batch=batch, clean=clean)
+    zero = baselines(ioi.study.model, batch, clean, layers)["zero"]
+
+    ld = {}
+    for side, sources in (("same side", others), ("other side", flipped(others))):
         for position in POSITIONS:
-            source, source_run = study.run(placed(change(others), fillers, position))
-            ld[side, position] = patch_S2(study.model, prompts, base, source_run, source, layers)
-            cells[f"{side}, {position}"] = recovered(ld[side, position], base.ld, zero)
-    pairs = {f"effect of side, at position: {p}": (("same side", p), ("other side", p)) for p in POSITIONS}
-    pairs |= {f"effect of position: {p}, on the {s}": ((s, "same"), (s, p))
-              for s in ("same side", "other side") for p in POSITIONS[1:]}
-    for name, (one, other) in pairs.items():
-        # recovered is linear in the patched run, so this is the difference of two of them
-        cells[name] = recovered(ld[one] - ld[other] + zero, base.ld, zero)
-    print(f"\nside of the connector and position of S1, from prompts with other names\n{'':47}recovered")
-    for name, (value, interval) in cells.items():
-        print(f"{name:46} {with_interval(value, interval, '+.1%')}")
-    return {name: {"recovered": value, "recovered_ci": interval} for name, (value, interval) in cells.items()}
+            ld[side, position] = with_fillers.patch_S2_from(placed(sources, fillers, position),
+                                                            layers)
+    cells = {f"{side}, {position}": patched for (side, position), patched in ld.items()}
+    # recovered is linear in the patched run: of a difference it is the difference of two of them
+    for p in POSITIONS:
+        cells[f"effect of side, at position: {p}"] = ld["same side", p] - ld["other side", p] + zero
+    for side in ("same side", "other side"):
+        for p in POSITIONS[1:]:
+            cells[f"effect of position: {p}, on the {side}"] = ld[side, "same"] - ld[side, p] + zero
+    table = {}
+    for cell, patched in cells.items():
+        value, interval = recovered(patched, clean.ld, zero)
+        table[cell] = {"recovered": value, "recovered_ci": interval}
+    return table
 
 
-def study_qk(study, saes, movers):
+def study_qk(ioi, movers):                                  # -> {head: {"score", "pairs"}}
     """Why the name movers look at IO and not at S1."""
-    found = {}
-    for layer, h in movers:
-        score, pairs = why_io(study.model, saes, (layer, h), study.prompts)
-        found[f"{layer}.{h}"] = {"score": score, "pairs": pairs[:20]}
-        print(f"\nhead {layer}.{h} scores IO {score:+.2f} above S1 from the end; at the end x at IO and S1:")
-        for a, b, value in pairs[:8]:
+    why = {}
+    for layer, head in movers:
+        score, pairs = why_io(ioi.study.model, ioi.study.saes, layer, head, ioi.batch)
+        why[f"{layer}.{head}"] = {"score": score, "pairs": pairs[:20]}
+    return why
+
+
+# ---- the report ----
+
+
+def mean_text(values, spec="+.2f"):                         # (N,) -> "mean [low, high]"
+    """A mean over prompts with its 95% interval."""
+    return format_ci(*mean_with_ci(values), spec)
+
+
+def report_circuit(ioi, result):
+    """The task, every head's effects and roles, and the layers that act at S2."""
+    study, batch = ioi.study, ioi.batch
+    ld, source_ld, unit = result["ld"], result["source_ld"], result["unit"]
+    spec, of_what = (".1%", "part of clean - source") if result["told_apart"] else (".2f", "logits")
+    text = study.tokenizer.decode(batch.tokens[0][1:batch.pos["end"][0] + 1])
+    print(f"{len(ld)} prompts, such as: {text!r}")
+    for order in ORDERS:
+        of_order = ld[[prompt.order == order for prompt in batch.prompts]]
+        n_right = int((of_order > 0).sum())
+        right = format_ci(n_right / len(of_order), wilson(n_right, len(of_order)), ".1%")
+        print(f"{order}  logit difference {mean_text(of_order)}, IO above S in {right}")
+    _, (low, _) = mean_with_ci(ld)
+    if low <= 0 or (ld > 0).mean() < 0.6:
+        print("this model does not do the task; what follows describes its heads all the same")
+    print(f"with the other name at S2: {mean_text(source_ld)}; effects: " + (
+        f"parts of the difference, {unit:.2f}" if result["told_apart"] else
+        "in logits, and no roles, since the two are not told apart"))
+
+    print("head    direct logit   patched at the end: directly   in all   patched at S2   looks at")
+    effects, dla = result["effects"], result["circuit"].dla.mean(0)
+    size = sum(np.abs(effect) for effect in effects.values())
+    for i in np.argsort(-size, axis=None)[:12]:
+        head = divmod(int(i), study.model.config.n_heads)
+        looks = ", ".join(f"{pair} {weight[head]:.2f}"
+                          for pair, weight in result["attention"].items()
+                          if weight[head] >= LOOKS_AT)
+        print(f"{head[0]}.{head[1]:<4} {dla[head]:+10.2f} {effects['direct'][head]:+26{spec}} "
+              f"{effects['at_end'][head]:+10{spec}} {effects['at_S2'][head]:+13{spec}}   "
+              f"{looks}".rstrip())
+    for role, heads in result["roles"].items():
+        print(f"{role:20} " + (" ".join(f"{layer}.{h}" for layer, h in heads) or "none"))
+    print("whole layers patched at S2: " + "  ".join(
+        f"{layer} {effect:+{spec}}" for layer, effect in enumerate(result["layer_effects"])))
+    reported(study, "name movers 9.9 9.6 10.0, negative 10.7 11.10, S-inhibition 7.3 7.9 8.6 8.10, "
+             "induction 5.5 6.9, duplicate token 0.1 3.0, previous token 2.2 4.11 (Wang et al.)")
+
+    n_right = int((ld > 0).sum())
+    write_json(study.folder / "circuit.json", {
+        "logit_difference": mean_with_ci(ld), "source": mean_with_ci(source_ld),
+        "accuracy": [n_right / len(ld), wilson(n_right, len(ld))], "roles": result["roles"],
+        "attention": {pair: weight.tolist() for pair, weight in result["attention"].items()},
+        "clean_less_source": unit if result["told_apart"] else None,
+        "layers_at_S2_as_share": result["layer_effects"],
+        **{name: mean_with_ci(getattr(result["circuit"], name)) for name in ("dla", *effects)}})
+    plot_effects({"direct logit attribution": dla,
+                  "patched at the end, directly": effects["direct"],
+                  "patched at the end": effects["at_end"],
+                  "patched at S2": effects["at_S2"]}, of_what, study.folder / "heads.png")
+    plot_circuit(result["roles"], effects["at_end"], effects["at_S2"],
+                 study.folder / "circuit.png")
+
+
+def report_saes(ioi, result):
+    """The logit difference through SAEs, and the features it hangs on."""
+    clean = ioi.clean.ld.cpu().numpy()
+    print(f"\nlogit difference with SAEs spliced in (clean {mean_text(clean)})")
+    for name, ld in result["spliced"].items():
+        print(f"{name:12} {mean_text(ld)}, IO above S in {(ld > 0).mean():.1%}")
+    places = {}
+    for place, found in result["places"].items():
+        report_place(place, found)
+        errors = {layer: mean_with_ci(change) for layer, change in found["errors"].items()}
+        places[place] = {"n_removed": found["n_removed"], "features": found["features"],
+                         "error": errors}
+    write_json(ioi.study.folder / "features.json", {
+        "clean": mean_with_ci(clean), "places": places,
+        "spliced": {name: mean_with_ci(ld) for name, ld in result["spliced"].items()}})
+    plot_ablations(places, ioi.study.folder / "features.png")
+
+
+def report_place(place, found):
+    """The features that matter at one place, and what the strongest read."""
+    print(f"\nat {place}: {found['n_removed']:,} removals of one feature; change of the logit "
+          f"difference, mean over all prompts,\nby order of names, and over those where it is "
+          f"active; ranked and measured on the same prompts\nfeature    active in   change"
+          f"                     ABBA    BABA   where active   raises most")
+    for one in found["features"]:
+        change = format_ci(one["effect"], one["effect_ci"], "+.3f")
+        print(f"{one['layer']}.{one['feature']:<8} {one['n_active']:5}      {change}  "
+              f"{one['ABBA']:+6.3f}  {one['BABA']:+6.3f} {one['where_active']:+11.2f}    "
+              f"{one['raises']!r}")
+    for layer, change in found["errors"].items():
+        print(f"SAE error {layer}           {mean_text(change, '+.3f')}")
+    for one in found["features"]:
+        if "reads" not in one:
+            continue
+        print(f"{one['layer']}.{one['feature']} reads, in shares of its activation (number of "
+              f"prompts)")
+        for order, by_role in one["reads"].items():
+            strongest = sorted(by_role.items(), key=lambda item: -abs(item[1]))[:5]
+            shares = "  ".join(f"{role} {share:+.0%}" for role, share in strongest)
+            print(f"  {order} ({one['n_read'][order]})  " + (shares or "never active"))
+            if strongest:
+                writers = "  ".join(f"{writer} at {role} {share:+.0%}"
+                                    for role, writer, share in one["reads_further"][order][:4])
+                print(f"        written by  {writers}")
+
+
+def report_signal(ioi, result):
+    """What z_cat at S2 from other prompts leaves of the logit difference."""
+    study, layers = ioi.study, result["layers"]
+    names = ("clean", "zero", "mean", "zero everywhere")
+    means = ", ".join(f"{name} {result[name][0]:.2f}" for name in names)
+    print(f"\nz_cat of layers {' and '.join(map(str, layers))} at S2 from other prompts; logit "
+          f"difference: {means}\nthe word about as frequent as \" and\" is "
+          f"{result['frequent_word']!r}")
+    print("source                          patched   recovered                   ABBA     BABA   "
+          "over mean   over zero everywhere")
+    for name, r in result["sources"].items():
+        shown = {way: "n/a" if r[way] is None else f"{r[way]:.1%}"
+                 for way in ("ABBA", "BABA", "over mean", "over zero everywhere")}
+        print(f"{name:30} {r['patched']:8.2f}   "
+              f"{format_ci(r['recovered'], r['recovered_ci'], '.1%'):25} {shown['ABBA']:>7}  "
+              f"{shown['BABA']:>7}   {shown['over mean']:>9}   {shown['over zero everywhere']:>20}")
+    reported(study, "layers 5 and 6: other names and filler, order around \" and\" kept: 93% "
+             "recovered; \" alongside\": 43%")
+    if result["side_and_position"]:
+        print(f"\nside of the connector and position of S1, from prompts with other names\n"
+              f"{'':47}recovered")
+        for cell, r in result["side_and_position"].items():
+            print(f"{cell:46} {format_ci(r['recovered'], r['recovered_ci'], '+.1%')}")
+    else:
+        print("side and position: no filler of this vocabulary grows by two tokens; left out")
+    write_json(study.folder / "signal.json", result)
+    plot_signal(result["sources"], layers, study.folder / "signal.png")
+    plot_cells(result["side_and_position"], study.folder / "side_and_position.png")
+
+
+def report_qk(ioi, why):
+    """The strongest pairs behind the name movers' scores."""
+    for head, found in why.items():
+        print(f"\nhead {head} scores IO {found['score']:+.2f} above S1 from the end; at the end x "
+              f"at IO and S1:")
+        for a, b, value in found["pairs"][:8]:
             print(f"{value:+8.3f}   {a}  x  {b}")
-    write_json(study.folder / "qk.json", found)
+    write_json(ioi.study.folder / "qk.json", why)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

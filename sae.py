@@ -1,47 +1,48 @@
 """The sparse autoencoder (SAE) of the paper, section 2, with its gradient worked out by hand.
 
     pre   = (z - b_dec) @ W_enc + b_enc
-    f     = pre * (pre > threshold)                 threshold 0 is ReLU, the paper's; above 0 it is JumpReLU
+    f     = pre where pre > threshold, else 0       threshold 0 is ReLU, the paper's
     z_hat = f @ W_dec + b_dec                       rows of W_dec have unit norm
 
-    loss  = sum_d (z_hat - z)^2 + l1 * sum_i f_i    sums over d_in and d_sae, then the mean over the batch
+    loss  = sum_d (z_hat - z)^2 + l1 * sum_i f_i    the mean over the batch of both
 
-An SAE reads the z_cat of one attention layer, so d_in = D = H*d_head. Here are the two functions, the loss
-with its gradient (`dense_step`, and the same in `sparse_step` at a fraction of the cost), what keeps the
-decoder's rows at unit norm, how dead features are drawn anew, where features are active in text, the edits of
-z_cat that use an SAE, and saving and loading.
+An SAE reads the z_cat of one attention layer, so d_in = D = H*d_head. In this file: the SAE; its
+loss and gradient; what keeps the decoder at unit norm and revives dead features; edits of z_cat
+that use an SAE; loading.
 
-Shapes: B batch (or any leading dimensions), d_in, d_sae; nnz entries (input, feature) of a batch that may be
-active, of which some turn out not to be.
+Shapes: B batch (or any leading dimensions), d_in, d_sae.
 """
 
-import warnings
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data.common import UserError, atomic, fast_bfloat16
-from data.keep import Entries
-from data.sae_files import read_sae, sae_paths
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+from data.errors import UserError
+from data.files import atomic
+from data.sae_files import FOLDED_Z_CAT, Z_CAT, read_sae, sae_paths
 
 
 class SAE(nn.Module):
-    """f = encode(z), z_hat = decode(f). Parameters: W_enc (d_in,d_sae), b_enc (d_sae), W_dec (d_sae,d_in),
-    b_dec (d_in), and the constant threshold (d_sae)."""
+    """f = encode(z), z_hat = decode(f).
+
+    Parameters: W_enc (d_in,d_sae), b_enc (d_sae,), W_dec (d_sae,d_in), b_dec (d_in,), and the
+    constant threshold (d_sae,). `reads` names the input it takes: "z_cat"; for the paper's SAEs
+    "z_cat less value_bias", until `load_saes` shifts them; or what a saved config.json says.
+    """
 
     def __init__(self, d_in, d_sae, generator=None):
         super().__init__()
         W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
-        W_enc = W_dec.T.contiguous()            # fused Adam walks through memory: no transposed view
-        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(torch.zeros(d_sae))
-        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(torch.zeros(d_in))
+        W_enc = W_dec.T.contiguous()    # a copy: a view would tie the two matrices
+        self.W_enc = nn.Parameter(W_enc)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(d_sae))
+        self.reads = Z_CAT
 
     @property
     def d_in(self):
@@ -51,93 +52,74 @@ class SAE(nn.Module):
     def d_sae(self):
         return self.W_dec.shape[0]
 
-    def encode(self, z):                                                # (...,d_in) -> f (...,d_sae)
-        """Feature activations, never negative where threshold >= 0."""
-        pre = (z - self.b_dec) @ self.W_enc + self.b_enc
+    def pre_activations(self, z):               # (...,d_in) -> (...,d_sae)
+        return (z - self.b_dec) @ self.W_enc + self.b_enc
+
+    def activate(self, pre):                    # (...,d_sae) -> (...,d_sae)
+        """Feature activations from pre-activations: ReLU, or JumpReLU where threshold > 0.
+
+        To try another activation function, such as TopK, change this function and nothing else.
+        Each entry of the result has to be that of `pre` or 0. An entry up to its threshold gives 0,
+        and does not influence the others. Inputs come in blocks of any size, so each is treated on
+        its own. A feature counts as active where the result is not 0.
+        """
         return pre * (pre > self.threshold)
 
-    def activation(self, z, features):              # (...,d_in), int or (m,) -> (...) or (...,m)
-        """encode(z) at one feature or a few, for the price of these."""
-        pre = (z - self.b_dec) @ self.W_enc[:, features] + self.b_enc[features]
-        return pre * (pre > self.threshold[features])
+    def encode(self, z):                        # (...,d_in) -> f (...,d_sae)
+        """Feature activations."""
+        return self.activate(self.pre_activations(z))
 
-    def decode(self, f):                                                # (...,d_sae) -> z_hat (...,d_in)
+    def decode(self, f):                        # (...,d_sae) -> z_hat (...,d_in)
         """The reconstruction."""
         return f @ self.W_dec + self.b_dec
 
-    def forward(self, z):                                               # (...,d_in) -> z_hat (...,d_in)
+    def forward(self, z):                       # (...,d_in) -> z_hat (...,d_in)
         return self.decode(self.encode(z))
 
     @torch.no_grad()
     def shift(self, c):
-        """Make an SAE of z - c read z: b_dec += c, in place -> self. See model.value_bias for the c of folded
-        weights."""
+        """Convert an SAE trained on z - c to take z. In place; returns self."""
         self.b_dec += c
         return self
 
     @torch.no_grad()
     def rescale(self, s):
-        """Make an SAE of z / s read z, with features s times as large: biases and threshold times s, in place
-        -> self."""
+        """Convert an SAE trained on z / s to take z; features become s times as large. In place;
+        returns self."""
         self.b_enc *= s
         self.b_dec *= s
         self.threshold *= s
         return self
 
     def save(self, path, dtype=torch.float32):
-        """Write the five tensors to `path` (a .safetensors file) in `dtype`; the same SAE gives the same
+        """Write the five tensors to `path` (a .safetensors file); the same SAE gives the same
         bytes."""
-        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name,
-                   tensor in self.state_dict().items()}
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
         with atomic(path) as temporary:
             save_file(tensors, temporary)
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """Read what `save` wrote, or an SAE that others published, in the formats of data/sae_files.py.
+        """Read what `save` wrote, or an SAE that others published (formats: data/sae_files.py).
 
-        Raises UserError if a file is missing or damaged, or if a tensor is missing, has another shape or is
-        not finite.
+        Its `reads` says what the file was trained on. Raises UserError if a file is missing or
+        damaged, or if a tensor is missing, has another shape or is not finite.
         """
-        tensors = read_sae(path)
-        with torch.device("meta"):
+        tensors, reads = read_sae(path)
+        with torch.device("meta"):              # no memory yet: the tensors take their places
             sae = cls(*tensors["W_enc"].shape)
-        sae.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        sae.load_state_dict(tensors, assign=True)
+        sae.reads = reads
         return sae.requires_grad_(False)
-
-
-def load_all(where, model, layers=None, device="cpu"):
-    """The SAEs of several layers of a model -> {layer: SAE}.
-
-    where: a folder with L<layer>/ in it, as train.py writes (out/tiny); or a published set: "kissane" (the
-    paper's, GPT-2 Small) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about 100). The paper's SAEs, in a
-    folder too, are shifted to read z of plain weights. layers: all that are there if not given. Raises
-    UserError if one is missing or does not fit the model.
-    """
-    model.check_layers(layers or ())
-    d_in, saes = model.config.n_heads * model.config.d_head, {}
-    for layer, path in sae_paths(where, layers, model.config.n_layers).items():
-        saes[layer] = SAE.load(path, device)
-        if saes[layer].d_in != d_in:
-            raise UserError(f"--saes {where}: the SAE of layer {layer} reads {saes[layer].d_in} numbers and "
-                            f"this model's z_cat has {d_in}; they do not belong together.")
-        if path.suffix == ".pt":        # the paper's, trained on z that lacks value_bias
-            saes[layer].shift(model.value_bias(layer).to(device))
-    return saes
-
-
-def check_feature(saes, layer, feature):
-    """Raise UserError where there is no such SAE or feature."""
-    if layer not in saes:
-        raise UserError(f"layer {layer} has no SAE; it has one on layers {', '.join(map(str, saes))}.")
-    if not 0 <= feature < saes[layer].d_sae:
-        raise UserError(f"feature {feature} is out of range: this SAE has features 0 to "
-                        f"{saes[layer].d_sae - 1}.")
 
 
 # ---- the loss and its gradient ----
 #
-# With x = z - b_dec, e = z_hat - z, and every sum over the batch carrying 1/B:
+# With x = z - b_dec, e = z_hat - z, and the loss a mean over the batch (its 1/B is in the first two
+# lines, and the sums over b below are plain):
 #     dL/dz_hat = 2 e / B                      =: g
 #     dL/df     = g @ W_dec^T + l1 / B
 #     dL/dpre   = dL/df where the feature is active, else 0
@@ -146,211 +128,161 @@ def check_feature(saes, layer, feature):
 # b_dec enters twice: it is added to z_hat, and subtracted from z in x.
 
 
-class Step(NamedTuple):
-    """One batch's loss and gradients."""
+class LossAndGradients(NamedTuple):
+    """One batch's loss, mse + l1 * sparsity, and its gradients."""
     mse: Tensor             # sum over d_in, mean over B
-    sparsity: Tensor        # sum_i f_i, mean over B: the loss is mse + l1 * sparsity
-    fired: Tensor           # (d_sae,) int64, inputs on which each feature was active; their sum over B is L0
+    sparsity: Tensor        # sum_i f_i, mean over B
+    fired: Tensor           # (d_sae,) int64, on how many inputs each feature is active
     gradients: dict         # {"W_enc": (d_in,d_sae), "b_enc": ..., "W_dec": ..., "b_dec": ...}
 
 
 @torch.no_grad()
-def dense_step(sae, z, l1):                                             # (B,d_in) -> Step
-    """Loss and gradient by five dense matrix products of B * d_in * d_sae multiplications each."""
-    x = z - sae.b_dec
-    pre = x @ sae.W_enc + sae.b_enc
-    active = pre > sae.threshold
-    f = pre * active
-    e = f @ sae.W_dec + sae.b_dec - z
-    g = 2 * e / len(z)
-    d_pre = (g @ sae.W_dec.T + l1 / len(z)) * active
-    d_b_enc = d_pre.sum(0)
-    gradients = {"W_enc": x.T @ d_pre, "b_enc": d_b_enc, "W_dec": f.T @ g,
-                 "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
-    return Step(e.square().sum() / len(z), f.sum() / len(z), active.sum(0), gradients)
+def dense_step(sae, z, l1):                     # (B,d_in) -> LossAndGradients
+    """Loss and gradient by five matrix products of B * d_in * d_sae multiplications each.
 
-
-@torch.no_grad()
-def sparse_step(sae, z, l1):                                            # (B,d_in) -> Step
-    """The same to float precision, at the price of one low-precision product: the rest touches nnz entries.
-
-    The entries of a batch that may be active are a list, row by row: entry j is feature cols[j] in row
-    rows[j], and the entries of row b begin at crow[b]. Products with such a matrix are weighted sums of a few
-    rows (`embedding_bag`); the values of a dense product at its entries alone are `sampled_addmm`.
+    (On the CPU, sparse.py computes the same to float precision at a fraction of the cost.)
     """
     B = len(z)
-    x = z - sae.b_dec
-    rows, cols, crow, pre = pre_activations(sae, x)
-    active = pre > sae.threshold[cols]
-    f = pre * active                                                    # (nnz,)
-    e = weighted_rows(crow, cols, f, sae.W_dec) + sae.b_dec - z         # (B,d_in)
+    f = sae.encode(z)
+    active = f != 0
+    e = sae.decode(f) - z
+
     g = 2 * e / B
-    d_pre = (product_at(crow, cols, g, sae.W_dec) + l1 / B) * active    # (nnz,)
-
-    order = by_feature(cols, sae.d_sae)                                 # the same entries, feature by feature
-    ccol, rows = starts(cols[order], sae.d_sae), rows[order]
-    d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, cols, d_pre)
-    gradients = {"W_enc": weighted_rows(ccol, rows, d_pre[order], x).T.contiguous(), "b_enc": d_b_enc,
-                 "W_dec": weighted_rows(ccol, rows, f[order], g), "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
-    fired = torch.zeros(sae.d_sae, dtype=torch.int64).index_add_(0, cols, active.long())
-    return Step(e.square().sum() / B, f.sum() / B, fired, gradients)
-
-
-def pre_activations(sae, x):                    # (B,d_in) -> rows, cols (nnz,), crow (B+1,), pre (nnz,)
-    """The pre-activations of all entries that may be active, in float32, as a list row by row."""
-    W = sae.W_enc.T.contiguous()                        # a feature's weights side by side
-    rows, cols = candidates(x, W, sae.b_enc - sae.threshold)
-    crow = starts(rows, len(x))
-    return rows, cols, crow, product_at(crow, cols, x, W) + sae.b_enc[cols]
-
-
-def candidates(x, W, bias):                     # (B,d_in), (d_sae,d_in), (d_sae,) -> rows, cols (nnz,) each
-    """Every entry of x @ W^T + bias that may be above 0, found by a bfloat16 product; some that are not come
-    along.
-
-    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-8 of itself. With x' and w' rounded,
-    x . w is moved by at most |x - x'| |w| + u |x'| |w| (Cauchy-Schwarz), and the float32 sum of d products by
-    another d 2^-24 |x'| |w|. The bias rides along as one more dimension of x and W, and this margin as
-    another, both made larger by what their own rounding can take: where the sum is not above 0, the exact
-    value is not. Processors that only emulate bfloat16 take the product in float32, where u is 2^-24.
-    """
-    kind = torch.bfloat16 if fast_bfloat16(x.device) else torch.float32
-    two_u, rounded, bias = torch.finfo(kind).eps, x.to(kind), bias[:, None]
-    size = lambda rows: rows.norm(dim=1, keepdim=True)
-    margin = size(x - rounded) + (two_u / 2 + (x.shape[1] + 2) * 2.0**-24) * size(x)            # (B,1)
-    left = torch.cat([x, torch.ones_like(margin), (1 + 3 * two_u) * margin], 1)             # (B,d_in+2)
-    right = torch.cat([W, bias + two_u * bias.abs(), size(W)], 1)                           # (d_sae,d_in+2)
-    left, right, found = left.to(kind), right.to(kind).T, []
-    for first in range(0, len(x), 512):         # small enough to be in the cache still when read
-        product = left[first:first + 512] @ right                                             # (512,d_sae)
-        # a number is above 0 if its bits, read as an integer, are; numpy looks much faster than torch
-        bits = product.view(torch.int16 if kind == torch.bfloat16 else torch.int32).numpy()
-        found.append(np.flatnonzero(bits > 0) + first * len(W))
-    rows, cols = np.divmod(np.concatenate([*found, np.empty(0, np.int64)]), len(W))
-    return torch.from_numpy(rows), torch.from_numpy(cols)
-
-
-def starts(ascending, n):                                               # (nnz,) -> (n+1,)
-    """Where in an ascending list of numbers below n the 0s, 1s, ... begin; the last is where the list
-    ends."""
-    return torch.searchsorted(ascending, torch.arange(n + 1))
-
-
-def product_at(crow, cols, x, W):                               # (B,d), (d_sae,d) -> (nnz,)
-    """The entries (row, cols) of x @ W^T, and no others."""
-    where = torch.sparse_csr_tensor(crow, cols, x.new_zeros(len(cols)), (len(x), len(W)),
-                                    check_invariants=False)
-    return torch.sparse.sampled_addmm(where, x, W.T, beta=0).values()
-
-
-def weighted_rows(start, index, weight, table):                 # (n+1,), (nnz,), (nnz,), (m,d) -> (n,d)
-    """Row i is the sum of weight[j] * table[index[j]] over j from start[i] to start[i+1]."""
-    return F.embedding_bag(index, table, start[:-1], per_sample_weights=weight, mode="sum")
-
-
-def by_feature(cols, d_sae):                                            # (nnz,) -> order (nnz,)
-    """The order that puts entries of one feature together, row by row."""
-    short = cols.numpy().astype(np.uint16 if d_sae <= 2**16 else np.int64)      # 16 bits: sorted by radix
-    return torch.from_numpy(np.argsort(short, kind="stable"))
+    d_pre = (g @ sae.W_dec.T + l1 / B) * active
+    d_b_enc = d_pre.sum(0)
+    gradients = {"W_enc": (z - sae.b_dec).T @ d_pre,
+                 "b_enc": d_b_enc,
+                 "W_dec": f.T @ g,
+                 "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
+    return LossAndGradients(e.square().sum() / B, f.sum() / B, active.sum(0), gradients)
 
 
 # ---- what training does besides gradient steps ----
 
 
 @torch.no_grad()
-def project_decoder_gradient(sae, gradient):                            # (d_sae,d_in), in place
-    """Remove from each row of W_dec's gradient the part along that row, which only changes its norm."""
-    gradient.addcmul_(sae.W_dec, torch.einsum("id,id->i", gradient, sae.W_dec)[:, None], value=-1)
+def project_decoder_gradient(sae, gradient):                # (d_sae,d_in), in place
+    """From each gradient row g remove its component along the matching unit row w: g - (g.w) w.
+
+    To first order that component only changes the row's norm, which `normalise_decoder` undoes.
+    Left in, it would enter Adam's second moment and shrink the rest of the step.
+    """
+    along = torch.einsum("id,id->i", gradient, sae.W_dec)
+    gradient.addcmul_(sae.W_dec, along[:, None], value=-1)
 
 
 @torch.no_grad()
 def normalise_decoder(sae):
-    """Bring the rows of W_dec back to unit norm, in place: after the optimiser's step, so that what is saved
-    has unit norm."""
+    """Bring the rows of W_dec back to unit norm, in place. It comes after the optimiser's step, so
+    that what is saved has unit norm."""
     sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 @torch.no_grad()
 def resample(sae, optimizer, dead, z, generator):
-    """Give each dead feature a new direction, taken from an input that is badly reconstructed (Bricken et al.
-    2023), in place.
+    """Give each dead feature a new direction, taken from an input that is badly reconstructed
+    (Bricken et al. 2023), in place.
 
-    dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in) inputs to draw from, with replacement
-    and with probability ~ (squared error)^2. W_dec's row is the input less b_dec, normalised; W_enc's column
-    the same direction at 0.2 times the mean norm of live columns; b_enc is 0. In Adam (`optimizer.state[p]`,
-    for p the parameter), "exp_avg" is 0 and "exp_avg_sq" the element-wise mean over live features. Adam
-    divides the second moment by 1 - beta2^step, with the step of the whole run, so that one begun anew at 0
-    would be far too small and the first update up to 1 / sqrt(1 - beta2) = 100 times the learning rate.
-    generator: for the draw, on the CPU.
+    dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in), inputs to draw from, with
+    replacement and with probability ~ (squared error)^2. The new row of W_dec is the input less
+    b_dec, normalised; the column of W_enc is the same direction at 0.2 times the mean norm of live
+    columns; b_enc is 0. generator: for the draw, on the CPU.
     """
     live = ~dead
     if not dead.any() or not live.any():
         return
-    error = (sae(z) - z).square().sum(-1).cpu().double()
+    error = (sae(z) - z).square().sum(-1).cpu().double()                # (B,)
     drawn = torch.multinomial(error.square(), int(dead.sum()), replacement=True,
-                              generator=generator).to(z.device)
-    direction = F.normalize(z[drawn] - sae.b_dec, dim=-1)
+                              generator=generator)
+    direction = F.normalize(z[drawn.to(z.device)] - sae.b_dec, dim=-1)  # (n_dead,d_in)
     sae.W_dec[dead] = direction
     sae.W_enc[:, dead] = 0.2 * sae.W_enc[:, live].norm(dim=0).mean() * direction.T
     sae.b_enc[dead] = 0.0
-    for parameter, feature_dim in ((sae.W_enc, 1), (sae.W_dec, 0), (sae.b_enc, 0)):
-        state = optimizer.state[parameter]
-        mean = state["exp_avg_sq"].index_select(feature_dim,
-                                                live.nonzero()[:, 0]).mean(feature_dim, keepdim=True)
-        index = (slice(None), dead) if feature_dim == 1 else dead
-        state["exp_avg"][index] = 0.0
-        state["exp_avg_sq"][index] = mean.expand_as(state["exp_avg_sq"][index])
+    reset_adam(optimizer.state[sae.W_dec], dead, feature_dim=0)
+    reset_adam(optimizer.state[sae.W_enc], dead, feature_dim=1)
+    reset_adam(optimizer.state[sae.b_enc], dead, feature_dim=0)
 
 
-# ---- where features are active ----
+def reset_adam(state, dead, feature_dim):
+    """Adam's moments of new features: the first is 0, the second the element-wise mean over live
+    features.
 
-
-@torch.no_grad()
-def active_entries(model, saes, tokens, say=lambda done: None):
-    """Yields (layer, Entries) for blocks of rows, position 0 left out; `row` counts through all of tokens
-    (R,T)."""
-    first = 0
-    for part in tokens.split(32):
-        for layer, z in model.z_cat_at(part, list(saes)).items():
-            row, q, feature, f = active(saes[layer], z[:, 1:])
-            yield layer, Entries(row + first, q + 1, feature, f)
-        first += len(part)
-        say(first)
-
-
-@torch.no_grad()
-def active(sae, z):                                     # (B,T,d_in) -> Entries
-    """encode(z) without its zeros."""
-    T = z.shape[1]
-    z = z.flatten(0, 1).to(sae.b_dec.dtype)
-    if z.device.type == "cpu" and z.dtype == torch.float32:     # no (B*T,d_sae) tensor in float32
-        place, feature, _, f = pre_activations(sae, z - sae.b_dec)
-        over = f > sae.threshold[feature]
-        place, feature, f = place[over], feature[over], f[over]
-    else:
-        encoded = sae.encode(z)
-        place, feature = encoded.nonzero(as_tuple=True)
-        f = encoded[place, feature]
-    return Entries(place // T, place % T, feature, f)
+    Adam divides the second moment by 1 - beta2^step, and step is the whole run's, so that this is
+    nearly 1 by now. A second moment reset to 0 would be far too small: with train.py's betas, 0 and
+    0.9999, the first update would be up to 1 / sqrt(1 - beta2) = 100 times the learning rate.
+    """
+    live = (~dead).nonzero()[:, 0]
+    index = (slice(None), dead) if feature_dim == 1 else dead
+    mean = state["exp_avg_sq"].index_select(feature_dim, live).mean(feature_dim, keepdim=True)
+    state["exp_avg"][index] = 0.0
+    state["exp_avg_sq"][index] = mean.expand_as(state["exp_avg_sq"][index])
 
 
 # ---- edits: functions from z_cat to z_cat, for model(tokens, edit_z={layer: edit}) ----
 
 
 def splice(sae):
-    """The edit that puts the reconstruction in place of z_cat, except at position 0 (BOS), which SAEs do not
-    see. A model in bfloat16 gets its own type back."""
-    return lambda z: torch.cat([z[:, :1], sae(z[:, 1:].to(sae.b_dec.dtype)).to(z.dtype)], 1)
-
-
-def ablate(sae, feature, where):                                        # int or (B,), (B,T) bool
-    """The edit that takes f_i * W_dec[i] out of z_cat where `where` holds, and leaves all else, the SAE's
-    error and z_cat's type included. With a feature for each row of the batch, each row loses its own."""
-    def edit(z):                                                        # (B,T,d_in) -> (B,T,d_in)
-        i = torch.as_tensor(feature, device=z.device).expand(len(z))
-        x = z.to(sae.b_dec.dtype) - sae.b_dec
-        pre = torch.einsum("btd,bd->bt", x, sae.W_enc.T[i]) + sae.b_enc[i, None]
-        f = pre * (pre > sae.threshold[i, None])                        # (B,T)
-        removed = (f[..., None] * sae.W_dec[i, None]).to(z.dtype)
-        return torch.where(where[..., None], z - removed, z)
+    """The edit that puts the reconstruction in place of z_cat, except at position 0 (BOS), which
+    SAEs do not see. A model in bfloat16 gets its own type back."""
+    def edit(z):                                            # (B,T,d_in) -> (B,T,d_in)
+        z_hat = sae(z[:, 1:].to(sae.b_dec.dtype)).to(z.dtype)
+        return torch.cat([z[:, :1], z_hat], 1)
     return edit
+
+
+def ablate(sae, feature, where):
+    """The edit that takes f_i * W_dec[i] out of z_cat where `where` holds. All else stays, the
+    SAE's error and z_cat's type included.
+
+    feature: a number, or one for each row of the batch (B,). where: (B,T) bool.
+    """
+    def edit(z):                                            # (B,T,d_in) -> (B,T,d_in)
+        row, _ = where.nonzero(as_tuple=True)               # (n,) the row of each place
+        of_row = torch.as_tensor(feature, device=z.device).expand(len(z))           # (B,)
+        i = of_row[row]                                     # (n,) what each place loses
+        f = sae.encode(z[where].to(sae.b_dec.dtype))        # (n,d_sae)
+        f_i = f.gather(1, i[:, None])                       # (n,1)
+        edited = z.clone()
+        edited[where] -= (f_i * sae.W_dec[i]).to(z.dtype)
+        return edited
+    return edit
+
+
+# ---- the SAEs of a model ----
+
+
+def load_saes(where, model, layers=None, device="cpu"):
+    """The SAEs of several layers of a model -> {layer: SAE}.
+
+    where: a folder with L<layer>/ in it, as train.py writes (out/tiny); or a published set:
+    "kissane" (the paper's, GPT-2 Small) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about 100).
+    layers: all that are there if not given. SAEs trained on a z_cat without its constant part
+    (model.value_bias), as the paper's were, are shifted to take this model's. Raises UserError if
+    one is missing or does not fit the model.
+    """
+    model.check_layers(layers or ())
+    D = model.config.d_z_cat
+    saes = {}
+    for layer, path in sae_paths(where, layers, model.config.n_layers).items():
+        sae = SAE.load(path, device)
+        if sae.reads not in (Z_CAT, FOLDED_Z_CAT):
+            raise UserError(f"--saes {where}: the SAE of layer {layer} reads {sae.reads}, and "
+                            f"{Z_CAT} is what this program has for it.")
+        if sae.d_in != D:
+            raise UserError(f"--saes {where}: the SAE of layer {layer} reads {sae.d_in} numbers "
+                            f"and this model's z_cat has {D}; they do not belong together.")
+        if sae.reads == FOLDED_Z_CAT:
+            sae.shift(model.value_bias(layer).to(device))
+            sae.reads = Z_CAT
+        saes[layer] = sae
+    return saes
+
+
+def check_feature(saes, layer, feature):
+    """Raise UserError where there is no such SAE or feature."""
+    if layer not in saes:
+        raise UserError(f"layer {layer} has no SAE; it has one on layers "
+                        f"{', '.join(map(str, saes))}.")
+    last = saes[layer].d_sae - 1
+    if not 0 <= feature <= last:
+        raise UserError(f"feature {feature} is out of range: this SAE has features 0 to {last}.")

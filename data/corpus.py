@@ -1,26 +1,27 @@
 """Documents from outside: a text file, a folder of them, an address, or the C4 corpus, streamed.
 
     book.txt        pages of some 3000 characters, cut at line ends: each page is a document
-    posts.jsonl     a JSON object a line, its "text" a document; so .json.gz, C4's way, and .jsonl.gz
+    posts.jsonl     a JSON object a line, its "text" a document; so .json.gz (C4) and .jsonl.gz
     folder/         every such file in it, in order of name
 
-Nothing is skipped in silence: a line that is not such an object, or text that is not UTF-8, is an error that
-names the place. A document is held out if a hash of its text says so (one in 20), so that the two splits are
-the same on every machine, and a document that occurs twice is never in both.
+Nothing is skipped in silence: a line that is not such an object, or text that is not UTF-8, is an
+error that names the place. A document is held out if a hash of its text says so (one in 20), so
+that the two splits are the same on every machine, and a document that occurs twice is never in
+both.
 """
 
 import contextlib
 import gzip
 import hashlib
 import io
-import itertools
 import os
 import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from data import hub
-from data.common import UserError, parse_json
+from data.errors import UserError
+from data.files import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".json.gz", ".jsonl.gz", ".txt.gz")
 C4 = "{}/datasets/allenai/c4/resolve/main/en/c4-{}.{:05d}-of-{:05d}.json.gz"
@@ -29,24 +30,30 @@ HELD_OUT = 20               # one document in 20 is held out
 
 
 def documents(corpus, split):
-    """The documents of `corpus` ("c4", a file, a folder or an address) in `split` ("train" or "held-out").
+    """The documents of `corpus` ("c4", a file, a folder or an address) in `split` ("train" or
+    "held-out").
 
-    C4 has a split of its own, published as validation. Raises UserError for a corpus that is not there, holds
-    no file that can be read, or is damaged.
+    C4 has a split of its own, published as validation. Raises UserError for a corpus that is not
+    there, holds no file that can be read, or is damaged.
     """
     if corpus == "c4":
         name, n_files = ("train", 1024) if split == "train" else ("validation", 8)
         for number in range(n_files):
-            yield from _read(C4.format(hub.endpoint(), name, number, n_files))
-    else:
-        for document in itertools.chain.from_iterable(map(_read, _sources(corpus))):
-            digest = hashlib.sha256(document.encode("utf8", "replace")).digest()
-            held_out = int.from_bytes(digest[:4], "big") < 2**32 // HELD_OUT
-            if held_out == (split == "held-out"):
+            yield from read_documents(C4.format(hub.endpoint(), name, number, n_files))
+        return
+    for source in sources(corpus):
+        for document in read_documents(source):
+            if is_held_out(document) == (split == "held-out"):
                 yield document
 
 
-def _sources(corpus):
+def is_held_out(document):
+    """Whether a document is one of those held out, by a hash of its text."""
+    digest = hashlib.sha256(document.encode("utf8", "replace")).digest()
+    return int.from_bytes(digest[:4], "big") < 2**32 // HELD_OUT
+
+
+def sources(corpus):
     """The files or the address that `corpus` names."""
     if "://" in corpus:
         return [corpus]
@@ -54,46 +61,59 @@ def _sources(corpus):
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     readable = [str(file) for file in files if file.name.endswith(SUFFIXES)]
     if not path.exists():
-        raise UserError(f"--corpus {corpus} is not there; give python, c4, a file, a folder or an address.")
+        raise UserError(f"--corpus {corpus} is not there; give python, c4, a file, a folder or an "
+                        f"address.")
     if not readable:
-        raise UserError(f"--corpus {corpus} is not, or does not hold, a file of {' '.join(SUFFIXES)}.")
+        raise UserError(f"--corpus {corpus} is not, or does not hold, a file of "
+                        f"{' '.join(SUFFIXES)}.")
     if len(readable) < len(files):
-        print(f"reading {len(readable)} of the {len(files)} files in {corpus}: those of {' '.join(SUFFIXES)}")
+        print(f"reading {len(readable)} of the {len(files)} files in {corpus}: those of "
+              f"{' '.join(SUFFIXES)}")
     return readable
 
 
-def _read(source):
+def read_documents(source):
     """The documents of one file or address."""
     path = urlsplit(source).path if "://" in source else source
     if not path.endswith(SUFFIXES):
         raise UserError(f"--corpus {source} does not end in one of {' '.join(SUFFIXES)}.")
-    number = 0
+    line_number = 0
     try:
-        with contextlib.ExitStack() as stack:
-            raw = stack.enter_context(hub.open_url(source) if "://" in source else open(source, "rb"))
-            if raw is None:
-                raise UserError(f"--corpus {source} is not there (HTTP 404); check the address.")
-            if path.endswith(".gz"):
-                raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
-            lines = io.TextIOWrapper(raw, encoding="utf8")
+        with opened(source, path) as lines:
             if ".json" in os.path.basename(path):
-                for number, line in enumerate(lines, start=1):
+                for line_number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield _text_of(line)
+                        yield text_of_json(line)
             else:
                 yield from pages(lines)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"--corpus {source} is damaged or cut short ({error}); fetch it again.") from error
+        raise UserError(f"--corpus {source} is damaged or cut short ({error}); fetch it again."
+                        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"--corpus {source} is not UTF-8 text ({error}); convert it.") from error
     except ValueError as error:
-        raise UserError(f"--corpus {source}, line {number}: {error}; each line should be a JSON object with "
-                        f"a string \"text\".") from error
+        raise UserError(f"--corpus {source}, line {line_number}: {error}; each line should be a "
+                        f"JSON object with a string \"text\".") from error
     except OSError as error:
         raise UserError(f"--corpus {source} cannot be read ({error.strerror or error}).") from error
 
 
-def _text_of(line):
+@contextlib.contextmanager
+def opened(source, path):
+    """A file or address as lines of text, unpacked if it is packed."""
+    with contextlib.ExitStack() as stack:
+        if "://" in source:
+            raw = stack.enter_context(hub.open_url(source))
+        else:
+            raw = stack.enter_context(open(source, "rb"))
+        if raw is None:
+            raise UserError(f"--corpus {source} is not there (HTTP 404); check the address.")
+        if path.endswith(".gz"):
+            raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
+        yield io.TextIOWrapper(raw, encoding="utf8")
+
+
+def text_of_json(line):
     value = parse_json(line)
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError("there is no such text")
@@ -102,12 +122,14 @@ def _text_of(line):
 
 def pages(lines):
     """Lines joined to pages of about PAGE characters."""
-    page, size = [], 0
+    page = []
+    size = 0
     for line in lines:
         page.append(line)
         size += len(line)
         if size >= PAGE:
             yield "".join(page)
-            page, size = [], 0
+            page = []
+            size = 0
     if page:
         yield "".join(page)

@@ -1,8 +1,10 @@
-"""Pages to open in a browser, from file://, with nothing fetched from elsewhere: a template and its data.
+"""Pages to open in a browser, from file://, with nothing fetched from elsewhere: a template and its
+data.
 
-The dashboards are one page, index.html, with the table of all features in it, and files L<layer>/<number>.js
-with 64 features each, which the page loads when one of them is opened: thousands of features cost no more
-than those that are looked at.
+The dashboards are one page, index.html, with the table of all features in it, and files
+L<layer>/<number>.js with 64 features each, which the page loads when one of them is opened:
+thousands of features cost no more than those that are looked at. heads.js, which heads.py writes,
+is loaded in the same way.
 """
 
 import json
@@ -10,76 +12,129 @@ from pathlib import Path
 
 import torch
 
-from data.common import atomic
+from data.files import write_text
 
-CHUNK = 64
+CHUNK = 64                  # features in a file
+
+
+def to_json(content):
+    return json.dumps(content, allow_nan=False, separators=(",", ":"))
+
+
+def rounded(value):
+    """Floats with five significant digits, so that a page stays small."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return value
 
 
 def fill(template, content, path):
-    """Write data/<template> to `path` with `content`, plain lists and numbers, where it says __DATA__."""
+    """Write data/<template> to `path` with `content`, plain lists and numbers, where it says
+    __DATA__."""
     page = (Path(__file__).parent / template).read_text(encoding="utf8")
-    content = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    with atomic(path) as temporary:
-        # inside a script element only "<" could end it
-        temporary.write_text(page.replace("__DATA__", content.replace("<", "\\u003c")), encoding="utf8")
+    # inside a script element only "<" could end it
+    write_text(path, page.replace("__DATA__", to_json(content).replace("<", "\\u003c")))
 
 
-def write_features(folder, layer, tokens, kept, top, spread, records, before):
-    """The files of one layer. tokens (R,T); kept: what data.keep collected; top, spread: what features.py
-    shows of these places, `before` tokens before each; records: the features in plain numbers."""
-    lists = [examples(tokens, entries, shown, kept.largest, before, sources) for entries, shown, sources in
-             ((kept.top, top, True), (kept.spread, spread, False))]
-    H = top.total.shape[1]
-    dfa = torch.zeros(len(kept.n), H).index_add_(0, kept.top.feature, top.total / kept.top.f[:, None])
-    dfa /= torch.bincount(kept.top.feature, minlength=len(kept.n)).clamp_min(1)[:, None]
+def write_script(path, function, *arguments):
+    """A script that hands its data to a function of the page that loads it."""
+    write_text(path, f"{function}({','.join(map(to_json, arguments))});\n")
+
+
+# ---- the dashboards of one layer's features ----
+
+
+def write_features(folder, layer, tokens, of_layer, records, n_before):
+    """The files of one layer.
+
+    tokens (R,T); of_layer: a features.LayerCollection, with `n_before` tokens before each place;
+    records: the features in plain numbers.
+    """
+    collected = of_layer.collected
+    top = examples(tokens, collected.top, of_layer.top, collected.largest, n_before, True)
+    spread = examples(tokens, collected.spread, of_layer.spread, collected.largest, n_before, False)
+    dfa = dfa_shares(collected, of_layer.top)
+    n_tokens = tokens[:, 1:].numel()
     chunks = {}
-    for r in records:
-        i, tenths = r["feature"], {}
-        for e in lists[1].get(i, []):
-            tenths.setdefault(min(int(10 * e[2] / r["largest"]), 9), []).append(e)
+    for record in records:
+        i = record["feature"]
         chunks.setdefault(i // CHUNK, {})[i] = {
-            **{name: r[name] for name in ("family", "evidence", "cut", "replaced", "raises", "lowers")},
-            "facts": f"Active at {r['n']:,} places of {tokens[:, 1:].numel():,} ({r['frequency']:.2%}); "
-                     f"activation {r['mean']:.3g} on average where active, {r['largest']:.3g} at most.",
-            "explorer": f'to take it apart in a prompt: python attribution.py "..." --feature {layer}.{i}',
-            "weights": r["head_weights"], "dfa": [round(x, 3) for x in dfa[i].tolist()],
-            "counts": kept.counts[i, :int(kept.counts[i].nonzero().max()) + 1].tolist(),
-            "width": float(kept.width[i]), "top": lists[0][i],
-            "tenths": [[f"{10 * t} to {10 * t + 10}% of the largest", tenths[t]]
-                       for t in sorted(tenths, reverse=True)]}
+            **{name: record[name] for name in ("family", "after_copy", "chance", "X", "X_share",
+                                               "context_kept", "raises", "lowers")},
+            "facts": f"Active at {record['n']:,} places of {n_tokens:,} "
+                     f"({record['frequency']:.2%}); activation {record['mean']:.3g} on average "
+                     f"where active, {record['largest']:.3g} at most.",
+            "explorer": f'to take it apart in a prompt: python attribution.py "..." --feature '
+                        f'{layer}.{i}',
+            "weights": record["head_weights"],
+            "dfa": [round(share, 3) for share in dfa[i].tolist()],
+            "counts": collected.counts[i].tolist(),
+            "top": top[i],
+            "tenths": by_tenth(spread.get(i, []), record["largest"])}
     for number, chunk in chunks.items():
-        content = json.dumps(chunk, allow_nan=False, separators=(",", ":"))
-        with atomic(folder / f"L{layer}" / f"{number}.js") as temporary:
-            temporary.write_text(f"receive({layer},{number},{content});\n", encoding="utf8")
+        write_script(folder / f"L{layer}" / f"{number}.js", "receive", layer, number, chunk)
 
 
-def examples(tokens, entries, shown, largest, before, with_sources):    # -> {feature: [example, ...]}
+def dfa_shares(collected, shown):                           # -> (d_sae,H)
+    """Each head's part of a feature's strongest activations: a ratio of sums."""
+    feature = collected.top.feature
+    d_sae = len(collected.n)
+    total = torch.zeros(d_sae).index_add_(0, feature, collected.top.f)
+    by_head = torch.zeros(d_sae, shown.total.shape[1]).index_add_(0, feature, shown.total)
+    return by_head / total.clamp_min(1e-30)[:, None]
+
+
+def by_tenth(spread, largest):                              # -> [[title, examples], ...]
+    """Examples under the tenth of the feature's range that they come from, the highest first."""
+    tenths = {}
+    for example in spread:
+        tenths.setdefault(min(int(10 * example["f"] / largest), 9), []).append(example)
+    return [[f"{10 * tenth} to {10 * tenth + 10}% of the largest", tenths[tenth]]
+            for tenth in sorted(tenths, reverse=True)]
+
+
+def examples(tokens, entries, shown, largest, n_before, with_sources):  # -> {feature: [dict, ...]}
     """Places as the page reads them, in the order of entries.
 
-    An example is [row, q, f, first position, token ids, activations, sources, DFA by head, copies].
-    Activations are in hundredths of the feature's largest, -1 at BOS; sources are [k, ids around k, DFA by
-    head], those of a hundredth of f or more; DFA is in thousandths of f. Places with the same text up to q
-    are shown once, and copies counts the others.
+    Each has its row and position q; f; the position of the first token shown, `ids`; `shades`,
+    activations in hundredths of the feature's largest, -1 at BOS; and, with_sources, the DFA by
+    head in thousandths of f: `total`, and `sources` with the ids around k, for those of a hundredth
+    of f or more. Places with the same text up to q are shown once; `copies` counts the others.
     """
-    lists, seen, T = {}, {}, tokens.shape[1]
-    thousandths = lambda x: (1000 * x / entries.f.view(-1, *[1] * (x.dim() - 1))).round().long().tolist()
+    T = tokens.shape[1]
     shades = 100 * shown.window.float() / largest[entries.feature, None]
     shades = shades.nan_to_num(-1).round().long().tolist()
-    by_head, total = (thousandths(x) for x in (shown.by_head, shown.total)) if with_sources else (None, None)
+    f = entries.f[:, None]
+    total = (1000 * shown.total / f).round().long().tolist()
+    by_head = (1000 * shown.by_head / f[:, None]).round().long().tolist()
     sources = shown.sources.tolist()
-    for n, (row, q, feature, f) in enumerate(zip(*(column.tolist() for column in entries))):
-        first, text = max(q - before, 0), tokens[row].tolist()
-        skip = first - (q - before)
-        ids = text[first:first + len(shades[n]) - skip]
-        key = (feature, *ids[:q - first + 1])
-        if key in seen:
-            seen[key][8] += 1
+
+    lists = {}
+    seen = {}
+    columns = (column.tolist() for column in entries)
+    for n, (row, q, feature, activation) in enumerate(zip(*columns)):
+        text = tokens[row].tolist()
+        first = max(q - n_before, 0)
+        n_missing = first - (q - n_before)                  # the window begins before the row
+        shades_here = shades[n][n_missing:]
+        ids = text[first:first + len(shades_here)]
+        text_up_to_q = (feature, *ids[:q - first + 1])
+        if text_up_to_q in seen:
+            seen[text_up_to_q]["copies"] += 1
             continue
-        example = [row, q, float(f"{f:.4g}"), first, ids, shades[n][skip:skip + len(ids)], [], [], 0]
+        example = {"row": row, "q": q, "f": float(f"{activation:.4g}"), "first": first, "ids": ids,
+                   "shades": shades_here[:len(ids)], "sources": [], "total": [], "copies": 0}
         if with_sources:
-            example[7] = total[n]
-            example[6] = [[k, [text[k - 1] if k else -1, text[k], text[k + 1] if k + 1 < T else -1], dfa]
-                          for k, dfa in zip(sources[n], by_head[n]) if k >= 0 and abs(sum(dfa)) >= 10]
-        seen[key] = example
+            example["total"] = total[n]
+            for k, dfa in zip(sources[n], by_head[n]):
+                if k >= 0 and abs(sum(dfa)) >= 10:
+                    around = [text[k - 1] if k > 0 else -1, text[k],
+                              text[k + 1] if k + 1 < T else -1]
+                    example["sources"].append({"k": k, "around": around, "dfa": dfa})
+        seen[text_up_to_q] = example
         lists.setdefault(feature, []).append(example)
     return lists

@@ -1,16 +1,16 @@
 """SAEs on disk: our own files, and those that others have published, all turned into one form.
 
-    pre = (z - b_dec) @ W_enc + b_enc,   f = pre * (pre > threshold),   z_hat = f @ W_dec + b_dec
+    pre = (z - b_dec) @ W_enc + b_enc,   f = pre where pre > threshold,   z_hat = f @ W_dec + b_dec
 
-    file                                from                        what is converted
-    *.safetensors                       this project                nothing
-    *.pt, with *_cfg.json beside it     the paper's GPT-2 SAEs      threshold 0
-    *.npz                               Gemma Scope (JumpReLU)      z without b_dec: b_enc += b_dec @ W_enc
-    cfg.json, sae_weights.safetensors   SAELens                     the same if so configured; a scale of z
+    file                                from                     what is converted
+    *.safetensors                       this project             nothing
+    *.pt, with *_cfg.json beside it     the paper's GPT-2 SAEs   threshold 0
+    *.npz                               Gemma Scope (JumpReLU)   b_enc += b_dec @ W_enc
+    cfg.json, sae_weights.safetensors   SAELens                  the same if configured; scale of z
 
-A published SAE may have been trained on another z than model.py's: where LayerNorm and value biases were
-folded into the weights, z lacks model.value_bias(layer), and `sae.shift(model.value_bias(layer))` makes the
-SAE read ours (the paper's own SAEs: sae.load_all does it).
+A file also says what its SAE was trained on: z_cat, or a z_cat without its constant part. Where
+LayerNorm and value biases were folded into the model's weights, as for the paper's SAEs, z lacks
+model.value_bias(layer); `sae.shift(model.value_bias(layer))` makes such an SAE read ours.
 """
 
 import re
@@ -21,33 +21,41 @@ import torch
 from safetensors.torch import save_file
 
 from data import hub
-from data.common import UserError, atomic, read_json, run_folder, write_json
-from data.layout import check_options
+from data.errors import UserError
+from data.files import atomic, read_json, run_folder, write_json
+from data.hf_config import check_options
 from data.weights import TINY, read_tensors
 
+Z_CAT = "z_cat"                                 # what an SAE of this project reads
+FOLDED_Z_CAT = "z_cat less value_bias"          # what the paper's read
 NAMES = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
 
-# Published repositories: (repository on the hub, {layer: file}).
-_KISSANE = ["1.80e+00_ds24576_bs4096_dc1.00e-06 v9", "8.00e-01_ds24576_bs4096_dc1.00e-06 v5",
-            "1.00e+00_ds24576_bs4096_dc1.00e-06 v4", "9.00e-01_ds24576_bs4096_dc1.00e-06 v9",
-            "1.10e+00_ds24576_bs4096_dc1.00e-06 v7", "1.00e+00_ds49152_bs4096_dc1.00e-06 v9",
-            "1.10e+00_ds24576_bs4096_dc1.00e-06 v9", "1.10e+00_ds49152_bs4096_dc1.00e-06 v9",
-            "1.30e+00_ds24576_bs4096_dc1.00e-05 v6", "1.20e+00_ds24576_bs4096_dc1.00e-06 v9",
-            "1.30e+00_ds24576_bs4096_dc1.00e-05 v9", "3.00e+00_ds24576_bs4096_dc3.16e-06 v9"]
-_GEMMA_SCOPE_L0 = [104, 79, 93, 117, 116, 135, 61, 99, 129, 127, 70, 80, 85, 92, 71, 98, 71, 79, 72, 122, 62,
-                   65, 106, 73, 96, 77]
-PUBLISHED = {
-    "kissane": ("ckkissane/attn-saes-gpt2-small-all-layers", {
-        layer: f"gpt2-small_L{layer}_Hcat_z_lr1.20e-03_l1{name.replace(' ', '_rsanthropic_rie25000_nr4_')}.pt"
-        for layer, name in enumerate(_KISSANE)}),
-    "gemma-scope": ("google/gemma-scope-2b-pt-att", {
-        layer: f"layer_{layer}/width_16k/average_l0_{l0}/params.npz"
-        for layer, l0 in enumerate(_GEMMA_SCOPE_L0)}),
-}
+# Published sets: (repository on the hub, {layer: file}).
+_KISSANE_RUNS = [
+    "1.80e+00_ds24576_bs4096_dc1.00e-06 v9", "8.00e-01_ds24576_bs4096_dc1.00e-06 v5",
+    "1.00e+00_ds24576_bs4096_dc1.00e-06 v4", "9.00e-01_ds24576_bs4096_dc1.00e-06 v9",
+    "1.10e+00_ds24576_bs4096_dc1.00e-06 v7", "1.00e+00_ds49152_bs4096_dc1.00e-06 v9",
+    "1.10e+00_ds24576_bs4096_dc1.00e-06 v9", "1.10e+00_ds49152_bs4096_dc1.00e-06 v9",
+    "1.30e+00_ds24576_bs4096_dc1.00e-05 v6", "1.20e+00_ds24576_bs4096_dc1.00e-06 v9",
+    "1.30e+00_ds24576_bs4096_dc1.00e-05 v9", "3.00e+00_ds24576_bs4096_dc3.16e-06 v9"]
+_KISSANE_FILES = {
+    layer: f"gpt2-small_L{layer}_Hcat_z_lr1.20e-03_l1"
+           f"{run.replace(' ', '_rsanthropic_rie25000_nr4_')}.pt"
+    for layer, run in enumerate(_KISSANE_RUNS)}
+_GEMMA_SCOPE_L0 = [104, 79, 93, 117, 116, 135, 61, 99, 129, 127, 70, 80, 85, 92, 71, 98, 71, 79, 72,
+                   122, 62, 65, 106, 73, 96, 77]
+_GEMMA_SCOPE_FILES = {layer: f"layer_{layer}/width_16k/average_l0_{l0}/params.npz"
+                      for layer, l0 in enumerate(_GEMMA_SCOPE_L0)}
+PUBLISHED = {"kissane": ("ckkissane/attn-saes-gpt2-small-all-layers", _KISSANE_FILES),
+             "gemma-scope": ("google/gemma-scope-2b-pt-att", _GEMMA_SCOPE_FILES)}
+
+
+# ---- where they are ----
 
 
 def find_saes(saes, out, model):
-    """Where a study's SAEs are: what --saes says, else the run in --out, else, for tiny, those that ship."""
+    """Where a study's SAEs are: what --saes says, else the run in --out, else, for tiny, those that
+    ship."""
     run = run_folder(out, model)
     if saes:
         return saes
@@ -55,173 +63,209 @@ def find_saes(saes, out, model):
         return run
     if model == "tiny":
         return TINY
-    raise UserError(f"there are no SAEs of {model} in {run}; train some with python train.py --model "
-                    f"{model}, or name others with --saes.")
+    raise UserError(f"there are no SAEs of {model} in {run}; train some with python train.py "
+                    f"--model {model}, or name others with --saes.")
 
 
 def sae_paths(where, layers, n_layers):
-    """{layer: its SAE's file or SAELens folder}, of a folder with L0/, L1/ ... or of a published set (fetched
-    if need be).
+    """{layer: its SAE's file or SAELens folder}, of a folder with L0/, L1/ ... or of a published
+    set (fetched if need be).
 
-    layers: those wanted; none for all there are. Raises UserError if one is missing, or if a published set is
-    of a model with another number of layers.
+    layers: those wanted; none for all there are. Raises UserError if one is missing, or if a
+    published set is of a model with another number of layers.
     """
     repo, files = PUBLISHED.get(str(where), (None, {}))
-    if repo and len(files) != n_layers:
+    if repo is None:
+        folders = {layer: Path(where) / f"L{layer}" for layer in range(n_layers)}
+        files = {layer: folder for layer, folder in folders.items() if folder.is_dir()}
+    elif len(files) != n_layers:
         raise UserError(f"--saes {where} is of a model with {len(files)} layers, and this one has "
                         f"{n_layers}.")
-    if repo is None:
-        files = {layer: Path(where) / f"L{layer}" for layer in range(n_layers)
-                 if (Path(where) / f"L{layer}").is_dir()}
     wanted = list(layers or [layer for layer in files if layer < n_layers])
-    if missing := [layer for layer in wanted if layer not in files]:
+    missing = [layer for layer in wanted if layer not in files]
+    if missing:
         raise UserError(f"--saes {where} has no SAE of layer {missing[0]}; it has: "
                         f"{', '.join(map(str, files)) or 'none'}.")
     if not wanted:
-        raise UserError(f"--saes {where} has no SAEs of this model; give a folder with L0/, L1/ ..., as "
-                        f"train.py writes it, or one of: {', '.join(PUBLISHED)}.")
+        raise UserError(f"--saes {where} has no SAEs of this model; give a folder with L0/, L1/ "
+                        f"..., as train.py writes it, or one of: {', '.join(PUBLISHED)}.")
     if repo is None:
         return {layer: sae_file(files[layer]) for layer in wanted}
-    paths = {layer: hub.cached(repo, files[layer]) or hub.fetch(repo, files[layer]) for layer in wanted}
+    paths = {}
+    for layer in wanted:
+        paths[layer] = hub.cached(repo, files[layer]) or hub.fetch(repo, files[layer])
     if None in paths.values():
-        raise UserError(f"{repo} on the hub has no longer all of its files; fetch what it has into a folder "
-                        f"with L0/, L1/ ..., and name that.")
+        raise UserError(f"{repo} on the hub has no longer all of its files; fetch what it has into "
+                        "a folder with L0/, L1/ ..., and name that.")
     return paths
 
 
 def sae_file(path):
-    """What a path means: itself if it is a file or a SAELens folder, else the SAE's file in that folder."""
+    """What a path means: itself if it is a file or a SAELens folder, else the SAE's file in that
+    folder."""
     path = Path(path)
     if not path.is_dir() or (path / "cfg.json").is_file():
         return path
-    fetched = [*sorted(path.glob("*.npz")), *sorted(path.glob("*.pt"))]
     own = path / "sae.safetensors"
-    return fetched[0] if fetched and not own.is_file() else own
+    published = [*sorted(path.glob("*.npz")), *sorted(path.glob("*.pt"))]
+    return published[0] if published and not own.is_file() else own
 
 
-def read_sae(path):
-    """The five tensors of an SAE in any of these formats, float32, shapes and values checked.
+# ---- reading ----
 
-    Raises UserError if a file is missing, damaged, has an option that our form lacks, or numbers that are not
-    finite. Nothing is unpickled with code execution.
+
+def read_sae(path):                                         # -> {name: tensor}, what it reads
+    """The five tensors of an SAE in any of these formats, float32, shapes and values checked; and
+    what it was trained on, Z_CAT or FOLDED_Z_CAT, or what config.json beside our own file says.
+
+    Raises UserError if a file is missing, damaged, has an option that our form lacks, or numbers
+    that are not finite. Nothing is unpickled with code execution.
     """
     path = sae_file(path)
     if not path.exists():
-        raise UserError(f"there is no SAE at {path}; train one with python train.py, or name another place "
-                        f"with --saes.")
+        raise UserError(f"there is no SAE at {path}; train one with python train.py, or name "
+                        "another place with --saes.")
     if path.is_dir():
-        return _saelens(path)
-    read = {".safetensors": _own, ".npz": _gemma_scope, ".pt": _kissane}.get(path.suffix)
-    if read is None:
+        return read_saelens(path)
+    readers = {".safetensors": read_own, ".npz": read_gemma_scope, ".pt": read_kissane}
+    if path.suffix not in readers:
         raise UserError(f"{path} is not an SAE: .safetensors, .pt, .npz or a SAELens folder.")
-    return read(path)
+    return readers[path.suffix](path)
 
 
-def _own(path):
+def read_own(path):
+    """What `SAE.save` wrote. In float16, rows of W_dec get their unit norm back, which rounding
+    took."""
     stored = dict(read_tensors(path))
-    tensors = _checked(stored, NAMES, path)
+    tensors = checked(stored, NAMES, path)
     norms = tensors["W_dec"].norm(dim=-1, keepdim=True)
     if stored["W_dec"].dtype == torch.float16 and (norms - 1).abs().max() < 1e-2:
-        tensors["W_dec"] /= norms       # float16 has rounded rows of unit norm
-    return tensors
+        tensors["W_dec"] /= norms
+    config = path.with_name("config.json")
+    reads = read_json(config).get("reads", Z_CAT) if config.is_file() else Z_CAT
+    return tensors, reads
 
 
-def _kissane(path):
+def read_kissane(path):
+    """The paper's file, a torch archive, without running what is in it."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # so many kinds does a damaged archive raise
-        raise UserError(f"{path} cannot be read ({_first_line(error)}); fetch it again.") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again.") from error
+    tensors = checked(tensors, NAMES - {"threshold"}, path)
     config = path.with_name(path.stem + "_cfg.json")
-    tensors = _checked(tensors, NAMES - {"threshold"}, path)
     if config.is_file():
         d_sae, d_in = tensors["W_dec"].shape
         check_options(read_json(config), {"act_size": [d_in], "dict_size": [d_sae]}, config)
-    return tensors
+    return tensors, FOLDED_Z_CAT
 
 
-def _gemma_scope(path):
+def read_gemma_scope(path):
+    """f = relu(pre) * (pre > threshold) with pre = z @ W_enc + b_enc: b_dec is not subtracted."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             tensors = {name: torch.from_numpy(archive[name]) for name in archive.files}
-    except Exception as error:      # so many kinds does a damaged archive raise, SyntaxError among them
-        raise UserError(f"{path} cannot be read ({_first_line(error)}); fetch it again.") from error
-    tensors = _checked(tensors, NAMES, path)
-    tensors["threshold"].clamp_(min=0)      # f = relu(pre) * (pre > threshold), pre = z @ W_enc + b_enc
+    except Exception as error:      # so many kinds does a damaged archive raise
+        raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again.") from error
+    tensors = checked(tensors, NAMES, path)
+    tensors["threshold"].clamp_(min=0)
     tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
-    return tensors
+    return tensors, Z_CAT
 
 
-def _first_line(error):
-    return str(error).splitlines()[0] if str(error) else repr(error)
-
-
-def _saelens(folder):
+def read_saelens(folder):
+    """A SAELens folder of the plain or the JumpReLU kind, on hook_z of plain weights."""
     config = folder / "cfg.json"
-    raw = read_json(config)
-    check_options(raw, {
-        "architecture": ["standard", "jumprelu"], "activation_fn": ["relu"], "activation_fn_str": ["relu"],
+    settings = read_json(config)
+    check_options(settings, {
+        "architecture": ["standard", "jumprelu"],
+        "activation_fn": ["relu"], "activation_fn_str": ["relu"],
         "normalize_activations": ["none", None, False, "expected_average_only_in"],
-        "apply_b_dec_to_input": [True, False], "finetuning_scaling_factor": [False],
-        "reshape_activations": ["none", "hook_z"], "hook_head_index": [None]}, config)
-    about = raw | (raw["metadata"] if isinstance(raw.get("metadata"), dict) else {})
-    if not re.fullmatch(r"blocks\.\d+\.attn\.hook_z", str(about.get("hook_name", "blocks.0.attn.hook_z"))):
-        raise UserError(f"{config}: hook_name {about['hook_name']!r} is not supported, only blocks.<layer>."
-                        f"attn.hook_z: this SAE does not read z_cat.")
-    weights = about.get("model_from_pretrained_kwargs")
-    if isinstance(weights, dict):
-        check_options(weights, {"fold_ln": [False], "fold_value_biases": [False]}, config)
-    names = NAMES if raw.get("architecture") == "jumprelu" else NAMES - {"threshold"}
-    tensors = _checked(dict(read_tensors(folder / "sae_weights.safetensors")), names, folder)
-    tensors["threshold"].clamp_(min=0)      # their f = relu(pre) * (pre > threshold)
-    if not raw.get("apply_b_dec_to_input", True):
+        "apply_b_dec_to_input": [True, False],
+        "finetuning_scaling_factor": [False],
+        "reshape_activations": ["none", "hook_z"],
+        "hook_head_index": [None]}, config)
+    check_hook(settings, config)
+    is_jumprelu = settings.get("architecture") == "jumprelu"
+    names = NAMES if is_jumprelu else NAMES - {"threshold"}
+    tensors = checked(dict(read_tensors(folder / "sae_weights.safetensors")), names, folder)
+    tensors["threshold"].clamp_(min=0)              # their f = relu(pre) * (pre > threshold)
+    if not settings.get("apply_b_dec_to_input", True):
         tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
-    if raw.get("normalize_activations") == "expected_average_only_in":
+    if settings.get("normalize_activations") == "expected_average_only_in":
         factor = read_json(folder / "activation_scaler.json").get("scaling_factor")
         if type(factor) not in (int, float) or not 0 < factor < float("inf"):
             raise UserError(f"{folder}: normalize_activations expected_average_only_in needs a "
                             f"scaling_factor in activation_scaler.json.")
-        for name in ("b_enc", "b_dec", "threshold"):    # it read factor * z: then f is factor times ours
+        for name in ("b_enc", "b_dec", "threshold"):        # its features were factor times ours
             tensors[name] = tensors[name] / factor
-    return tensors
+    return tensors, Z_CAT
 
 
-def _checked(tensors, names, path):
-    """The tensors as float32, with a threshold of 0 if there is none. Raises UserError if they are not
-    `names`, do not fit each other, or are not finite."""
-    right = isinstance(tensors, dict) and tensors.keys() == names
-    if not right or not all(isinstance(one, torch.Tensor) for one in tensors.values()) \
+def check_hook(settings, config):
+    """Raise UserError if a SAELens SAE reads another site than z, or z of folded weights."""
+    metadata = settings.get("metadata")
+    settings = settings | (metadata if isinstance(metadata, dict) else {})
+    hook = str(settings.get("hook_name", "blocks.0.attn.hook_z"))
+    if not re.fullmatch(r"blocks\.\d+\.attn\.hook_z", hook):
+        raise UserError(f"{config}: hook_name {hook!r} is not supported, only blocks.<layer>.attn."
+                        f"hook_z: this SAE does not read z_cat.")
+    weights = settings.get("model_from_pretrained_kwargs")
+    if isinstance(weights, dict):
+        check_options(weights, {"fold_ln": [False], "fold_value_biases": [False]}, config)
+
+
+def checked(tensors, names, path):
+    """The tensors as float32, with a threshold of 0 if there is none. Raises UserError if they are
+    not `names`, do not fit each other, or are not finite."""
+    is_dict = isinstance(tensors, dict)
+    if not is_dict or tensors.keys() != names \
+            or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()) \
             or tensors["W_dec"].dim() != 2:
-        found = sorted(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
-        raise UserError(f"{path} is not an SAE of this kind: it has {found}, and {sorted(names)} are needed.")
+        present = sorted(map(str, tensors)) if is_dict else type(tensors).__name__
+        raise UserError(f"{path} is not an SAE of this kind: it has {present}, and {sorted(names)} "
+                        f"are needed.")
     d_sae, d_in = tensors["W_dec"].shape
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,),
               "threshold": (d_sae,)}
     for name, tensor in tensors.items():
-        if tensor.shape != shapes[name] or not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, {shapes[name]} is needed, of "
-                            f"finite numbers.")
+        if tensor.shape != shapes[name] or not tensor.is_floating_point() \
+                or not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, {shapes[name]} is "
+                            f"needed, of finite numbers.")
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     return {"threshold": torch.zeros(d_sae)} | copies
+
+
+def first_line(error):
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
+# ---- writing for others ----
 
 
 def write_saelens(tensors, folder, model_name, layer, n_ctx):
     """Write an SAE's five tensors (its state_dict) as a SAELens folder.
 
-    It reads z of the model's plain weights, which its cfg.json says as SAELens does (no folding at load): for
-    a TransformerLens model with folded LayerNorm and value biases, shift(-model.value_bias(layer)) first.
+    It reads z of the model's plain weights, which its cfg.json says as SAELens does (no folding at
+    load): for a TransformerLens model with folded LayerNorm and value biases,
+    shift(-model.value_bias(layer)) first.
     """
-    jump = bool((tensors["threshold"] != 0).any())
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()
-               if jump or name != "threshold"}
-    d_sae, d_in = tensors["W_dec"].shape
+    is_jumprelu = bool((tensors["threshold"] != 0).any())
+    stored = {}
+    for name, tensor in tensors.items():
+        if is_jumprelu or name != "threshold":
+            stored[name] = tensor.detach().to("cpu", torch.float32).contiguous()
+    d_sae, d_in = stored["W_dec"].shape
     with atomic(Path(folder) / "sae_weights.safetensors") as temporary:
-        save_file(tensors, temporary)
-    plain = {"fold_ln": False, "fold_value_biases": False, "center_writing_weights": False,
-             "center_unembed": False}
+        save_file(stored, temporary)
+    plain_weights = {"fold_ln": False, "fold_value_biases": False, "center_writing_weights": False,
+                     "center_unembed": False}
     write_json(Path(folder) / "cfg.json", {
-        "architecture": "jumprelu" if jump else "standard", "d_in": d_in, "d_sae": d_sae, "dtype": "float32",
-        "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
+        "architecture": "jumprelu" if is_jumprelu else "standard",
+        "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": True, "normalize_activations": "none",
         "reshape_activations": "hook_z",
         "metadata": {"model_name": model_name, "hook_name": f"blocks.{layer}.attn.hook_z",
                      "hook_head_index": None, "prepend_bos": True, "context_size": n_ctx,
-                     "model_from_pretrained_kwargs": plain, "sae_lens_version": "6.0.0"}})
+                     "model_from_pretrained_kwargs": plain_weights, "sae_lens_version": "6.0.0"}})

@@ -1,17 +1,17 @@
-"""Short English stories from a grammar, so that a small model has names, indirect objects and repeated nouns
-to learn.
+"""Short English stories from a grammar, so that a small model has names, indirect objects and
+repeated nouns to learn.
 
 A *giving sentence* is one indirect-object sentence, cut into parts that are drawn separately:
 
     When Mary and John went to the store   ,        John   gave     a drink   to  Mary .
     `---------- scene -----------------´  between  giver   verb     object        receiver
 
-A *form* is a pair (between, verb): what stands between the two mentions of the giver, and how the thing is
-given. Some forms are never used in training, whatever the scene, so that `held_out_prompts` asks for a
-combination that was not seen: every form with a verb of `HELD_OUT_VERBS` (never a giving verb in training),
-the forms that `is_held_out` picks among the rest, and the form (", ", "gave") of the paper's own example. The
-names of `HELD_OUT_NAMES` occur in ordinary stories only, where people talk, wave and listen to each other,
-never in a giving sentence.
+A *form* is a pair (between, verb): what stands between the two mentions of the giver, and how the
+thing is given. Some forms are never used in training, whatever the scene, so that
+`held_out_prompts` asks for a combination that was not seen: every form with a verb of
+`HELD_OUT_VERBS` (never a giving verb in training), the forms that `is_held_out` picks among the
+rest, and the form (", ", "gave") of the paper's own example. The names of `HELD_OUT_NAMES` occur in
+ordinary stories only, where people talk, wave and listen to each other, never in a giving sentence.
 
 Everything is a pure function of the `random.Random` passed in.
 """
@@ -26,7 +26,8 @@ def _split(text):
     return text.replace("\n", "|").split("|")
 
 
-# Names of people. Each is one token, with its leading space, in the vocabulary trained on these stories.
+# Names of people. Each is one token, with its leading space, in the vocabulary trained on these
+# stories.
 NAMES = """Adam Alice Amy Andrew Anna Ben Beth Carl Carol Chris Claire Clara Dan Daniel Dave David
 Diana Ed Ella Emily Emma Eric Eva Frank Fred George Grace Greg Hannah Harry Helen Henry Ian Ivan
 Jack James Jane Jason Jenny Jill Joe Josh Kate Kevin Kim Laura Leo Lily Linda Lisa Lucy Luke Maria
@@ -53,7 +54,8 @@ TIMES = "morning afternoon evening night summer winter spring day weekend".split
 # How the two names of a scene are joined, with the share of each in percent.
 CONNECTORS = {"{a} and {b}": 60, "{a} with {b}": 14, "{a} or {b}": 12, "{a}, {b}": 14}
 
-# What the two did. An opener such as "When" makes the scene a clause, and no opener makes it a sentence.
+# What the two did. An opener such as "When" makes the scene a clause, and no opener makes it a
+# sentence.
 OPENERS = "When After While Once As Because Since".split() + ["As soon as", "The day", "Before", "Until"]
 STARTS = ["Then ", "One {time}, ", "Yesterday ", "Last {time}, ", "Today ", "Later that {time}, ", "Once ",
           "At last ", "So ", "Afterwards "]
@@ -69,8 +71,8 @@ hid behind the {place}|stood in front of the {place}|walked home from the {place
 were {feeling} at the {place}|had an argument|finished the work|ate together|were alone
 closed the {place}|woke up|were both {feeling}|came home""")
 
-# What stands between the scene and the giver: after a clause it starts with a comma, after a sentence with a
-# full stop. It ends in a space, so that the giver's name follows.
+# What stands between the scene and the giver: after a clause it starts with a comma, after a
+# sentence with a full stop. It ends in a space, so that the giver's name follows.
 BETWEEN_CLAUSES = [part.rstrip() + " " for part in _split(""", |, after a while |, in the {time}
 , as always, |, for some reason |, of course, |, without a word, |, in the end
 , because it was {adjective}, |, with a smile, |, at once |, as a joke, |, just before dinner,
@@ -143,9 +145,9 @@ TOGETHER = _split("""{a} and {b} were friends.|{a} met {b} at the {place}.|{a} s
 {a} or {b} had to go home.|{a} plus {b} made two.|{a} walked alongside {b}.|{b} ran after {a}.""")
 
 
-class Prompt(NamedTuple):
-    """One indirect-object question. `text` ends right before " " + receiver; `order` is the order of names:
-    ABBA when the giver is named second."""
+class GivingPrompt(NamedTuple):
+    """One indirect-object question. `text` ends right before " " + receiver; `order` is the order
+    of names: ABBA when the giver is named second."""
     text: str
     receiver: str
     giver: str
@@ -154,14 +156,16 @@ class Prompt(NamedTuple):
 
 
 def is_held_out(between, verb):
-    """Whether no training story ever puts this text between the names together with this way of giving."""
+    """Whether no training story ever puts this text between the names together with this way of
+    giving."""
     if verb in HELD_OUT_VERBS or (between, verb) == (", ", "gave"):
         return True
     return hashlib.sha256(f"{between}|{verb}".encode()).digest()[0] < 26     # one form in ten
 
 
 def story(rng):
-    """One story of a few sentences: two in three have one to three giving sentences, the others are ordinary.
+    """One story of a few sentences: two in three have one to three giving sentences, the others are
+    ordinary.
     """
     if rng.random() < 2 / 3:
         a, b = rng.sample(NAMES, 2)
@@ -180,8 +184,8 @@ def story(rng):
 
 
 def giving_sentence(rng, a, b):
-    """A giving sentence between a and b, in a form that is not held out; one in twelve has a receiver who is
-    not named."""
+    """A giving sentence between a and b, in a form that is not held out; one in twelve has a
+    receiver who is not named."""
     while True:
         scene, between, verb = _draw_form(rng, VERBS)
         if not is_held_out(between, verb):
@@ -194,8 +198,8 @@ def giving_sentence(rng, a, b):
 
 
 def meeting_sentence(rng, a, b):
-    """An ordinary sentence in the frame of a giving sentence: 'When Mary and John met at the store, John
-    waved to Mary.'"""
+    """An ordinary sentence in the frame of a giving sentence: 'When Mary and John met at the store,
+    John waved to Mary.'"""
     scene, between, _ = _draw_form(rng, VERBS)
     first, second = rng.sample((a, b), 2)
     before = _join(rng, scene, a, b) + between
@@ -204,8 +208,8 @@ def meeting_sentence(rng, a, b):
 
 
 def held_out_prompts(n, seed=0):
-    """n prompts in held-out forms with held-out names, ABBA and BABA in turn; every second one has a verb
-    never trained."""
+    """n prompts in held-out forms with held-out names, ABBA and BABA in turn; every second one has
+    a verb never trained."""
     rng, prompts = random.Random(f"held-out prompts {seed}"), []
     while len(prompts) < n:
         scene, between, verb = _draw_form(rng, HELD_OUT_VERBS if len(prompts) % 4 < 2 else VERBS)
@@ -216,7 +220,7 @@ def held_out_prompts(n, seed=0):
         receiver, giver = (first, second) if order == "ABBA" else (second, first)
         text = scene.replace("{names}", f"{first} and "
                              f"{second}") + between + giver + " " + _give(rng, verb) + " to"
-        prompts.append(Prompt(_fill(rng, text), receiver, giver, order, (between, verb)))
+        prompts.append(GivingPrompt(_fill(rng, text), receiver, giver, order, (between, verb)))
     return prompts
 
 

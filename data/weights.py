@@ -1,4 +1,5 @@
-"""Finding a model's files, and reading safetensors into a module with every name and shape checked."""
+"""Finding a model's files, and reading safetensors into a module with every name and shape
+checked."""
 
 import struct
 from pathlib import Path
@@ -7,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data import hub
-from data.common import UserError, read_json
+from data.errors import UserError
+from data.files import read_json
 
 TINY = Path(__file__).parent / "tiny"
 PUBLISHED = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
@@ -18,7 +20,8 @@ PUBLISHED = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/g
 
 
 def local_folder(name_or_dir):
-    """The directory of a model that is here, "tiny" among them; None for a published name and for nothing.
+    """The directory of a model that is here, "tiny" among them; None for a published name and for
+    nothing.
 
     A directory that happens to have a published name counts only if it holds a model.
     """
@@ -31,16 +34,17 @@ def local_folder(name_or_dir):
 def find(name_or_dir, *filenames):
     """The path of the first of these files that a model has; None if it has none of them.
 
-    name_or_dir: "tiny" (shipped), a directory, or a published name, whose files are read from the Hugging
-    Face cache or fetched into it. Raises UserError for an unknown model and for a fetch that fails.
+    name_or_dir: "tiny" (shipped), a directory, or a published name, whose files are read from the
+    Hugging Face cache or fetched into it. Raises UserError for an unknown model and for a fetch
+    that fails.
     """
     if folder := local_folder(name_or_dir):
         return next((folder / name for name in filenames if (folder / name).is_file()), None)
     if name_or_dir not in PUBLISHED:
-        raise UserError(f"--model {name_or_dir} is unknown; give a directory in Hugging Face layout, or one "
-                        f"of: tiny, {', '.join(PUBLISHED)}.")
+        raise UserError(f"--model {name_or_dir} is unknown; give a directory in Hugging Face "
+                        f"layout, or one of: tiny, {', '.join(PUBLISHED)}.")
     repo = PUBLISHED[name_or_dir]
-    for look in (hub.cached, hub.fetch):        # all in the cache first: what is there needs no network
+    for look in (hub.cached, hub.fetch):        # the cache first: it needs no network
         for name in filenames:
             if path := look(repo, name):
                 return path
@@ -51,17 +55,17 @@ def find_config(name_or_dir):
     """The path of a model's config.json."""
     path = find(name_or_dir, "config.json")
     if path is None:
-        raise UserError(f"--model {name_or_dir}: there is no {name_or_dir}/config.json; give \"tiny\", a "
-                        f"published name, or a directory in Hugging Face layout.")
+        raise UserError(f"--model {name_or_dir}: there is no {name_or_dir}/config.json; give "
+                        "\"tiny\", a published name, or a directory in Hugging Face layout.")
     return path
 
 
 def read_tensors(path):
-    """(name, tensor) for every tensor of a safetensors file, one at a time. Raises UserError if the file is
-    damaged.
+    """(name, tensor) for every tensor of a safetensors file, one at a time. Raises UserError if the
+    file is damaged.
 
-    Tensors are views of the mapped file, which is opened anew for each, so that pages read for one do not
-    stay in memory with the next.
+    Tensors are views of the mapped file, which is opened anew for each, so that pages read for one
+    do not stay in memory with the next.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -75,42 +79,44 @@ def read_tensors(path):
 
 
 def load_into(model, name_or_dir, layout, device, dtype):
-    """Fill a module made on the meta device from a model's safetensors, one file or many, tensor by tensor.
+    """Fill a module made on the meta device from a model's safetensors, one file or many, tensor by
+    tensor.
 
-    layout: a data.layout.Layout. Raises UserError if a file or a tensor is missing, unknown or of another
-    shape; then the module is not to be used.
+    layout: a data.hf_config.Layout. Raises UserError if a file or a tensor is missing, unknown or
+    of another shape; then the module is not to be used.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {}
-    for path in _weight_files(name_or_dir):
+    loaded = {}
+    for path in weight_files(name_or_dir):
         for theirs, tensor in read_tensors(path):
             ours = layout.rename(theirs)
             if ours is None:
                 continue
             if ours not in expected:
-                raise UserError(f"{path}: tensor {theirs} is not part of this model; config.json and the "
-                                f"weights do not belong together.")
+                raise UserError(f"{path}: tensor {theirs} is not part of this model; config.json "
+                                "and the weights do not belong together.")
             if ours.endswith(layout.transposed):
                 tensor = tensor.T
             if not tensor.is_floating_point():
-                raise UserError(f"{path}: tensor {theirs} holds {tensor.dtype}, and floating-point numbers "
-                                f"are needed.")
+                raise UserError(f"{path}: tensor {theirs} holds {tensor.dtype}, and floating-point "
+                                "numbers are needed.")
             if tuple(tensor.shape) != expected[ours]:
-                raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, and config.json "
-                                f"asks for {expected[ours]}.")
-            found[ours] = torch.empty(expected[ours], dtype=dtype, device=device).copy_(tensor)
-    missing = sorted(expected.keys() - found.keys())
+                raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, and "
+                                f"config.json asks for {expected[ours]}.")
+            loaded[ours] = torch.empty(expected[ours], dtype=dtype, device=device).copy_(tensor)
+    missing = sorted(expected.keys() - loaded.keys())
     if missing:
-        raise UserError(f"--model {name_or_dir}: {len(missing)} tensors are missing from the weights, the "
-                        f"first is {missing[0]}; fetch the files again.")
-    model.load_state_dict(found, assign=True)
+        raise UserError(f"--model {name_or_dir}: {len(missing)} tensors are missing from the "
+                        f"weights, the first is {missing[0]}; fetch the files again.")
+    model.load_state_dict(loaded, assign=True)
 
 
-def _weight_files(name_or_dir):
+def weight_files(name_or_dir):
     """model.safetensors, or all the shards that model.safetensors.index.json names."""
     path = find(name_or_dir, "model.safetensors", "model.safetensors.index.json")
     if path is None:
-        raise UserError(f"--model {name_or_dir} has no model.safetensors; fetch the model's weights into it.")
+        raise UserError(f"--model {name_or_dir} has no model.safetensors; fetch the model's "
+                        "weights into it.")
     if path.suffix == ".safetensors":
         return [path]
     shards = read_json(path).get("weight_map")
@@ -119,5 +125,6 @@ def _weight_files(name_or_dir):
         raise UserError(f"{path} names no weights; fetch it again.")
     files = {name: find(name_or_dir, name) for name in sorted(set(shards.values()))}
     if missing := [name for name, file in files.items() if file is None]:
-        raise UserError(f"--model {name_or_dir}: {missing[0]} is missing, which {path} names; fetch it.")
+        raise UserError(f"--model {name_or_dir}: {missing[0]} is missing, which {path} names; "
+                        "fetch it.")
     return list(files.values())

@@ -1,13 +1,15 @@
 """Fixtures: small random models written by transformers, which are the reference for ours."""
 
-import sys
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:                     # several at once: a thread each is fastest
+    os.environ.setdefault("OMP_NUM_THREADS", "1")           # here, and in what the tests start
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 GPT2_SHAPES = {
     "small": dict(n_layer=3, n_head=4, n_embd=32, vocab_size=101, n_positions=40),
@@ -74,11 +76,11 @@ def pair(request, tmp_path_factory):
     import model
     folder, (write, shape) = tmp_path_factory.mktemp("model"), SHAPES[request.param]
     theirs = write(folder, **shape)
-    return model.load(folder), theirs
+    return model.load_model(folder), theirs
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """The shipped model."""
     import model
-    return model.load("tiny")
+    return model.load_model("tiny")

@@ -23,8 +23,8 @@ import data
 import model as models
 import sae as S
 import train as T
-from data.common import UserError
-from data.layout import read_config
+from data.errors import UserError
+from data.hf_config import read_config
 from data.weights import TINY
 
 SECONDS = 20            # what takes longer hangs: each of these takes a few milliseconds
@@ -86,11 +86,11 @@ def folder(tmp_path_factory):
     (folder / "c4.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "posts.jsonl").write_text(lines)
 
-    learner = T.new_learner(8, 24, 0.1, 1e-3)
+    learner = T.make_learner(8, 24, 0.1, 1e-3)
     learner.l0 = 24.0
-    T.learn(learner, torch.randn(64, 8, generator=random), 0, CHECKPOINTED, 0)
+    T.train_step(learner, torch.randn(64, 8, generator=random), 0, CHECKPOINTED)
     (folder / "run").mkdir()
-    T.save_checkpoint(folder / "run", CHECKPOINTED, 1, {0: learner})
+    T.save(folder / "run", CHECKPOINTED, 1, {0: learner})
     return folder
 
 
@@ -101,14 +101,14 @@ CHECKPOINTED = T.TrainConfig(n_tokens=10_000, batch_size=64)
 
 
 def load_model(path):
-    model = models.load(path.parent)
+    model = models.load_model(path.parent)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was never filled"
     logits, cache = model(torch.tensor([[0, 1, 2]]), keep=(0,))
     assert logits.shape == (1, 3, model.config.d_vocab) and cache[0].z_cat.shape[:2] == (1, 3)
 
 
 def load_tokenizer(path):
-    tokenizer = data.tokenizer(path.parent)
+    tokenizer = data.load_tokenizer(path.parent)
     assert tokenizer.decode(tokenizer.encode("def f(x):")) == "def f(x):"
 
 
@@ -124,14 +124,14 @@ def load_kissane(path):
 
 
 def load_text(path):
-    found = list(data.rows(str(path), data.tokenizer("tiny"), "train", 32, 64))
+    found = list(data.rows(str(path), data.load_tokenizer("tiny"), "train", 32, 64))
     return torch.cat(found).tolist()
 
 
 def load_checkpoint(path):
-    learners = {0: T.new_learner(8, 24, 0.1, 1e-3)}
-    step = T.load_checkpoint(path.parent, CHECKPOINTED, learners)
-    T.learn(learners[0], torch.zeros(64, 8), step, CHECKPOINTED, 0)
+    learners = {0: T.make_learner(8, 24, 0.1, 1e-3)}
+    step = T.resume(learners, CHECKPOINTED, path.parent)
+    T.train_step(learners[0], torch.zeros(64, 8), step, CHECKPOINTED)
 
 
 BYTES = {"model/config.json": load_model, "model/model.safetensors": load_model,

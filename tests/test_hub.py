@@ -14,7 +14,7 @@ import data
 import model as models
 from conftest import GEMMA_SHAPES, GPT2_SHAPES, random_gemma, random_gpt2
 from data import hub
-from data.common import UserError
+from data.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -110,11 +110,11 @@ TOKENS = torch.arange(20)[None]
 
 def test_a_published_model_is_fetched_once_and_then_read_without_network(gpt2, tmp_path, monkeypatch):
     server, cdn, cache = gpt2
-    expected = models.load(tmp_path / "gpt2")(TOKENS)[0]
-    assert torch.equal(models.load("gpt2")(TOKENS)[0], expected)
+    expected = models.load_model(tmp_path / "gpt2")(TOKENS)[0]
+    assert torch.equal(models.load_model("gpt2")(TOKENS)[0], expected)
     assert files(cache) == ["config.json", "main", "model.safetensors"]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")             # nobody is there
-    assert torch.equal(models.load("gpt2")(TOKENS)[0], expected)
+    assert torch.equal(models.load_model("gpt2")(TOKENS)[0], expected)
 
 
 def test_sharded_weights_are_fetched_by_their_index(gpt2, tmp_path):
@@ -123,7 +123,7 @@ def test_sharded_weights_are_fetched_by_their_index(gpt2, tmp_path):
     theirs.save_pretrained(tmp_path / "gemma", max_shard_size="100KB")
     server.repos["google/gemma-2-2b"] = cdn.repos["google/gemma-2-2b"] = tmp_path / "gemma"
     with torch.no_grad():
-        assert (models.load("gemma-2-2b")(TOKENS)[0] - theirs(TOKENS).logits).abs().max() < 1e-4
+        assert (models.load_model("gemma-2-2b")(TOKENS)[0] - theirs(TOKENS).logits).abs().max() < 1e-4
     assert sum("model-0" in name for name in files(cache)) > 1, "this test should be of several shards"
 
 
@@ -143,7 +143,7 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(gpt2, monkeypatch):
     server, cdn, cache = gpt2
     server.faults["moves"] = True
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    models.load("gpt2")
+    models.load_model("gpt2")
     assert {token for _, token in server.seen} == {"Bearer hf_secret"}
     assert any(path.startswith("moved/") for path, _ in server.seen), "no redirect inside the hub was seen"
     assert cdn.seen and {token for _, token in cdn.seen} == {None}, "the token followed to another host"
@@ -169,35 +169,35 @@ def test_what_goes_wrong_is_one_sentence_and_leaves_nothing_behind(gpt2, where, 
     server, cdn, cache = gpt2
     (server if where == "hub" else cdn).faults.update(fault)
     with pytest.raises(UserError) as error:
-        models.load("gpt2")
+        models.load_model("gpt2")
     assert all(word in str(error.value) for word in words), str(error.value)
     assert set(files(cache)) <= ({"config.json", "main"} if where == "cdn" else set()), \
         "a partial file has a final name, or a temporary one was left"
     (server if where == "hub" else cdn).faults.clear()
-    models.load("gpt2")
+    models.load_model("gpt2")
 
 
 def test_no_network_is_one_sentence(gpt2, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="127.0.0.1:9.*cannot be reached.*hf download openai-community/gpt2"):
-        models.load("gpt2")
+        models.load_model("gpt2")
     for address in ("nonsense", "http://[x", "file:///etc", "http://"):
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(UserError, match="not an address|cannot be reached"):
-            models.load("gpt2")
+            models.load_model("gpt2")
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(gpt2, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="HF_HOME"):
-        models.load("gpt2")
+        models.load_model("gpt2")
 
 
 def test_a_corpus_is_streamed_from_an_address(gpt2, tmp_path):
     server, cdn, cache = gpt2
     (tmp_path / "gpt2" / "book.txt").write_text("It was a dark and stormy night. " * 400)
-    tokenizer = data.tokenizer("tiny")
+    tokenizer = data.load_tokenizer("tiny")
     rows = torch.cat(list(data.rows(f"{server.url}/openai-community/gpt2/resolve/main/book.txt", tokenizer)))
     assert rows.shape[1] == 128 and "stormy night" in tokenizer.decode(rows[0])
     with pytest.raises(UserError, match="404"):
@@ -215,7 +215,7 @@ def test_c4_is_streamed_file_by_file(gpt2, tmp_path):
             for _ in range(130):
                 file.write(json.dumps({"text": f"{name} " * 400, "url": "x"}) + "\n")
     server.cdn, server.repos["datasets/allenai/c4"] = None, tmp_path / "c4"
-    tokenizer = data.tokenizer("tiny")
+    tokenizer = data.load_tokenizer("tiny")
     stream = data.rows("c4", tokenizer, "train", n=4)
     text = ""
     with pytest.raises(UserError, match="c4-train.00002-of-01024.*404"):

@@ -13,6 +13,8 @@ import induction as I
 import model as models
 import sae as S
 from conftest import ROOT
+from data.strongest import Entries
+from data.tokens import fuzzy_classes
 
 
 class Words:
@@ -26,14 +28,6 @@ class Words:
 
 
 # ---- which tokens match ----
-
-
-def test_tokens_match_up_to_one_leading_space_and_case():
-    words = ["cat", " cat", " Cat", "CAT", "  cat", "\ufffd", " \ufffd", " ", "", "dog", "<bos>"]
-    table = I.fuzzy(Words(words)).tolist()
-    assert table[0] == table[1] == table[2] == table[3], "one leading space and case make no difference"
-    assert len({table[i] for i in (0, 4, 5, 6, 7, 8, 9)}) == 7, "two spaces, a lone one, broken bytes differ"
-    assert table[10] == -1, "BOS matches nothing"
 
 
 def test_prefix_lengths_by_hand():
@@ -66,18 +60,18 @@ def test_prefix_lengths_agree_with_a_loop():
 
 def test_the_proxy_by_hand():
     words = ["sk", " board", " Sk", "ate", " sk", "<bos>"]
-    table = I.fuzzy(Words(words))
+    table = fuzzy_classes(Words(words))
     tokens = torch.tensor([[5, 0, 1, 3, 2, 3, 4, 0]])                   # BOS sk board ate Sk ate _sk sk
     board = lambda q: bool(I.followed_by(tokens, table[tokens], torch.tensor([0]), torch.tensor([q]),
                                          torch.tensor([1])))
     assert [board(q) for q in range(8)] == [False, False, False, False, True, False, True, True]
-    everywhere = I.proxy_everywhere(tokens, table[tokens], 1)
+    everywhere = I.followed_everywhere(tokens, table[tokens], 1)
     assert everywhere.tolist() == [[False, False, False, True, False, True, True]]
 
 
 def test_the_token_that_comes_by_following_itself():
     tokens = torch.tensor([[9, 3, 3, 3]])
-    assert I.proxy_everywhere(tokens, tokens, 3).tolist() == [[False, True, True]], "k = q counts"
+    assert I.followed_everywhere(tokens, tokens, 3).tolist() == [[False, True, True]], "k = q counts"
 
 
 # ---- a hand-wired transformer ----
@@ -208,7 +202,7 @@ def test_examples_have_one_key_room_before_it_and_copies_that_do_not_overlap():
 def test_a_replaced_token_matches_nothing_in_its_row():
     tokens = text_with_prefixes(5)
     examples = I.find_examples(tokens, TABLE[tokens])
-    rows = I.replaced(tokens, TABLE, examples, -2, torch.Generator().manual_seed(0))
+    rows = I.with_token_replaced(tokens, TABLE, examples, -2, torch.Generator().manual_seed(0))
     at = torch.arange(len(rows))
     assert ((rows != tokens[examples.row]).sum(1) == 1).all()
     new = rows[at, examples.k - 2]
@@ -242,7 +236,7 @@ def wired_sae():
 
 
 def test_wired_induction_features_are_found_named_and_matter(model, monkeypatch):
-    monkeypatch.setattr(I, "N_ACTIVE", 4)
+    monkeypatch.setattr(I, "MIN_ACTIVE", 4)
     tokens = I.random_rows(model, BOS, TABLE, 400, torch.Generator().manual_seed(3))
     tokens[:, 25:29] = tokens[:, 5:9]
     sae = wired_sae()
@@ -253,7 +247,7 @@ def test_wired_induction_features_are_found_named_and_matter(model, monkeypatch)
         assert one["share"] == pytest.approx(1, abs=1e-6)
     one = found[0]
     X = one["X"]
-    d, = I.details(model, {1: sae}, [(1, X, X)], tokens, TABLE[tokens])
+    d, = I.features_on_text(model, {1: sae}, [(1, X, X)], tokens, TABLE[tokens])
     assert I.precision_and_recall(d)[0]["precision"] == 1.0
     assert I.precision_and_recall(d)[0]["recall"] > 0.95
     after = I.downstream(model, sae, 1, X, X, tokens, d)
@@ -272,7 +266,7 @@ class OneHot:
 
     def z_cat_at(self, tokens, layers):
         here = torch.nn.functional.one_hot(tokens, 12).float()
-        follows = torch.nn.functional.pad(I.proxy_everywhere(tokens, tokens, 0), (1, 0))
+        follows = torch.nn.functional.pad(I.followed_everywhere(tokens, tokens, 0), (1, 0))
         return {layer: torch.cat([here, follows[..., None].float()], -1) for layer in layers}
 
 
@@ -288,21 +282,21 @@ def test_a_feature_of_the_current_token_is_no_induction_feature():
     naming, every = tokens[:100], torch.arange(1, 11)
     f = sae.encode(OneHot().z_cat_at(naming, [0])[0][:, 1:])
     row, q, feature = f.nonzero(as_tuple=True)
-    entries = S.Entries(row, q + 1, feature, f[row, q, feature])
+    entries = Entries(row, q + 1, feature, f[row, q, feature])
     names = I.name_next(naming, classes[:100], entries, 13)
     assert names[12] == 0 and (names[1:11] == 0).all() and names[11] == -1
-    shares = I.tally(OneHot(), {0: sae}, tokens, classes, {0: names})[0]
+    shares = I.sum_where_followed(OneHot(), {0: sae}, tokens, classes, {0: names})[0]
     expected = I.expected_share(OneHot(), sae, 0, tokens, classes, every, names[every], tokens, classes)
     torch.testing.assert_close(expected.double(), (shares.hit / shares.mass)[every], rtol=1e-4, atol=1e-6)
     found, _, _ = I.find_features(OneHot(), {0: sae}, tokens, classes)
-    assert (shares.n[1:11] > I.N_ACTIVE).all() and (shares.hit / shares.mass)[1:11].max() > I.SHARE
+    assert (shares.n[1:11] > I.MIN_ACTIVE).all() and (shares.hit / shares.mass)[1:11].max() > I.MIN_SHARE
     assert [one["feature"] for one in found] == [12], "the proxy is one, the current token alone is not"
     assert found[0]["share"] == 1.0
 
 
 def test_a_feature_is_named_after_the_token_with_the_most_activation():
     tokens = torch.tensor([[9, 1, 4, 1, 5, 1], [9, 2, 6, 2, 0, 0]])
-    entries = S.Entries(torch.tensor([0, 0, 1, 1]), torch.tensor([3, 5, 3, 1]), torch.tensor([0, 0, 0, 1]),
+    entries = Entries(torch.tensor([0, 0, 1, 1]), torch.tensor([3, 5, 3, 1]), torch.tensor([0, 0, 0, 1]),
                         torch.tensor([1.0, 1.0, 1.5, 3.0]))
     # feature 0: after an earlier 1 came 4 (from both 1s: 2.0) and 5 (1.0); after an earlier 2 came 6 (1.5)
     assert I.name_next(tokens, tokens, entries, 3).tolist() == [4, -1, -1]
@@ -320,7 +314,7 @@ def test_the_program_writes_tables_json_and_figures(tmp_path):
                "data/tiny", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny" / "induction"
-    for name in ("heads", "prefix", "intervention", "prefix_lengths"):
+    for name in ("heads", "prefix", "intervention"):
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
     prefix = json.loads((folder / "prefix.json").read_text())
     assert np.array(prefix["attention"]).shape == (10, 4, 4) and prefix["n_sequences"] == 6
@@ -332,7 +326,7 @@ def test_the_program_writes_tables_json_and_figures(tmp_path):
 def test_places_show_the_token_at_which_the_feature_is_active():
     words = [" a", " b", " c", " d", "<bos>"]
     tokens = torch.tensor([[4, 0, 1, 0, 2, 3, 3]])
-    d = I.Detail(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]), torch.tensor([[False, False, True, False, True]]),
+    d = I.OnText(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]), torch.tensor([[False, False, True, False, True]]),
                  torch.zeros(1, 5, dtype=torch.bool))
     shown = I.show_places(d, tokens, Words(words))
     texts = {kind: [place["text"] for place in places] for kind, places in shown.items()}

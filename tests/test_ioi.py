@@ -14,7 +14,7 @@ import data
 import ioi
 import sae as S
 from conftest import ROOT, random_gpt2
-from data.common import UserError
+from data.errors import UserError
 from data.stories import HELD_OUT_NAMES, is_held_out
 from data.weights import TINY
 
@@ -23,7 +23,7 @@ N = 40
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.tokenizer("tiny")
+    return data.load_tokenizer("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,13 @@ def words(tokenizer):
 @pytest.fixture(scope="module")
 def run(tiny, tokenizer, words):
     """(prompts, base) of the plain prompts, and the same of those with the other name at S2."""
-    prompts, source = ioi.build(words, tokenizer), ioi.build(ioi.other_giver(words), tokenizer)
-    return prompts, ioi.base_run(tiny, prompts), source, ioi.base_run(tiny, source)
+    prompts, source = ioi.tokenise(words, tokenizer), ioi.tokenise(ioi.other_giver(words), tokenizer)
+    return prompts, ioi.run_clean(tiny, prompts), source, ioi.run_clean(tiny, source)
 
 
 @pytest.fixture(scope="module")
 def saes(tiny):
-    return S.load_all(TINY, tiny)
+    return S.load_saes(TINY, tiny)
 
 
 # ---- prompts ----
@@ -49,7 +49,7 @@ def saes(tiny):
 def test_every_named_position_holds_what_its_name_says(words, tokenizer):
     for change in (list, ioi.flipped, ioi.other_giver, ioi.with_filler):
         changed = change(words)
-        prompts = ioi.build(changed, tokenizer)
+        prompts = ioi.tokenise(changed, tokenizer)
         token = lambda name, i, back=0: tokenizer.decode([prompts.tokens[i, prompts.pos[name][i] - back]])
         for i, one in enumerate(changed):
             assert prompts.tokens[i, 0] == tokenizer.bos
@@ -82,7 +82,7 @@ def test_tiny_never_saw_these_forms():
 
 
 def test_flips_change_what_they_say_and_nothing_else(words, tokenizer):
-    prompts, other = ioi.build(words, tokenizer), ioi.build(ioi.other_giver(words), tokenizer)
+    prompts, other = ioi.tokenise(words, tokenizer), ioi.tokenise(ioi.other_giver(words), tokenizer)
     differ = prompts.tokens != other.tokens
     assert (differ.sum(1) == 1).all() and differ[torch.arange(N), prompts.pos["S2"]].all()
     assert torch.equal(other.io, prompts.s) and torch.equal(other.s, prompts.io)
@@ -99,7 +99,7 @@ def test_side_and_position_are_separated(words, tokenizer):
     fillers = (fillers * N)[:N]
 
     def at(changed, position):
-        pos = ioi.build(ioi.placed(changed, fillers, position), tokenizer).pos
+        pos = ioi.tokenise(ioi.placed(changed, fillers, position), tokenizer).pos
         return pos["S1"], pos["S2"] - pos["S1"]
 
     base = at(words, "same")
@@ -127,31 +127,31 @@ def test_names_that_do_not_serve_are_named(tokenizer):
 def test_patching_nothing_gives_the_base_run_bit_for_bit(tiny, run):
     prompts, base, *_ = run
     S2 = prompts.pos["S2"]
-    own = {layer: ioi.put(ioi.at_place(base.z[layer], prompts, "S2"), S2) for layer in range(4)}
-    assert torch.equal(ioi.edited(tiny, base, prompts, {}), base.ld)
-    assert torch.equal(ioi.edited(tiny, base, prompts, own), base.ld)
+    own = {layer: ioi.patch_at(ioi.z_at(base.z[layer], prompts, "S2"), S2) for layer in range(4)}
+    assert torch.equal(ioi.logit_diff_with(tiny, base, prompts, {}), base.ld)
+    assert torch.equal(ioi.logit_diff_with(tiny, base, prompts, own), base.ld)
 
 
 def test_patching_every_layer_at_the_end_gives_the_sources_logits(tiny, run):
     prompts, base, source, source_run = run
-    patch = {layer: ioi.put(ioi.at_place(source_run.z[layer], source, "end"), prompts.pos["end"])
+    patch = {layer: ioi.patch_at(ioi.z_at(source_run.z[layer], source, "end"), prompts.pos["end"])
              for layer in range(4)}
     # the same last token at the same place: all that differs at the end came through z_cat
-    torch.testing.assert_close(ioi.edited(tiny, base, prompts, patch), -source_run.ld, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ioi.logit_diff_with(tiny, base, prompts, patch), -source_run.ld, rtol=1e-4, atol=1e-4)
 
 
 def test_an_edit_of_one_row_leaves_the_others_bit_equal(tiny, run):
     prompts, base, source, source_run = run
-    values = ioi.at_place(base.z[1], prompts, "S2").clone()
+    values = ioi.z_at(base.z[1], prompts, "S2").clone()
     values[3] = 0
-    ld = ioi.edited(tiny, base, prompts, {1: ioi.put(values, prompts.pos["S2"])})
+    ld = ioi.logit_diff_with(tiny, base, prompts, {1: ioi.patch_at(values, prompts.pos["S2"])})
     others = torch.arange(N) != 3
     assert torch.equal(ld[others], base.ld[others]) and ld[3] != base.ld[3]
 
 
 def test_effects_of_heads_by_brute_force(tiny, run):
     prompts, base, source, source_run = run
-    c = ioi.circuit(tiny, prompts, source, base, source_run)
+    c = ioi.compute_circuit(tiny, prompts, source, base, source_run)
     logits, cache = tiny(prompts.tokens, keep=range(4))
     _, theirs = tiny(source.tokens, keep=range(4))
     rows, end = torch.arange(N), prompts.pos["end"]
@@ -197,12 +197,12 @@ def test_effects_of_heads_by_brute_force(tiny, run):
     np.testing.assert_allclose(c.attention["end -> IO"][:, 2], pattern, atol=1e-6)
     i, last = 3, int(end[3])
     before = np.mean([float(cache[1].pattern[i, 2, q, q - 1]) for q in range(2, last + 1)])
-    assert c.attention[ioi.ANYWHERE][i, 1, 2] == pytest.approx(before, abs=1e-6)
+    assert c.attention[ioi.PREVIOUS_TOKEN][i, 1, 2] == pytest.approx(before, abs=1e-6)
 
 
 def test_roles_follow_the_rule():
     none = np.zeros((2, 3))
-    attention = {f"{q} -> {k}": none.copy() for q, k in ioi.LOOKS} | {ioi.ANYWHERE: none.copy()}
+    attention = {f"{q} -> {k}": none.copy() for q, k in ioi.ATTENTION_PAIRS} | {ioi.PREVIOUS_TOKEN: none.copy()}
     direct, at_end, at_S2 = none.copy(), none.copy(), none.copy()
     attention["end -> IO"][1] = 0.5
     direct[1] = (-0.3, 0.2, -0.01)          # moves, moves the other way, too little
@@ -211,10 +211,10 @@ def test_roles_follow_the_rule():
     at_end[0] = (-0.2, -0.2, -0.2)
     direct[0] = (-0.1, -0.18, 0)            # through later heads, mostly directly, does not look at S2
     attention["S2 -> S1"][0, 0] = attention["S2 -> S1+1"][0, 1] = attention["S1+1 -> S1"][0, 2] = 0.3
-    attention[ioi.ANYWHERE][0, 2] = 0.4
+    attention[ioi.PREVIOUS_TOKEN][0, 2] = 0.4
     attention["S1+1 -> S1"][0, 1] = 0.7     # but it does not look at the token before elsewhere
     at_S2[0, 0], at_S2[0, 1] = -0.06, 0.07
-    assert ioi.roles(attention, direct, at_end, at_S2) == {
+    assert ioi.find_roles(attention, direct, at_end, at_S2) == {
         "name mover": [(1, 0)], "negative name mover": [(1, 1)], "S-inhibition": [(0, 0)],
         "duplicate token": [(0, 0)], "induction": [(0, 1)], "previous token": [(0, 2)]}
 
@@ -224,27 +224,27 @@ def test_roles_follow_the_rule():
 
 def test_removing_a_feature_removes_its_decoder_row_at_its_own_place(tiny, run, saes):
     prompts, base, *_ = run
-    found = ioi.remove_features(tiny, saes[1], 1, prompts, base, "S2")
-    z = ioi.at_place(base.z[1], prompts, "S2")
+    found = ioi.ablate_features(tiny, saes[1], 1, prompts, base, "S2")
+    z = ioi.z_at(base.z[1], prompts, "S2")
     f = saes[1].encode(z)
     assert len(found.row) == int((f > 0).sum()), "every active feature of every prompt, once"
     for n in (0, len(found.row) // 2, len(found.row) - 1):
         i, j = int(found.row[n]), int(found.feature[n])
         values = z.clone()
         values[i] -= f[i, j] * saes[1].W_dec[j]
-        ld = ioi.edited(tiny, base, prompts, {1: ioi.put(values, prompts.pos["S2"])})
+        ld = ioi.logit_diff_with(tiny, base, prompts, {1: ioi.patch_at(values, prompts.pos["S2"])})
         assert float(found.change[n]) == pytest.approx(float(ld[i] - base.ld[i]), abs=1e-4)
 
 
 def test_removing_the_error_leaves_the_reconstruction(tiny, run, saes):
     prompts, base, *_ = run
-    change = ioi.remove_error(tiny, saes[0], 0, prompts, base, "end")
+    change = ioi.ablate_error(tiny, saes[0], 0, prompts, base, "end")
     def spliced_there(z):
         z = z.clone()
         for i in range(N):
             z[i, prompts.pos["end"][i]] = saes[0](z[i, prompts.pos["end"][i]])
         return z
-    expected = ioi.edited(tiny, base, prompts, {0: spliced_there}) - base.ld
+    expected = ioi.logit_diff_with(tiny, base, prompts, {0: spliced_there}) - base.ld
     torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -252,16 +252,17 @@ def test_ranking_counts_prompts_without_the_feature_as_no_effect():
     words = [SimpleNamespace(order=order, template=0) for order in ("ABBA", "BABA", "ABBA", "BABA")]
     effects = {2: ioi.FeatureEffects(torch.tensor([0, 2, 1]), torch.tensor([7, 7, 5]), torch.ones(3),
                                      torch.tensor([-1.0, -3.0, 0.5]))}
-    first, second = ioi.rank_features(effects, SimpleNamespace(words=words), 5)
+    first, second = ioi.rank_features(effects, words, 5)
     assert (first["feature"], first["effect"], first["ABBA"], first["BABA"]) == (7, -1.0, -2.0, 0.0)
     assert (second["feature"], second["effect"], second["n_active"]) == (5, 0.125, 1)
 
 
 def test_what_a_feature_reads_sums_to_the_feature_and_so_do_its_writers(tiny, run, saes):
     prompts, base, *_ = run
-    feature = int(saes[3].encode(ioi.at_place(base.z[3], prompts, "end")).sum(0).argmax())
-    by_role = ioi.reads(tiny, saes[3], 3, feature, prompts, base, "end")
-    by_writer = ioi.reads_further(tiny, saes, 3, feature, prompts, base, "end")
+    feature = int(saes[3].encode(ioi.z_at(base.z[3], prompts, "end")).sum(0).argmax())
+    rows_of, f = ioi.most_active_prompts(saes[3], 3, feature, prompts, base, "end")
+    by_role = ioi.sources_by_role(tiny, saes[3], 3, feature, prompts, rows_of, f, "end")
+    by_writer = ioi.writers_by_role(tiny, saes, 3, feature, prompts, rows_of, f, "end")
     for order in ioi.ORDERS:
         assert sum(by_role[order].values()) == pytest.approx(1, abs=1e-4), order
         sums = {}
@@ -272,7 +273,7 @@ def test_what_a_feature_reads_sums_to_the_feature_and_so_do_its_writers(tiny, ru
 
 def test_the_pairs_of_a_contrast_sum_to_the_score(tiny, run, saes):
     prompts, *_ = run
-    score, pairs = ioi.why_io(tiny, saes, (3, 0), prompts, n=3)
+    score, pairs = ioi.why_io(tiny, saes, 3, 0, prompts, n=3)
     assert sum(value for *_, value in pairs) == pytest.approx(score, abs=1e-3)
     _, cache = tiny(prompts.tokens[:3], keep=(3,))
     rows = torch.arange(3)
@@ -296,7 +297,7 @@ def test_recovered_is_1_for_the_base_run_0_for_zero_and_none_without_a_differenc
 
 def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(tiny, run):
     prompts, base, *_ = run
-    assert torch.equal(ioi.patch_S2(tiny, prompts, base, base, prompts, [0, 1]), base.ld)
+    assert torch.equal(ioi.patch_S2(tiny, prompts, base, prompts, base, [0, 1]), base.ld)
     found = ioi.baselines(tiny, prompts, base, [1])
     rows, S2 = torch.arange(N), prompts.pos["S2"]
 

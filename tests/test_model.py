@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import model as models
 from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, random_gemma, random_gpt2
-from data.common import UserError
+from data.errors import UserError
 from data.weights import TINY
 
 
@@ -86,18 +86,18 @@ def test_the_way_can_be_gone_in_pieces(pair):
     tokens, n = random_tokens(model), model.config.n_layers
     edit = {n - 1: lambda z: 2 * z}
     logits, cache = model(tokens, edit, keep=range(n))
-    x, _ = model.through(model.embed(tokens), keep=range(n - 1), layers=range(n - 1))
+    x, _ = model.run_layers(model.embed(tokens), keep=range(n - 1), layers=range(n - 1))
     assert torch.equal(x, cache[n - 1].resid_pre)
-    x, kept = model.through(x, edit, keep=(n - 1,), layers=(n - 1,))
+    x, kept = model.run_layers(x, edit, keep=(n - 1,), layers=(n - 1,))
     assert torch.equal(kept[n - 1].z_cat, cache[n - 1].z_cat)
     assert torch.equal(model.unembed(x), logits)
 
 
 def test_logit_directions_give_every_logit_less_the_mean(pair):
     model, _ = pair
-    model, cap = copy.deepcopy(model).double(), getattr(model.config, "logit_cap", None)
+    model, cap = copy.deepcopy(model).double(), getattr(model.config, "logit_softcap", None)
     tokens = random_tokens(model)
-    x, _ = model.through(model.embed(tokens))
+    x, _ = model.run_layers(model.embed(tokens))
     logits = model.unembed(x)
     logits = cap * torch.atanh(logits / cap) if cap else logits         # before the soft cap
     found = x / model.final_scale(x) @ model.logit_directions(torch.arange(model.config.d_vocab)).T
@@ -173,7 +173,7 @@ def test_head_matrices_give_q_k_v_and_attn_out(pair):
 def test_the_cached_q_and_k_give_the_pattern(pair):
     ours, _ = pair
     _, cache = ours(random_tokens(ours), keep=range(ours.config.n_layers))
-    cap, windows = getattr(ours.config, "score_cap", None), getattr(ours.config, "windows", None)
+    cap, windows = getattr(ours.config, "score_softcap", None), getattr(ours.config, "windows", None)
     for layer, one in cache.items():
         T = one.q.shape[1]
         for q in (0, 5, T - 1):
@@ -216,7 +216,7 @@ def change_config(folder, **values):
 
 def test_the_original_layout_without_prefix_and_with_masks_loads_the_same(saved):
     tokens = torch.arange(20)[None]
-    before = models.load(saved)(tokens)[0]
+    before = models.load_model(saved)(tokens)[0]
 
     def as_first_released(tensors):
         for name in list(tensors):
@@ -227,7 +227,7 @@ def test_the_original_layout_without_prefix_and_with_masks_loads_the_same(saved)
         tensors["lm_head.weight"] = tensors["wte.weight"].clone()
 
     change_weights(saved, as_first_released)
-    assert torch.equal(models.load(saved)(tokens)[0], before)
+    assert torch.equal(models.load_model(saved)(tokens)[0], before)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -239,7 +239,7 @@ def test_the_original_layout_without_prefix_and_with_masks_loads_the_same(saved)
 def test_weights_that_do_not_fit_are_named(saved, change, words):
     change_weights(saved, change)
     with pytest.raises(UserError) as error:
-        models.load(saved)
+        models.load_model(saved)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -248,16 +248,16 @@ def test_truncated_weights_are_named(saved):
     for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
         (saved / "model.safetensors").write_bytes(whole[:size])
         with pytest.raises(UserError, match="model.safetensors"):
-            models.load(saved)
+            models.load_model(saved)
 
 
 def test_missing_weights_and_missing_model_are_named(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(UserError, match="safetensors"):
-        models.load(saved)
+        models.load_model(saved)
     shutil.rmtree(saved)
     with pytest.raises(UserError, match="--model"):
-        models.load(saved)
+        models.load_model(saved)
 
 
 @pytest.mark.parametrize("values", [{"activation_function": "relu"}, {"model_type": "llama"}, {"n_embd": 33},
@@ -266,7 +266,7 @@ def test_missing_weights_and_missing_model_are_named(saved):
 def test_options_that_are_not_implemented_are_refused_by_name(saved, values):
     change_config(saved, **values)
     with pytest.raises(UserError, match=next(iter(values))):
-        models.load(saved)
+        models.load_model(saved)
 
 
 def test_config_files_of_earlier_years_load_the_same(tmp_path):
@@ -279,12 +279,12 @@ def test_config_files_of_earlier_years_load_the_same(tmp_path):
             "3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}}.items():
         folder = tmp_path / name
         random_gemma(folder, **GEMMA_SHAPES[name])
-        before = models.load(folder)(tokens)[0]
+        before = models.load_model(folder)(tokens)[0]
         config = json.loads((folder / "config.json").read_text())
         for key in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
             config.pop(key, None)
         (folder / "config.json").write_text(json.dumps(config | changes))
-        assert torch.equal(models.load(folder)(tokens)[0], before), f"Gemma {name}"
+        assert torch.equal(models.load_model(folder)(tokens)[0], before), f"Gemma {name}"
 
 
 @pytest.mark.parametrize("values", [
@@ -298,7 +298,7 @@ def test_options_of_gemma_that_are_not_implemented_are_refused_by_name(tmp_path,
     change_config(tmp_path, **values)
     with pytest.raises(UserError, match="config.json: .*" + re.escape(
             {"rope_parameters": "rope_"}.get(next(iter(values)), list(values)[-1]))):
-        models.load(tmp_path)
+        models.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["2", "3"])
@@ -308,22 +308,22 @@ def test_sharded_weights_load_the_same_and_a_missing_shard_is_named(tmp_path, na
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(shards) > 2
     tokens = torch.arange(30)[None]
-    in_shards, whole = (models.load(tmp_path / kind)(tokens)[0] for kind in ("shards", "whole"))
+    in_shards, whole = (models.load_model(tmp_path / kind)(tokens)[0] for kind in ("shards", "whole"))
     assert torch.equal(in_shards, whole)
     shards[1].unlink()
     with pytest.raises(UserError, match=shards[1].name):
-        models.load(tmp_path / "shards")
+        models.load_model(tmp_path / "shards")
     for damaged in ("{}", '{"weight_map": {"a": "../../x.safetensors"}}', '{"weight_map": 3}'):
         (tmp_path / "shards" / "model.safetensors.index.json").write_text(damaged)
         with pytest.raises(UserError, match="index.json"):
-            models.load(tmp_path / "shards")
+            models.load_model(tmp_path / "shards")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_are_loaded_in_the_type_asked_for(pair, tmp_path, dtype):
     ours, theirs = pair
     theirs.save_pretrained(tmp_path)
-    other, tokens = models.load(tmp_path, dtype=dtype), random_tokens(ours)
+    other, tokens = models.load_model(tmp_path, dtype=dtype), random_tokens(ours)
     assert {p.dtype for p in other.parameters()} == {dtype}
     logits, cache = other(tokens, keep=range(ours.config.n_layers))
     assert logits.dtype == dtype == cache[0].pattern.dtype == cache[0].z_cat.dtype
@@ -347,11 +347,11 @@ def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_
 import sys, model
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
-model.load("tiny")
+model.load_model("tiny")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")     # forget the peak of the imports
 before = peak()
-loaded = model.load(sys.argv[1])
+loaded = model.load_model(sys.argv[1])
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True)
@@ -363,7 +363,7 @@ print(peak() - before)
 def test_a_damaged_file_leaves_a_loaded_model_as_it_is(tmp_path):
     """Weights are copied, not mapped: what happens to the file later is no matter."""
     random_gpt2(tmp_path, **GPT2_SHAPES["small"])
-    ours, tokens = models.load(tmp_path), torch.arange(20)[None]
+    ours, tokens = models.load_model(tmp_path), torch.arange(20)[None]
     before = ours(tokens)[0]
     path = tmp_path / "model.safetensors"
     size = path.stat().st_size

@@ -23,7 +23,8 @@ def browser(tmp_path_factory):
     """A browser and the address of the page."""
     out = tmp_path_factory.mktemp("out")
     flags = ["--saes", "data/tiny", "--layers", "3", "--n-tokens", "30000", "--out", out]
-    subprocess.run([sys.executable, "features.py", *flags], cwd=ROOT, check=True, capture_output=True)
+    for program in ("features.py", "heads.py"):
+        subprocess.run([sys.executable, program, *flags], cwd=ROOT, check=True, capture_output=True)
     path = out / "tiny" / "features" / "index.html"
     content = path.read_text(encoding="utf8")           # a token that would be markup if it were not text
     hurting = '"vocab":["\\u003cscript>window.hurt=1\\u003c/script>"'
@@ -85,8 +86,8 @@ def test_searching_and_choosing_a_family(page):
     assert found and all("3.10" in name for name in found)
     for _ in range(4):
         box.send_keys("\ue003")                         # backspace
-    Select(page.find_elements(By.TAG_NAME, "select")[1]).select_by_value("induction")
-    assert set(cells(page, 1)) == {"induction"}
+    Select(page.find_elements(By.TAG_NAME, "select")[1]).select_by_value("after a copy")
+    assert set(cells(page, 1)) == {"after a copy"}
 
 
 def test_a_feature_opens_and_a_source_is_found_in_the_text_on_hover(page):
@@ -95,7 +96,7 @@ def test_a_feature_opens_and_a_source_is_found_in_the_text_on_hover(page):
     wait(page, lambda: "Feature " + name in page.find_element(By.ID, "page").text)
     text = page.find_element(By.ID, "page").text
     for words in ("share of the decoder", "Logits it raises", "Strongest activations", "each tenth",
-                  "replaced"):
+                  "by chance", "tokens left"):
         assert words in text
     assert page.find_elements(By.CSS_SELECTOR, ".histogram div")
     underlined = page.find_element(By.CSS_SELECTOR, ".text .plus, .text .less")

@@ -1,24 +1,36 @@
-"""data/results.py: the pages say what the stored outputs say, a number that drifted is noticed, and the
+"""docs/results.py: the pages say what the stored outputs say, a number that drifted is noticed, and the
 walk-through's code prints what stands below it."""
 
+import json
 import re
 
 import pytest
 
-from data import results
-from data.common import UserError
+from docs import results
+from data.errors import UserError
+
+
+SOURCES = json.loads(results.SOURCES.read_text())
+
+
+def source_of(path):
+    return SOURCES[path.relative_to(results.ROOT).as_posix()]
 
 
 @pytest.mark.parametrize("path", results.PAGES, ids=lambda path: path.name)
 def test_pages_are_what_the_outputs_say(path):
     page = path.read_text(encoding="utf8")
-    assert results.filled(page) == page, "run python -m data.results --check"
-    assert results.unsupported(page) == []
+    source = source_of(path)
+    assert results.filled(page, source["blocks"]) == page, "run python -m docs.results --check"
+    assert results.unsupported(page, source["sections"]) == []
+    titles = {"", *re.findall(r"(?m)^## (.*)", page)}
+    assert set(source["sections"]) <= titles, "a heading has changed its words"
+    assert "<!--" not in page, "a page carries no bookkeeping"
 
 
 def test_every_command_has_its_output_and_every_output_is_used():
-    pages = "".join(path.read_text(encoding="utf8") for path in results.PAGES)
-    named = {name.strip() for mark in results.SECTION.finditer(pages) for name in mark[1].split(",")}
+    named = {name for source in SOURCES.values() for section in source["sections"].values()
+             for name in section["outputs"]}
     assert {path.stem for path in results.OUTPUTS.glob("*.txt")} == set(results.COMMANDS)
     assert set(results.COMMANDS) <= named
     for name in results.COMMANDS:
@@ -27,13 +39,16 @@ def test_every_command_has_its_output_and_every_output_is_used():
 
 def test_a_number_that_drifted_is_noticed():
     path = results.PAGES[1]
+    source = source_of(path)
     page = path.read_text(encoding="utf8")
     found = next(m for m in re.finditer(r"\| (\d\d\.\d)% \[", page))
     changed = page.replace(found[0], f"| {float(found[1]) + 0.7:.1f}% [", 1)
-    assert [number for _, number in results.unsupported(changed)] == [f"{float(found[1]) + 0.7:.1f}%"]
+    drifted = results.unsupported(changed, source["sections"])
+    assert [number for _, number in drifted] == [f"{float(found[1]) + 0.7:.1f}%"]
     block = results.BLOCK.search(page)
-    digit = re.search(r"\d\.\d", block[3])[0]
-    assert results.filled(page.replace(block[3], block[3].replace(digit, "9.9"), 1)) == page
+    digit = re.search(r"\d\.\d", block[1])[0]
+    wrong = page.replace(block[1], block[1].replace(digit, "9.9"), 1)
+    assert results.filled(wrong, source["blocks"]) == page
 
 
 def test_numbers_stand_for_what_they_round():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import model as models
 import sae as S
 from conftest import GEMMA_SHAPES, GPT2_SHAPES, random_gemma, random_gpt2
-from data.common import UserError
+from data.errors import UserError
 from data.sae_files import read_sae, sae_paths, write_saelens
 
 D_IN, D_SAE = 32, 70
@@ -118,7 +118,7 @@ def test_an_sae_of_folded_z_reads_plain_weights_after_the_shift(tmp_path):
     """TransformerLens folds ln_1's bias and b_V into b_O; its z is ours less the constant c. Here the folding
     is done by hand on the weights of a random GPT-2, whose output must not change."""
     theirs = random_gpt2(tmp_path / "plain", **GPT2_SHAPES["small"])
-    plain, layer = models.load(tmp_path / "plain"), 1
+    plain, layer = models.load_model(tmp_path / "plain"), 1
     with torch.no_grad():
         for block in theirs.transformer.h:
             attn, D = block.attn, block.attn.c_proj.weight.shape[0]
@@ -127,7 +127,7 @@ def test_an_sae_of_folded_z_reads_plain_weights_after_the_shift(tmp_path):
             attn.c_proj.bias += c @ attn.c_proj.weight
             attn.c_attn.bias[2 * D:] = -block.ln_1.bias @ W_V           # cancels ln_1's bias in the values
     theirs.save_pretrained(tmp_path / "folded")
-    folded, tokens = models.load(tmp_path / "folded"), torch.arange(30)[None]
+    folded, tokens = models.load_model(tmp_path / "folded"), torch.arange(30)[None]
     logits, kept = plain(tokens, keep=(layer,))
     logits_folded, kept_folded = folded(tokens, keep=(layer,))
     assert torch.allclose(logits, logits_folded, atol=1e-4)
@@ -143,7 +143,7 @@ def test_an_sae_of_folded_z_reads_plain_weights_after_the_shift(tmp_path):
 def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
     """The published names lead to files of these names; what they hold is written here."""
     random_gpt2(tmp_path / "gpt2", n_layer=12, n_head=4, n_embd=32, vocab_size=101, n_positions=40)
-    model = models.load(tmp_path / "gpt2")
+    model = models.load_model(tmp_path / "gpt2")
     asked = []
 
     def cached(repo, filename):
@@ -156,20 +156,20 @@ def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
         return folder / "params.npz"
 
     monkeypatch.setattr("data.hub.cached", cached)
-    saes = S.load_all("kissane", model)
+    saes = S.load_saes("kissane", model)
     assert list(saes) == list(range(12))
     assert asked[1] == ("ckkissane/attn-saes-gpt2-small-all-layers",
                         "gpt2-small_L1_Hcat_z_lr1.20e-03_l18.00e-01_ds24576_bs4096_dc1.00e-06_rsanthropic_"
                         "rie25000_nr4_v5.pt")
     expected = random_tensors(2)["b_dec"] + model.value_bias(1)
     assert torch.allclose(saes[1].b_dec, expected), "the paper's SAEs read z of folded weights"
-    by_hand = S.load_all(_folder_of(tmp_path / "fetched", 1, asked, tmp_path), model)
+    by_hand = S.load_saes(_folder_of(tmp_path / "fetched", 1, asked, tmp_path), model)
     assert torch.equal(by_hand[1].b_dec, saes[1].b_dec), "the same file in a folder is to be shifted as well"
     random_gemma(tmp_path / "gemma", **GEMMA_SHAPES["2, no caps"] | {"num_hidden_layers": 26})
-    gemma = models.load(tmp_path / "gemma")
+    gemma = models.load_model(tmp_path / "gemma")
     with pytest.raises(UserError, match="12 layers, and this one has 26"):
-        S.load_all("kissane", gemma)
-    assert list(S.load_all("gemma-scope", gemma, (2,))) == [2]
+        S.load_saes("kissane", gemma)
+    assert list(S.load_saes("gemma-scope", gemma, (2,))) == [2]
     assert asked[-1] == ("google/gemma-scope-2b-pt-att", "layer_2/width_16k/average_l0_93/params.npz")
 
 
@@ -184,13 +184,13 @@ def _folder_of(folder, layer, asked, tmp_path):
 def test_saes_that_do_not_fit_or_are_not_there(tmp_path, tiny):
     S.SAE(D_IN, D_SAE).save(tmp_path / "L2" / "sae.safetensors")
     with pytest.raises(UserError, match="layer 2 reads 32 numbers and this model's z_cat has 256"):
-        S.load_all(tmp_path, tiny)
+        S.load_saes(tmp_path, tiny)
     with pytest.raises(UserError, match="no SAE of layer 1; it has: 2"):
-        S.load_all(tmp_path, tiny, (2, 1))
+        S.load_saes(tmp_path, tiny, (2, 1))
     with pytest.raises(UserError, match="no SAEs of this model"):
-        S.load_all(tmp_path / "nowhere", tiny)
+        S.load_saes(tmp_path / "nowhere", tiny)
     with pytest.raises(UserError, match="out of range"):
-        S.load_all(tmp_path, tiny, (7,))
+        S.load_saes(tmp_path, tiny, (7,))
 
 
 # ---- sae-lens itself ----
@@ -340,4 +340,4 @@ def test_a_folder_of_fetched_files_serves_as_well(tmp_path, tiny):
     (tmp_path / "L3").mkdir()
     np.savez(tmp_path / "L3" / "params.npz", **{name: one.numpy() for name, one in t.items()})
     assert sae_paths(tmp_path, (), 4) == {3: tmp_path / "L3" / "params.npz"}
-    assert S.load_all(tmp_path, tiny)[3].d_sae == D_SAE
+    assert S.load_saes(tmp_path, tiny)[3].d_sae == D_SAE

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ import data
 import sae as S
 import train as T
 from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, random_gemma, random_gpt2
-from data import common
-from data.common import UserError
+from data.flags import parse_flags
+from data.errors import UserError
 from data.team import Team
 from data.weights import TINY
 
@@ -88,20 +89,20 @@ def test_same_seed_same_bytes_and_another_seed_others(finished, tmp_path):
 
 
 def test_a_batch_is_a_copy_that_no_refill_overwrites(tiny):
-    source = T.Source(tiny, data.tokenizer("tiny"), dataclasses.replace(SHORT, n_tokens=60_000), (0,),
-                      torch.device("cpu"))
-    batches = [(b[0], b[0].clone()) for b in source.batches(0)]
-    assert len(batches) > 2 * source.steps_per_block, "this test needs several blocks"
+    config = dataclasses.replace(SHORT, n_tokens=60_000)
+    buffer = T.ActivationBuffer(tiny, data.load_tokenizer("tiny"), config, (0,), torch.device("cpu"))
+    batches = [(z[0], z[0].clone()) for _, z in buffer.batches(0)]
+    assert len(batches) > 2 * buffer.steps_per_block, "this test needs several blocks"
     for kept, copy in batches:
         assert torch.equal(kept, copy), "the block was refilled under a batch that had been handed out"
 
 
 def test_every_activation_of_a_block_is_used_once_and_bos_never(tiny):
     config = dataclasses.replace(SHORT, batch_size=127, n_tokens=127 * 64, block_mib=1000)
-    source = T.Source(tiny, data.tokenizer("tiny"), config, (0,), torch.device("cpu"))
-    got = torch.cat([b[0] for b in source.batches(0)])
-    rows = next(data.rows("python", data.tokenizer("tiny"), "train", 128, source.n_rows, 0))
-    expected = torch.cat([tiny.z_cat_fast(part, [0])[0][:, 1:].flatten(0, 1) for part in rows.split(64)])
+    buffer = T.ActivationBuffer(tiny, data.load_tokenizer("tiny"), config, (0,), torch.device("cpu"))
+    got = torch.cat([z[0] for _, z in buffer.batches(0)])
+    rows = next(data.rows("python", data.load_tokenizer("tiny"), "train", 128, buffer.n_rows, 0))
+    expected = torch.cat([tiny.z_cat_bfloat16(part, [0])[0][:, 1:].flatten(0, 1) for part in rows.split(64)])
     assert len(got) == len(expected)
     direction = torch.randn(256, generator=torch.Generator().manual_seed(0)).double()
     order = lambda z: z[(z.double() @ direction).argsort()]
@@ -127,7 +128,7 @@ def test_learning_rate_rises_again_after_each_resampling_and_falls_at_the_end():
 def test_evaluation_equals_a_loop_over_positions(tmp_path):
     import model as models
     theirs = random_gpt2(tmp_path, **GPT2_SHAPES["small"])
-    ours, layer = models.load(tmp_path), 1
+    ours, layer = models.load_model(tmp_path), 1
     rows = torch.randint(101, (12, 20), generator=torch.Generator().manual_seed(0))
     sae = S.SAE(32, 64, torch.Generator().manual_seed(0)).requires_grad_(False)
     mean = torch.linspace(-1, 1, 32)
@@ -170,12 +171,12 @@ def test_evaluation_equals_a_loop_over_positions(tmp_path):
 
 def test_a_perfect_sae_recovers_everything_and_the_mean_nothing(tiny):
     """An SAE whose features are +-identity, and one that always says the mean."""
-    rows = next(data.rows("python", data.tokenizer("tiny"), "held-out", 128, 16))
+    rows = next(data.rows("python", data.load_tokenizer("tiny"), "held-out", 128, 16))
     perfect, lazy = S.SAE(256, 512).requires_grad_(False), S.SAE(256, 4).requires_grad_(False)
     eye = torch.cat([torch.eye(256), -torch.eye(256)])
     perfect.W_dec.copy_(eye)
     perfect.W_enc.copy_(eye.T)
-    means = {0: tiny.z_cat_fast(rows, [0])[0][:, 1:].mean((0, 1))}
+    means = {0: tiny.z_cat_bfloat16(rows, [0])[0][:, 1:].mean((0, 1))}
     lazy.b_enc.fill_(-1e6)
     lazy.b_dec.copy_(means[0])
     result = T.evaluate(tiny, {0: perfect}, rows, means)[0]
@@ -248,12 +249,39 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     run_short(tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_a_weight_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch, name):
+    """On the default path, whose sparse step would take its feature to be inactive."""
+    original = T.initialise_all
+
+    def poisoned(learners, *rest):
+        original(learners, *rest)
+        with torch.no_grad():
+            getattr(learners[2].sae, name).view(-1)[5] = math.nan
+
+    monkeypatch.setattr(T, "initialise_all", poisoned)
+    with pytest.raises(UserError, match="the loss of layer 2 is not finite at step 0"):
+        run_short(tmp_path)
+
+
+def test_train_runs_in_a_thread(finished, tmp_path):
+    """Where Python takes no signal handlers."""
+    metrics = []
+    thread = threading.Thread(target=lambda: metrics.append(run_short(tmp_path)))
+    thread.start()
+    thread.join()
+    assert metrics and metrics[0].keys() == {0, 2}
+    for layer in (0, 2):
+        file = f"L{layer}/sae.safetensors"
+        assert (tmp_path / "tiny" / file).read_bytes() == (finished[0] / file).read_bytes()
+
+
 def test_training_curves_of_the_sparse_and_the_dense_step_overlay(tmp_path, monkeypatch):
     """The same run by one step throughout; both count what resampling needs. Nothing is resampled: a draw
     turns the last bit of an error into another feature."""
     curves, dead = [], []
     for step in (T.sparse_step, T.dense_step):
-        monkeypatch.setattr(T, "step_of", lambda learner, z: step)
+        monkeypatch.setattr(T.Learner, "step_function", lambda learner, device: step)
         run_short(tmp_path / step.__name__, resample_times=0)
         log = T.read_log(tmp_path / step.__name__ / "tiny" / "log.jsonl")
         curves.append([line[layer]["mse"] + 0.2 * line[layer]["sparsity"] for line in log
@@ -264,17 +292,17 @@ def test_training_curves_of_the_sparse_and_the_dense_step_overlay(tmp_path, monk
 
 
 def test_a_checkpoint_of_a_step_after_the_end_is_damaged(tmp_path):
-    learner = T.new_learner(4, 8, 0.1, 1e-3)
+    learner = T.make_learner(4, 8, 0.1, 1e-3)
     learner.l0 = 8.0
     config = dataclasses.replace(SHORT, batch_size=32)
-    T.learn(learner, torch.randn(32, 4), 0, config, 0)
-    T.save_checkpoint(tmp_path, config, 10**6, {0: learner})
+    T.train_step(learner, torch.randn(32, 4), 0, config)
+    T.save(tmp_path, config, 10**6, {0: learner})
     with pytest.raises(UserError, match="damaged"):
-        T.load_checkpoint(tmp_path, config, {0: T.new_learner(4, 8, 0.1, 1e-3)})
-    T.save_checkpoint(tmp_path, config, 1, {0: learner})
-    assert T.load_checkpoint(tmp_path, config, {0: T.new_learner(4, 8, 0.1, 1e-3)}) == 1
+        T.resume({0: T.make_learner(4, 8, 0.1, 1e-3)}, config, tmp_path)
+    T.save(tmp_path, config, 1, {0: learner})
+    assert T.resume({0: T.make_learner(4, 8, 0.1, 1e-3)}, config, tmp_path) == 1
     with pytest.raises(UserError, match="damaged"):
-        T.load_checkpoint(tmp_path, config, {0: T.new_learner(4, 1, 0.1, 1e-3)})    # would broadcast
+        T.resume({0: T.make_learner(4, 1, 0.1, 1e-3)}, config, tmp_path)    # would broadcast
 
 
 def test_a_log_that_was_cut_short_is_read(tmp_path):
@@ -309,7 +337,7 @@ def test_a_run_stopped_while_it_is_measured_trains_nothing_again(finished, tmp_p
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(T, "evaluate", stopped)
         run_short(tmp_path)
-    monkeypatch.setattr(T, "learn", stopped)
+    monkeypatch.setattr(T, "train_step", stopped)
     run_short(tmp_path, resume=True)
     for layer in (0, 2):
         file = f"L{layer}/sae.safetensors"
@@ -321,7 +349,7 @@ def test_a_disk_that_is_full_is_one_sentence(tmp_path):
     code = ("import resource, signal, sys, sae\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-            "from data.common import run\n"
+            "from data.errors import run\n"
             "run(lambda: sae.SAE(32, 64).save(sys.argv[1] + '/sae.safetensors'))")
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr
@@ -376,19 +404,19 @@ def test_each_layer_may_have_its_own_size_and_l1(tmp_path):
 
 
 def test_the_papers_preset_goes_by_layer_and_flags_still_win():
-    flags = lambda *argv: common.parse_flags(T.TrainConfig, "", ["--preset", "paper", *argv], T.preset)
+    flags = lambda *argv: parse_flags(T.TrainConfig, "", ["--preset", "paper", *argv], T.preset)
     everything = flags("--model", "gpt2")
     assert everything.l1 == (1.8, 0.8, 1.0, 0.9, 1.1, 1.0, 1.1, 1.1, 1.3, 1.2, 1.3, 3.0)
     assert [everything.d_sae[layer] for layer in (0, 5, 6, 7)] == [24576, 49152, 24576, 49152]
     assert (everything.lr, everything.batch_size, everything.normalise) == (1.2e-3, 4096, False)
     one = flags("--layers", "5", "--n-tokens", "1e6", "--d-sae", "24576")
     assert (one.layers, one.l1, one.d_sae, one.n_tokens) == ((5,), (1.0,), (24576,), 1_000_000)
-    assert dataclasses.asdict(common.parse_flags(T.TrainConfig, "", [], T.preset)) \
+    assert dataclasses.asdict(parse_flags(T.TrainConfig, "", [], T.preset)) \
         == dataclasses.asdict(T.TrainConfig())
     with pytest.raises(UserError, match="layers 0 to 11"):
         flags("--layers", "12")
     with pytest.raises(UserError, match="--preset mine is unknown"):
-        common.parse_flags(T.TrainConfig, "", ["--preset", "mine"], T.preset)
+        parse_flags(T.TrainConfig, "", ["--preset", "mine"], T.preset)
 
 
 def test_gemma_trains_from_a_directory(tmp_path):
@@ -483,8 +511,8 @@ def test_activations_of_low_rank_can_be_started_from(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "eigh", stubborn)
     z = torch.eye(40)[torch.arange(4000) % 10]          # ten directions of forty
-    sae, config = S.SAE(40, 64), T.TrainConfig()
-    learner = T.Learner(sae.requires_grad_(False), None, 0.2, None, None, 0.0, None, torch.ones(()))
-    T.initialise(learner, z, config, torch.Generator().manual_seed(0))
+    learner = T.make_learner(40, 64, 0.2, 1e-3)
+    T.initialise(learner, z, True, torch.Generator().manual_seed(0))
+    sae = learner.sae
     assert sae.W_dec[:, 10:].abs().max() < 1e-4, "directions outside the space that activations fill"
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))

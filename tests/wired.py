@@ -18,6 +18,7 @@ import random
 
 import torch
 
+import features
 import model as models
 import train
 
@@ -131,10 +132,20 @@ def train_sae(z, d_sae=256, l1=0.1, n_steps=600, seed=0):
     """An SAE of some activations, by the steps of train.py."""
     config = train.TrainConfig(batch_size=512, lr=2.4e-3, n_tokens=512 * n_steps, warmup=50, decay=0.3,
                                seed=seed)
-    learner = train.new_learner(z.shape[1], d_sae, l1, config.lr)
-    train.initialise(learner, z, config, train.generator(seed, "start"))
+    learner = train.make_learner(z.shape[1], d_sae, l1, config.lr)
+    train.initialise(learner, z, config.normalise, train.generator(seed, "start"))
     order = torch.randperm(len(z), generator=train.generator(seed, "order"))
     for step in range(n_steps):
         batch = order[torch.arange(step * 512, (step + 1) * 512) % len(z)]
-        train.learn(learner, z[batch], step, config, 1)
+        train.train_step(learner, z[batch], step, config)
+        train.read_back({1: learner}, step, config.batch_size)
     return learner.sae.rescale(learner.scale).requires_grad_(False)
+
+
+def collection(model, sae, tokens, layer=1, seed=0):    # -> features.LayerCollection, tokens
+    """What features.py collects of one layer over some text."""
+    saes = {layer: sae}
+    tokens, collected = features.collect_places(model, saes, [tokens], len(tokens), seed=seed)
+    attributed = features.attribute_places(model, saes, tokens, collected)
+    context = features.context_kept(model, saes, tokens)
+    return features.LayerCollection(collected[layer], *attributed[layer], context[layer]), tokens

@@ -1,4 +1,4 @@
-"""The twelve exercises of data/course.py, graded in order; in the project itself they are tests like others.
+"""The twelve exercises of tests/course/make_copy.py, graded in order; in the project itself they are tests like others.
 
 References are loops over single numbers, autograd, or numbers worked out on paper: nothing is compared with
 the code under test. A message says what kind of mistake an answer looks like.
@@ -93,16 +93,16 @@ def test_02_encode_and_decode():
     sae.W_dec.copy_(torch.tensor([[1, 0], [0, 1], [0.6, 0.8]]))
     sae.b_dec.copy_(torch.tensor([1.0, 2]))
     z = torch.tensor([[3.0, 2.0]])
+    pre = sae.pre_activations(z)
+    assert not near(pre, torch.tensor([[3, 1, 1.5]])), "b_dec is subtracted from z before W_enc"
+    assert near(pre, torch.tensor([[2, -1, 2.5]])), \
+        f"the pre-activations are {pre.tolist()}, and should be [[2, -1, 2.5]]: b_enc?"
     f = sae.encode(z)
     assert not near(f, torch.tensor([[2, -1, 2.5]])), "features are never negative: did you forget the ReLU?"
-    assert not near(f, torch.tensor([[3, 1, 1.5]])), "b_dec is subtracted from z before W_enc"
     assert near(f, torch.tensor([[2, 0, 2.5]])), f"f is {f.tolist()}, and should be [[2, 0, 2.5]]"
     sae.threshold.copy_(torch.tensor([2.2, 0, 2.2]))
     assert near(sae.encode(z), torch.tensor([[0, 0, 2.5]])), \
         "f is pre where pre > threshold, else 0; the threshold is not subtracted"
-    for features in (2, [2, 0]):
-        assert near(sae.activation(z, torch.tensor(features)), sae.encode(z)[:, features]), \
-            "activation(z, features) is encode(z)[..., features], from these columns of W_enc alone"
     z_hat = sae.decode(torch.tensor([[2, 0, 2.5]]))
     assert near(z_hat, torch.tensor([[4.5, 4.0]]), 1e-6), \
         f"f @ W_dec + b_dec is [[4.5, 4.0]], and z_hat is {z_hat.tolist()}: b_dec?"
@@ -283,15 +283,15 @@ def test_09_one_step_of_recursive_attribution():
     for parameter in gpt2.parameters():
         parameter += 0.3 * torch.randn_like(parameter)
     saes = {layer: small_sae(8, 12) for layer in (0, 1)}
-    run = attribution.trace_run(gpt2, saes, torch.tensor([0, 5, 7, 5, 3, 9]))
+    run = attribution.trace_prompt(gpt2, saes, torch.tensor([0, 5, 7, 5, 3, 9]))
     layer, q, i = 1, 4, 3
     kept, m, sae = run.cache[layer], run.matrices[layer], saes[layer]
-    found = attribution.children(run, layer, q, i)
-    got = {(int(h), int(p)): float(value) for h, p, value in zip(found.head, found.part, found.value)}
-    assert len(got) == len(found.value), "a (head, part) stands in the list twice"
-    parts, before = run.parts, run.before[layer]
+    found = attribution.decompose(run, layer, q, i)
+    got = {(int(h), int(p)): float(value) for h, p, value in zip(found.head, found.component, found.value)}
+    assert len(got) == len(found.value), "a (head, component) stands in the list twice"
+    parts, before = run.components, run.n_before[layer]
     assert max(p for _, p in got) < before, \
-        "only what is in the stream before the layer: run.before[layer] parts"
+        "only what is in the stream before the layer: traced.n_before[layer] components"
     late = [p for _, p in got if p >= 0 and parts.position[p] > q and got.get((0, p), 0) != 0]
     assert not late, "a query reads nothing that stands after it"
     for h in range(2):
@@ -301,12 +301,12 @@ def test_09_one_step_of_recursive_attribution():
                 v = (parts.vector[p] / kept.scales["attn_in"][0, k]) @ m.W_V[h]
                 expected = float(kept.pattern[0, h, q, k] * (v @ w))
                 assert got.get((h, p), 0.0) == pytest.approx(expected, abs=1e-9), \
-                    "pattern[h,q,k] / scale[k] * (part @ W_V[h] . w_i^h): both at the part's position? " \
-                    "is `part` a row of run.parts?"
+                    "pattern[h,q,k] / scale[k] * (component @ W_V[h] . w^h): both at the component's position? " \
+                    "is `component` a row of traced.components?"
         assert got.get((h, -1)) == pytest.approx(float(m.b_V[h] @ w)), \
-            "one constant for each head, b_V[h] . w_i^h, with part -1"
+            "one constant for each head, b_V[h] . w_i^h, with component -1"
     assert got.get((-1, -1)) == pytest.approx(float(sae.b_enc[i] - sae.b_dec @ sae.W_enc[:, i])), \
-        "the feature's own bias, head -1 and part -1: b_enc[i] - b_dec . w_i"
+        "the feature's own bias, head -1 and component -1: b_enc[i] - b_dec . w_i"
     pre = float((kept.z_cat[0, q] - sae.b_dec) @ sae.W_enc[:, i] + sae.b_enc[i])
     assert found.pre == pytest.approx(pre), "pre is the sum of all values"
 

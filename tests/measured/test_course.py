@@ -1,4 +1,4 @@
-"""data/course.py: in the copy every exercise fails and says what to write, and passes when it is written, in
+"""tests/course/make_copy.py: in the copy every exercise fails and says what to write, and passes when it is written, in
 order; and typical mistakes are called what they are."""
 
 import json
@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
-from data import course
-from data.common import UserError
+
+
+import make_copy as course
+from data.errors import UserError
 
 # The tests of every state of the files, in one process: torch is imported once, the project anew each time.
 RUNNER = """
@@ -33,7 +34,7 @@ for files in states:
             del sys.modules[name]
     importlib.invalidate_caches()
     found = Found()
-    pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_exercises.py"], plugins=[found])
+    pytest.main(["-q", "-p", "no:cacheprovider", "tests/course/test_exercises.py"], plugins=[found])
     answers.append(found.outcome)
 with open("answers.json", "w") as file:
     json.dump(answers, file)
@@ -41,16 +42,16 @@ with open("answers.json", "w") as file:
 
 # What students write: (exercise, the right code, the mistake, a word of the message it should get).
 MISTAKES = [
-    (1, "scores.masked_fill(~visible(T, window, q.device), -torch.inf)", "scores", "causal"),
+    (1, "scores.masked_fill(~causal_mask(T, window, q.device), -torch.inf)", "scores", "causal"),
     (1, "scores = scale * torch.einsum", "scores = torch.einsum", "scale times q . k"),
     (1, "pattern = scores.softmax(-1,", "pattern = scores.nan_to_num(neginf=-1e30).softmax(-2,",
      "over the keys"),
     (2, "return pre * (pre > self.threshold)\n", "return pre\n", "ReLU"),
-    (2, "pre = (z - self.b_dec) @ self.W_enc + self.b_enc\n", "pre = z @ self.W_enc + self.b_enc\n",
-     "b_dec is subtracted"),
-    (3, "e.square().sum() / len(z), f.sum()", "e.square().mean(), f.sum()", "sum over d_in"),
-    (3, '"b_dec": g.sum(0) - sae.W_enc @ d_b_enc}\n    return Step(e.square().sum() / len(z)',
-     '"b_dec": g.sum(0)}\n    return Step(e.square().sum() / len(z)', "b_dec enters twice"),
+    (2, "return (z - self.b_dec) @ self.W_enc + self.b_enc\n",
+     "return z @ self.W_enc + self.b_enc\n", "b_dec is subtracted"),
+    (3, "LossAndGradients(e.square().sum() / B, f.sum()", "LossAndGradients(e.square().mean(), f.sum()",
+     "sum over d_in"),
+    (3, '"b_dec": g.sum(0) - sae.W_enc @ d_b_enc}', '"b_dec": g.sum(0)}', "b_dec enters twice"),
     (4, "sae.W_dec.norm(dim=-1, keepdim=True)", "sae.W_dec.norm(dim=0, keepdim=True)", "each row"),
     (5, "torch.multinomial(error.square(),", "torch.multinomial(error,", "square of the squared error"),
     (5, 'state["exp_avg_sq"][index] = mean.expand_as(state["exp_avg_sq"][index])',
@@ -61,16 +62,18 @@ MISTAKES = [
     (7, "(n_heads, -1)).norm(dim=-1)", "(n_heads, -1)).square().sum(-1)", "not their squares"),
     (8, "return sae.b_enc - sae.b_dec @ sae.W_enc", "return sae.b_enc", "b_dec subtracted"),
     (9, '/ kept.scales["attn_in"][0, k, 0]', '/ kept.scales["attn_in"][0, position, 0]',
-     "at the part's position"),
-    (10, "(classes[:, :, None] == classes[:, None]) & (classes >= 0)[:, None]",
-     "(classes[:, :, None] == classes[:, None])", "BOS matches nothing"),
-    (11, "torch.where(where[..., None], z - removed, z)",
-     "torch.where(where.any(0)[:, None], z - removed, z)", "own positions"),
-    (11, "f = pre * (pre > sae.threshold[i, None])", "f = pre", "ReLU"),
-    (3, "active = pre > sae.threshold\n    f = pre * active\n    e = f @", "active = pre > 0\n"
-     "    f = pre * active\n    e = f @", "sae.threshold"),
-    (12, "ratio = lambda i: (patched[i] - zero[i]).mean() / (clean[i] - zero[i]).mean()",
-     "ratio = lambda i: ((patched[i] - zero[i]) / (clean[i] - zero[i])).mean()", "not a mean of ratios"),
+     "at the component's position"),
+    (10, "same = (classes[:, :, None] == classes[:, None]) & (classes >= 0)[:, None]",
+     "same = (classes[:, :, None] == classes[:, None])", "BOS matches nothing"),
+    (11, "edited[where] -= (f_i * sae.W_dec[i]).to(z.dtype)",
+     "edited[:, where.any(0)] -= (f_i * sae.W_dec[i]).to(z.dtype)[:1]", "own positions"),
+    (11, "f = sae.encode(z[where].to(sae.b_dec.dtype))",
+     "f = sae.pre_activations(z[where].to(sae.b_dec.dtype))", "ReLU"),
+    (3, "active = f != 0\n    e = sae.decode(f)", "active = sae.pre_activations(z) > 0\n    f = sae.pre_activations(z) * active\n    e = sae.decode(f)",
+     "sae.threshold"),
+    (12, "return (patched[drawn] - zero[drawn]).mean() / (clean[drawn] - zero[drawn]).mean()",
+     "return ((patched[drawn] - zero[drawn]) / (clean[drawn] - zero[drawn])).mean()",
+     "not a mean of ratios"),
 ]
 
 
@@ -138,9 +141,9 @@ def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
     sae = (tmp_path / "new" / "sae.py").read_text()
     assert "f^T @ g" not in sae and "work out dL/dW_dec" in sae
     assert "return pre * (pre > self.threshold" not in sae
-    assert "reconstruction" in sae and "def sparse_step" in sae
+    assert "The reconstruction." in sae
     assert (tmp_path / "new" / "data" / "tiny" / "model.safetensors").is_file()
     assert (tmp_path / "new" / "pytest.ini").is_file(), "a copy inside the project runs its own tests only"
-    assert not (tmp_path / "new" / "tests" / "test_course.py").exists(), "it fails on answers in other words"
+    assert not (tmp_path / "new" / "tests" / "measured" / "test_course.py").exists(), "it fails on answers in other words"
     for one in course.EXERCISES:
         compile((tmp_path / "new" / one.file).read_text(), one.file, "exec")

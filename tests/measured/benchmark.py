@@ -1,7 +1,7 @@
 """Speed and memory, side by side in one run, against sae-lens, transformer-lens and transformers.
 
     pip install torch==2.13.0 && pip install -r tests/requirements-peers.txt
-    python tests/benchmark.py [steps, 50 if not given]
+    python tests/measured/benchmark.py [steps, 50 if not given]
 
 Every line is measured in a process of its own. Steps start from the same weights and see the same batches: a
 planted dictionary, of which each input is a sum of 25 rows, and a bias at which about 25 features are active,
@@ -14,7 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 
 def mebibytes(what):
@@ -58,14 +58,17 @@ def planted(d_in, d_sae, batch_size, n_batches=4):
 def ours(d_in, d_sae, batch_size, steps):
     import train
     W, bias, batches = planted(d_in, d_sae, batch_size)
-    learner = train.new_learner(d_in, d_sae, L1, LR)
+    learner = train.make_learner(d_in, d_sae, L1, LR)
     begin_with(learner.sae, W, bias)
     learner.l0 = 25.0
     config = train.TrainConfig(batch_size=batch_size, lr=LR, warmup=1, decay=0.0, n_tokens=10**9)
     with train.keep_freed_memory():
         # step 0 of a warmup would have a tenth of the learning rate
-        return timed(lambda i: train.learn(learner, batches[i % len(batches)], i + 1, config, 0), steps,
-                     lambda: learner.mse + L1 * learner.sparsity)
+        def step(i):
+            train.train_step(learner, batches[i % len(batches)], i + 1, config)
+            train.read_back({0: learner}, i + 1, batch_size)
+
+        return timed(step, steps, lambda: learner.mse + L1 * learner.sparsity)
 
 
 def saelens(d_in, d_sae, batch_size, steps, autocast, constrained=False):
@@ -122,7 +125,7 @@ def encoder_product(d_in, d_sae, batch_size, steps):
     """The one product that a step cannot do without, in bfloat16 where the processor has it."""
     import torch
 
-    from data.common import fast_bfloat16
+    from data.machine import fast_bfloat16
     kind = torch.bfloat16 if fast_bfloat16(torch.device("cpu")) else torch.float32
     x, W = torch.randn(batch_size, d_in, dtype=kind), torch.randn(d_in, d_sae, dtype=kind)
     return timed(lambda i: x @ W, steps, lambda: 0.0)
@@ -143,8 +146,8 @@ def compare_steps(d_in, d_sae, batch_size, steps):
     for name, (seconds, loss, memory) in rows.items():
         shown = f"{loss:9.4f}" if loss else "         "
         print(f"{name:44} {seconds:9.4f} {seconds / first:7.2f} x {shown} {memory:9,.0f} MiB", flush=True)
-    print(f"the same algorithm: decoder rows of unit norm, gradient not clipped; its loss differs from ours "
-          f"by {abs(rows[same][1] / loss_of_first - 1):.3%}")
+    print("the same algorithm: decoder rows of unit norm, gradient not clipped; its loss differs "
+          f"from ours by {abs(rows[same][1] / loss_of_first - 1):.3%}")
     return [seconds for seconds, _, _ in rows.values()][:3]
 
 
@@ -160,12 +163,16 @@ def curve(dense):
     import train
     config = train.TrainConfig(layers=(2,), batch_size=1024, lr=2.4e-3, warmup=200, n_tokens=400 * 1024,
                                block_mib=128, resample_every=100)
-    source = train.Source(models.load("tiny"), data.tokenizer("tiny"), config, (2,), torch.device("cpu"))
-    train.step_of = lambda learner, z: train.dense_step if dense else train.sparse_step
-    step, learners = train.start(config, source, Path())
+    buffer = train.ActivationBuffer(models.load_model("tiny"), data.load_tokenizer("tiny"), config, (2,),
+                                    torch.device("cpu"))
+    one_step = train.dense_step if dense else train.sparse_step
+    train.Learner.step_function = lambda learner, device: one_step
+    learners = train.make_learners(config, (2,), buffer.D, torch.device("cpu"))
+    train.initialise_all(learners, config, buffer)
     losses = []
-    for batches in source.batches(step):
-        train.learn(learners[2], batches[2], len(losses), config, 2)
+    for step, batches in buffer.batches(0):
+        train.train_step(learners[2], batches[2], step, config)
+        train.read_back(learners, step, config.batch_size)
         losses.append(learners[2].mse + learners[2].l1 * learners[2].sparsity)
     return losses
 
@@ -187,7 +194,7 @@ def z_cat_ours(bfloat16):
     import torch
 
     import model as models
-    from data.common import keep_freed_memory
+    from data.machine import keep_freed_memory
     model = models.GPT2(models.GPT2Config(12, 12, 768, 3072, 50257, 1024)).requires_grad_(False)
     tokens = torch.randint(50257, (ROWS, 128), generator=torch.Generator().manual_seed(0))
 

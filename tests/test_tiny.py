@@ -1,4 +1,4 @@
-"""data/make_tiny.py: its scores against loops, a short training run, and what ships."""
+"""data/tiny/make.py: its scores against loops, a short training run, and what ships."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ import torch
 import data
 import model as models
 from conftest import GPT2_SHAPES, random_gpt2
-from data import make_tiny
+from data.tiny import make as make_tiny
 from data.weights import TINY
 
 
 def test_induction_score_equals_a_loop_over_queries_and_keys(tmp_path):
     random_gpt2(tmp_path, **GPT2_SHAPES["small"])
-    model = models.load(tmp_path)
+    model = models.load_model(tmp_path)
     tokens = torch.randint(1, 7, (3, 30), generator=torch.Generator().manual_seed(0))   # few: they repeat
     tokens[:, 0] = 0
     _, cache = model(tokens, keep=range(3))
@@ -28,7 +28,7 @@ def test_induction_score_equals_a_loop_over_queries_and_keys(tmp_path):
                 queries += bool(keys)
                 for layer in range(3):
                     total[layer] += cache[layer].pattern[b, :, q, keys].sum(-1)
-        scores, n = make_tiny.repeat_attention(model, tokens, matched)
+        scores, n = make_tiny.repeat_scores(model, tokens, 0, matched)
         assert n == queries, "which queries count?"
         assert torch.allclose(scores, total / queries, atol=1e-5)
 
@@ -36,7 +36,7 @@ def test_induction_score_equals_a_loop_over_queries_and_keys(tmp_path):
 def test_a_short_run_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     config = make_tiny.TinyConfig(out=str(tmp_path), n_layers=1, n_heads=2, d_model=32, n_ctx=64, n_steps=12,
                                   batch_size=4, warmup=2, device="cpu")
-    tokenizer = data.tokenizer("tiny")
+    tokenizer = data.load_tokenizer("tiny")
     monkeypatch.setattr(make_tiny, "CHECKPOINT_EVERY", 8)
     monkeypatch.setattr(make_tiny, "quick_report", lambda model, tokenizer: {})
     kept = []
@@ -55,7 +55,7 @@ def test_a_short_run_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[0]["loss"] < 8.3 and log[1]["loss"] < log[0]["loss"]
     make_tiny.write_model(whole, tmp_path)
-    loaded = models.load(tmp_path)
+    loaded = models.load_model(tmp_path)
     tokens = torch.randint(4096, (2, 64))
     assert torch.allclose(loaded(tokens)[0], whole(tokens)[0].detach(), atol=0.02), "float16 on disk, no more"
 
@@ -63,8 +63,8 @@ def test_a_short_run_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_the_shipped_model_does_what_its_report_says(tiny):
     """What the specimen is for: induction heads, also on real text, and indirect objects in both orders."""
     report = json.loads((TINY / "report.json").read_text())
-    tokenizer = data.tokenizer("tiny")
-    random = make_tiny.repeat_attention(tiny, make_tiny.repeated_random_rows(tiny, 32))[0]
+    tokenizer = data.load_tokenizer("tiny")
+    random, _ = make_tiny.repeat_scores(tiny, make_tiny.repeated_random_rows(tiny, 32), tokenizer.bos)
     assert (random >= 0.6).sum() >= 2
     for head, score in report["induction_repeated_random"].items():
         layer, number = map(int, head.split("."))
@@ -80,7 +80,7 @@ def test_the_shipped_model_does_what_its_report_says(tiny):
 
 
 def test_the_paper_s_example(tiny):
-    tokenizer = data.tokenizer("tiny")
+    tokenizer = data.load_tokenizer("tiny")
     text = "When Mary and John went to the store, John gave a drink to"
     logits, _ = tiny(torch.tensor([[tokenizer.bos, *tokenizer.encode(text)]]))
     assert tokenizer.decode([logits[0, -1].argmax()]) == " Mary"

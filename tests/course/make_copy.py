@@ -1,9 +1,10 @@
 """For courses: a copy of the project in which the bodies of twelve exercises are blank.
 
-    python -m data.course my-copy       then in that folder: python -m pytest tests/test_exercises.py -x
+    python tests/course/make_copy.py my-copy        then in that folder:
+    python -m pytest tests/course -x
 
 Each exercise is one idea of the paper, a few lines long; its docstring, its shapes and everything around it
-stay. `tests/test_exercises.py` grades them in order: a test may use what earlier exercises made, and nothing
+stay. `tests/course/test_exercises.py` grades them in order: a test may use what earlier exercises made, and nothing
 of later ones. Its messages say what kind of mistake an answer looks like.
 """
 
@@ -14,11 +15,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from data.common import UserError, run
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
 
-ROOT = Path(__file__).parent.parent
-COPIED = ("*.py", "*.txt", "*.md", "*.ini", "LICENSE", "data/**/*", "tests/**/*")
-NOT_COPIED = ("data/course.py", "tests/test_course.py")     # the second reads the answers as they are here
+from data.errors import UserError, run  # noqa: E402
+
+
+COPIED = ("*.py", "*.txt", "*.md", "*.ini", "LICENSE", "data/**/*", "docs/**/*", "tests/**/*")
+# the second reads the answers as they are here
+NOT_COPIED = ("tests/course/make_copy.py", "tests/measured/test_course.py")
 
 
 class Exercise(NamedTuple):
@@ -31,26 +36,26 @@ class Exercise(NamedTuple):
 EXERCISES = (
     Exercise("an attention layer up to z_cat", "model.py", ("attend",),
              "the top of model.py; Attention.heads and Attention.out, the two halves around the seam"),
-    Exercise("what the sparse autoencoder computes", "sae.py", ("SAE.encode", "SAE.activation", "SAE.decode"),
+    Exercise("what the sparse autoencoder computes", "sae.py", ("SAE.pre_activations", "SAE.activate", "SAE.decode"),
              "the top of sae.py; the paper, section 2"),
     Exercise("its loss, and the gradient by hand", "sae.py", ("dense_step",),
-             "sae.Step; the chain rule; note that b_dec enters twice"),
+             "sae.LossAndGradients; the chain rule; note that b_dec enters twice"),
     Exercise("decoder rows of unit norm", "sae.py", ("project_decoder_gradient", "normalise_decoder"),
-             "train.learn, for the order: project, step, normalise"),
-    Exercise("resampling of dead features", "sae.py", ("resample",),
-             "Bricken et al. 2023, Towards Monosemanticity; the docstring, for Adam's moments"),
+             "train.train_step, for the order: project, step, normalise"),
+    Exercise("resampling of dead features", "sae.py", ("resample", "reset_adam"),
+             "Bricken et al. 2023, Towards Monosemanticity; the docstrings"),
     Exercise("cross-entropy recovered", "train.py", ("row_ce", "ce_recovered"),
              "train.evaluate, for what is replaced where"),
     Exercise("which heads a feature lies in", "attribution.py", ("head_weights",), "the paper, section 2"),
     Exercise("direct feature attribution", "attribution.py", ("dfa", "feature_bias"),
              "model.Heads, for pattern and v; the paper, section 2"),
-    Exercise("one step of recursive DFA", "attribution.py", ("children",),
-             "attribution.Parts, Run, trace_run and Children; model.HeadMatrices and LayerCache"),
+    Exercise("one step of recursive DFA", "attribution.py", ("decompose",),
+             "attribution.Components, TracedPrompt and Contributions; model.HeadMatrices and LayerCache"),
     Exercise("the length of a prefix that matches", "induction.py", ("prefix_lengths",),
              "the top of induction.py"),
-    Exercise("a feature removed where it matters", "sae.py", ("ablate",), "sae.splice; ioi.remove_features"),
+    Exercise("a feature removed where it matters", "sae.py", ("ablate",), "sae.splice; ioi.ablate_features"),
     Exercise("how much of the logit difference is recovered", "ioi.py", ("recovered",),
-             "the top of ioi.py; data.common.bootstrap and mean_of"),
+             "the top of ioi.py; data.stats.bootstrap and mean_with_ci"),
 )
 
 
@@ -111,12 +116,12 @@ def student_copy(folder):
 
 def main():
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise UserError("say where the copy should be: python -m data.course my-copy")
+        raise UserError("say where the copy should be: python tests/course/make_copy.py my-copy")
     student_copy(sys.argv[1])
     for number, exercise in enumerate(EXERCISES, start=1):
         print(f"{number:2d}  {exercise.title}: {', '.join(exercise.functions)} in {exercise.file}\n"
               f"    read: {exercise.read}")
-    print(f"\ncd {sys.argv[1]}, then python -m pytest tests/test_exercises.py -x shows the first that is to\n"
+    print(f"\ncd {sys.argv[1]}, then python -m pytest tests/course -x shows the first that is to\n"
           f"be written; the whole of python -m pytest passes when all are.")
 
 

@@ -1,7 +1,7 @@
 """Do SAEs on z_cat and on z_cat @ W_O find the same features? (The paper takes z_cat, so that heads can be
 told apart, and assumes that they do.)
 
-    python -m data.spaces
+    python tests/measured/spaces.py
 
 For every layer four SAEs see the same batches: one on z_cat, one on z_cat @ W_O, and another of each from
 other initial weights, since two SAEs of the same activations differ too. On held-out text a feature's match
@@ -11,17 +11,24 @@ all; L0 and the number of features that are alive are what comes of them, and st
 Shapes: B batch, N held-out activations, D = H*d_head, d_sae.
 """
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-import data
-import model as models
-import train
-from data import common
-from data.bpe import check_fits
-from data.common import (Progress, UserError, check_writable, field, mean_of, parse_flags, pick_device,
-                         run_folder, write_json)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import data  # noqa: E402
+import train  # noqa: E402
+from data.errors import UserError, run  # noqa: E402
+from data.files import check_writable, run_folder, write_json  # noqa: E402
+from data.flags import field, parse_flags  # noqa: E402
+from data.machine import keep_freed_memory, pick_device  # noqa: E402
+from data.progress import Progress  # noqa: E402
+from data.stats import format_ci, mean_with_ci  # noqa: E402
+from data.tokens import check_fits  # noqa: E402
+from model import load_model  # noqa: E402
 
 MATCHED, MIN_PLACES = 0.7, 20       # least correlation of a match, least places of a feature compared
 Z, OUT, Z2, OUT2 = SPACES = "z_cat", "z_cat @ W_O", "z_cat, other start", "z_cat @ W_O, other start"
@@ -44,8 +51,8 @@ class SpacesConfig:
 
 def started(z, config, key):                            # (N,d_in) -> train.Learner
     """An SAE fitted to the first activations; the key draws its directions."""
-    learner = train.new_learner(z.shape[1], config.d_sae[0], config.l1[0], config.lr, z.device)
-    train.initialise(learner, z, config, train.generator(config.seed, "start", key))
+    learner = train.make_learner(z.shape[1], config.d_sae[0], config.l1[0], config.lr, z.device)
+    train.initialise(learner, z, config.normalise, train.generator(config.seed, "start", key))
     return learner
 
 
@@ -74,7 +81,7 @@ def compare(saes, z, W_O):                              # {name: SAE}, (N,D), (D
         match, correlation = best_matches(f[a][:, usual[a]], f[b][:, usual[b]])
         cosine = torch.cosine_similarity(written[a][usual[a]], written[b][usual[b]][match])
         values = torch.stack([correlation, (correlation >= MATCHED).float(), cosine], 1).cpu().numpy()
-        mean, interval = mean_of(values)
+        mean, interval = mean_with_ci(values)
         names = ("correlation", "matched", "cosine")
         results[f"{a} in {b}"] = {"n_features": len(values), "l0": float((f[a] > 0).sum(1).float().mean()),
                                   **dict(zip(names, mean)),
@@ -85,49 +92,69 @@ def compare(saes, z, W_O):                              # {name: SAE}, (N,D), (D
 def main():
     own = parse_flags(SpacesConfig, __doc__)
     device = pick_device(own.device)
-    model, tokenizer = models.load(own.model, device), data.tokenizer(own.model)
+    model, tokenizer = load_model(own.model, device), data.load_tokenizer(own.model)
     check_fits(tokenizer, model, own.model)
     layers = own.layers or tuple(range(model.config.n_layers))
     model.check_layers(layers)
-    config = replace(train.TrainConfig(), batch_size=1024, lr=2.4e-3, warmup=200, n_tokens=own.n_tokens,
-                     d_sae=(own.d_sae,), l1=(own.l1,), seed=own.seed, corpus=own.corpus, resample_times=0,
-                     n_ctx=min(128, model.config.n_ctx))
+    config = replace(train.TrainConfig(), batch_size=1024, lr=2.4e-3, warmup=200, seed=own.seed,
+                     n_tokens=own.n_tokens, d_sae=(own.d_sae,), l1=(own.l1,), corpus=own.corpus,
+                     resample_times=0, n_ctx=min(128, model.config.n_ctx))
     if own.n_tokens < config.batch_size or own.d_sae < 1 or own.n_eval_rows < 2:
-        raise UserError(f"--n-tokens must be {config.batch_size} or more, --d-sae 1 and --n-eval-rows 2 or "
-                        f"more.")
+        raise UserError(f"--n-tokens must be {config.batch_size} or more, --d-sae 1 and "
+                        "--n-eval-rows 2 or more.")
     folder = run_folder(own.out, own.model)
     check_writable(folder)
-    held_out = next(data.rows(own.corpus, tokenizer, "held-out", config.n_ctx, own.n_eval_rows)).to(device)
-    source = train.Source(model, tokenizer, config, layers, device)
+    held_out = next(data.rows(own.corpus, tokenizer, "held-out", config.n_ctx, own.n_eval_rows))
     W_O = {layer: model.head_matrices(layer).W_O.flatten(0, 1) for layer in layers}
-    source.fill(next(source.blocks(0)), 0)
-    learners = {(layer, name): started(read_by(name, source.z[layer][:source.n_filled], W_O[layer]), config,
-                                       f"{layer} {name}")
-                for layer in layers for name in SPACES}
-    progress = Progress(own.n_tokens, "tokens")
-    with common.keep_freed_memory():
-        for step, batches in enumerate(source.batches(0)):
-            for (layer, name), learner in learners.items():
-                train.learn(learner, read_by(name, batches[layer], W_O[layer]), step, config, layer)
-            progress((step + 1) * config.batch_size)
-    progress(own.n_tokens // config.batch_size * config.batch_size, last=True)
+    learners = train_all(model, tokenizer, config, layers, device, W_O)
     results = {}
-    print(f"\na match correlates by {MATCHED} or more; [95% interval over features]\n"
-          f"{'layer  features of ... in ...':46}{'number':>7} {'L0':>5}   {'mean correlation':22}  "
-          f"{'matched':20}  cosine")
     for layer in layers:
-        mine = {name: learners[layer, name] for name in SPACES}
-        saes = {name: one.sae.rescale(one.scale).requires_grad_(False) for name, one in mine.items()}
+        saes = {}
+        for name in SPACES:
+            learner = learners[layer, name]
+            saes[name] = learner.sae.rescale(learner.scale).requires_grad_(False)
         z = torch.cat([model.z_cat_at(part, [layer])[layer][:, 1:].flatten(0, 1)
-                       for part in held_out.split(32)])
+                       for part in held_out.to(device).split(32)])
         results[f"L{layer}"] = compare(saes, z, W_O[layer])
-        for pair, r in results[f"L{layer}"].items():
-            shown = lambda name, form: "{:{f}} [{:{f}}, {:{f}}]".format(r[name], *r[name + "_ci"], f=form)
-            print(f"{layer:5d}  {pair:39}{r['n_features']:7d} {r['l0']:5.1f}   "
-                  f"{shown('correlation', '.3f'):22}  {shown('matched', '.1%'):20}  {shown('cosine', '.3f')}")
-    write_json(folder / "spaces.json", {"matched": MATCHED, "n_tokens": own.n_tokens, "layers": results})
+    report(results)
+    write_json(folder / "spaces.json",
+               {"matched": MATCHED, "n_tokens": own.n_tokens, "layers": results})
     print(f"\nwritten to {folder}/spaces.json")
 
 
+def train_all(model, tokenizer, config, layers, device, W_O):   # -> {(layer, name): Learner}
+    """Four SAEs for each layer on the same batches."""
+    buffer = train.ActivationBuffer(model, tokenizer, config, layers, device)
+    buffer.fill(next(buffer.blocks(0)), 0)
+    learners = {}
+    for layer in layers:
+        z = buffer.z[layer][:buffer.n_filled]
+        for name in SPACES:
+            learners[layer, name] = started(read_by(name, z, W_O[layer]), config, f"{layer} {name}")
+    progress = Progress(config.n_tokens, "tokens")
+    with keep_freed_memory():
+        for step, batches in buffer.batches(0):
+            for (layer, name), learner in learners.items():
+                train.train_step(learner, read_by(name, batches[layer], W_O[layer]), step, config)
+            train.read_back(learners, step, config.batch_size)
+            progress((step + 1) * config.batch_size)
+    progress(config.n_steps * config.batch_size, last=True)
+    return learners
+
+
+def report(results):
+    """The table."""
+    print(f"\na match correlates by {MATCHED} or more; [95% interval over features]\n"
+          f"{'layer  features of ... in ...':46}{'number':>7} {'L0':>5}   {'mean correlation':22}  "
+          f"{'matched':20}  cosine")
+    for layer, by_pair in results.items():
+        for pair, r in by_pair.items():
+            correlation = format_ci(r["correlation"], r["correlation_ci"], ".3f")
+            matched = format_ci(r["matched"], r["matched_ci"], ".1%")
+            cosine = format_ci(r["cosine"], r["cosine_ci"], ".3f")
+            print(f"{layer[1:]:>5}  {pair:39}{r['n_features']:7d} {r['l0']:5.1f}   "
+                  f"{correlation:22}  {matched:20}  {cosine}")
+
+
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

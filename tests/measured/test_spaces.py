@@ -1,4 +1,4 @@
-"""data/spaces.py: matches by correlation."""
+"""tests/measured/spaces.py: matches by correlation."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import sae as S
-from data import spaces
+import spaces
 
 
 def test_matches_equal_numpys_correlations():
@@ -41,7 +41,7 @@ def test_an_sae_seen_through_an_orthogonal_map_has_the_same_features():
 
 def test_the_program_writes_its_table(tmp_path):
     small = ["--layers", "1", "--d-sae", "64", "--n-tokens", "4096", "--n-eval-rows", "8"]
-    done = subprocess.run([sys.executable, "-m", "data.spaces", *small, "--out", tmp_path], cwd=ROOT,
+    done = subprocess.run([sys.executable, "tests/measured/spaces.py", *small, "--out", tmp_path], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "z_cat @ W_O in z_cat" in done.stdout

@@ -1,0 +1,197 @@
+"""Tokenizers: text to token ids and back, for GPT-2 and Gemma, and what is asked of tokens.
+
+A model's tokenizer is read from its directory: GPT-2's `vocab.json` into a `tiktoken.Encoding`, or
+a `tokenizer.json`, Gemma's, by the package `tokenizers`.
+"""
+
+import tiktoken
+import torch
+
+from data.errors import UserError
+from data.files import read_json
+from data.weights import PUBLISHED, find, find_config, local_folder
+
+# GPT-2's split into words: contractions, letters, digits and other signs, each with the space
+# before it; runs of white space.
+GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+                r"|\s+(?!\S)|\s+")
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """GPT-2's: `encode(text) -> ids`, `decode(ids) -> text`, `bos` (the id that starts every row),
+    `n_vocab` (ids are below it)."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.bos = encoding.eot_token
+        self.n_vocab = encoding.n_vocab
+
+    def encode(self, text):
+        """Token ids of the text. "<|endoftext|>" inside it is ordinary text, no special token."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        """`encode` of many texts, on all cores."""
+        return self.encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids):
+        """Text of the ids; bytes that are not UTF-8 become the replacement sign."""
+        return self.encoding.decode([int(i) for i in ids])
+
+    def single(self, text):
+        """The id of a text that must be exactly one token. Raises UserError if it is more."""
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise UserError(f"{text!r} is {len(ids)} tokens in this model's vocabulary, and one is "
+                            f"needed; choose another word.")
+        return ids[0]
+
+
+class JsonTokenizer(Tokenizer):
+    """The same of a tokenizer.json (Gemma's), read by the package `tokenizers`."""
+
+    def __init__(self, path, bos):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"reading {path} takes one more package: pip install tokenizers."
+                            ) from None
+        try:
+            self.encoding = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:      # the package raises nothing narrower
+            raise UserError(f"{path} is not a tokenizer ({error}); fetch it again.") from error
+        self.encoding.encode_special_tokens = True              # "<bos>" in a text is ordinary text
+        words = self.encoding.get_vocab(with_added_tokens=False)
+        self.bos = bos
+        self.n_vocab = max(max(words.values(), default=0), bos) + 1
+
+    def encode(self, text):
+        return self.encoding.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts):
+        encoded = self.encoding.encode_batch(texts, add_special_tokens=False)
+        return [text.ids for text in encoded]
+
+    def decode(self, ids):
+        return self.encoding.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+# ---- finding a model's tokenizer ----
+
+
+def load_tokenizer(name_or_dir):
+    """The tokenizer of a model: vocab.json of its directory ("tiny" ships with the project), else
+    its tokenizer.json, else, for GPT-2, tiktoken's.
+
+    Raises UserError if the files are damaged, or have to be downloaded and cannot be.
+    """
+    folder = local_folder(name_or_dir)
+    if folder is None and name_or_dir in PUBLISHED and str(name_or_dir).startswith("gpt2"):
+        return download_gpt2()
+    if folder and (folder / "vocab.json").is_file():
+        return Tokenizer(read_vocabulary(folder / "vocab.json"))
+    if name_or_dir == "tiny":
+        raise UserError(f"{folder}/vocab.json is missing; restore it from the repository, or run "
+                        f"python -m data.tiny.make.")
+    config_path = find_config(name_or_dir)
+    config = read_json(config_path)
+    if path := find(name_or_dir, "tokenizer.json"):
+        bos = config.get("bos_token_id")
+        if type(bos) is not int or bos < 0:
+            raise UserError(f"{config_path}: bos_token_id should be a token's number, and is "
+                            f"{bos!r}.")
+        return JsonTokenizer(path, bos)
+    if config.get("model_type") != "gpt2":
+        raise UserError(f"--model {name_or_dir} has no tokenizer.json; fetch it into that folder.")
+    return download_gpt2()
+
+
+def download_gpt2():
+    """GPT-2's own tokenizer, which tiktoken fetches once."""
+    try:
+        return Tokenizer(tiktoken.get_encoding("gpt2"))
+    except Exception as error:      # tiktoken passes on whatever its HTTP library raises
+        raise UserError(f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}); "
+                        f"connect to the internet once, or set TIKTOKEN_CACHE_DIR to a folder with "
+                        f"tiktoken's files.") from error
+
+
+def read_vocabulary(path):
+    """vocab.json -> tiktoken.Encoding. A token's id is its rank: GPT-2's ids are in the order in
+    which merges were learnt."""
+    byte_of_sign = {sign: byte for byte, sign in byte_signs().items()}
+    try:
+        ranks = {}
+        for token, rank in read_json(path).items():
+            if token != END_OF_TEXT:
+                ranks[bytes(byte_of_sign[sign] for sign in token)] = rank
+        numbered_in_order = sorted(ranks.values()) == list(range(len(ranks)))
+        has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+        if not numbered_in_order or not has_all_bytes:
+            raise ValueError
+        return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={END_OF_TEXT: len(ranks)})
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is not a GPT-2 vocabulary (256 bytes and their merges, numbered "
+                        "in order); fetch it again.") from error
+
+
+def byte_signs():
+    """GPT-2's printable sign for every byte, in the order of its ids: printable bytes stand for
+    themselves, the others have stand-ins from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    signs = {byte: chr(byte) for byte in printable}
+    return signs | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def check_fits(tokenizer, model, name):
+    """Raise UserError if the tokenizer has tokens for which the model has no embedding."""
+    if tokenizer.n_vocab > model.config.d_vocab:
+        raise UserError(f"--model {name} has {model.config.d_vocab} tokens and its tokenizer "
+                        f"{tokenizer.n_vocab}; put the model's own vocab.json beside its weights.")
+
+
+# ---- rows of tokens ----
+
+
+def pad_prompts(prompts, bos):                          # list of lists of ids -> (N,T), (N,)
+    """Prompts of different lengths as rows, filled up with BOS, and where each one's last token
+    stands. What comes after a prompt's end cannot change anything before it."""
+    tokens = torch.full((len(prompts), max(map(len, prompts))), bos)
+    for row, ids in zip(tokens, prompts):
+        row[:len(ids)] = torch.tensor(ids)
+    return tokens, torch.tensor([len(ids) - 1 for ids in prompts])
+
+
+def fuzzy_classes(tokenizer):                                   # -> (n_vocab,)
+    """A class for every token: tokens that differ in one leading space or in case share one.
+
+    BOS has class -1. A token that is no text by itself, such as a part of a character, has a class
+    of its own.
+    """
+    class_of_text = {}
+    classes = []
+    for i in range(tokenizer.n_vocab):
+        text = tokenizer.decode([i])
+        if text[:1] == " " and len(text) > 1:
+            text = text[1:]
+        key = i if "\ufffd" in text else text.lower()
+        if i == tokenizer.bos:
+            classes.append(-1)
+        else:
+            classes.append(class_of_text.setdefault(key, len(class_of_text)))
+    return torch.tensor(classes)
+
+
+def text_around(row, q, tokenizer, n_before=10, n_after=3):     # (T,) -> str
+    """Position q of a row with the text around it, its token in angle brackets."""
+    def decode(part):
+        return tokenizer.decode(part).replace("\n", "\\n")
+
+    ids = row.tolist()
+    before = decode(ids[max(q - n_before, 0):q])
+    here = decode(ids[q:q + 1])
+    after = decode(ids[q + 1:q + 1 + n_after])
+    return f"{before}\u27e8{here}\u27e9{after}"

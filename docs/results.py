@@ -1,0 +1,290 @@
+"""Numbers in the pages: the commands that print them, what they printed, a check that nothing
+drifts.
+
+    python -m docs.results              run all (about an hour on two cores, half of it the benchmark)
+    python -m docs.results ioi train    run some; walkthrough is one of them
+    python -m docs.results --check      run none: are the pages what the stored outputs say?
+
+The pages are README.md and docs/RESULTS.md. What a command prints is kept in
+docs/outputs/<name>.txt, under the time and the memory it took. docs/sources.json says where the
+numbers of a page come from:
+
+    blocks      for each ```text block of a page, in order, an output and lines of it: '"ABBA" +2; "head "'
+                is the line that starts with ABBA and the two after it, "..." and so on
+    sections    for each heading, outputs in which the numbers of its text have to stand, rounded as they
+                may be; and settings, numbers that nothing measured
+
+Numbers in `code` and whole numbers up to twelve are not looked at, nor are sections without an
+entry.
+
+docs/WALKTHROUGH.md is a program with text between: its code is run, and what it prints put below.
+Figures that the commands draw are copied over those of the pages, docs/pictures/<name>-*.png.
+
+The commands write to out/ as they do when run by hand. benchmark takes
+tests/requirements-peers.txt, and gpt2-size the random model that README.md makes, with GPT-2's
+tokenizer.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from data.errors import UserError, run
+from data.files import read_json, write_text
+from data.machine import fast_bfloat16
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUTS = ROOT / "docs" / "outputs"
+PICTURES = ROOT / "docs" / "pictures"
+WALK = ROOT / "docs" / "WALKTHROUGH.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "RESULTS.md")
+SOURCES = ROOT / "docs" / "sources.json"
+PEERS = "tests/requirements-peers.txt"
+
+COMMANDS = {
+    "train": "train.py",
+    "attribution": "attribution.py --saes data/tiny --feature 2.1228",
+    "features": "features.py --saes data/tiny",
+    "heads": "heads.py --saes data/tiny",
+    "induction": "induction.py --saes data/tiny",
+    "ioi": "ioi.py --saes data/tiny",
+    "agreement": "tests/measured/agreement.py --saes data/tiny",
+    "calibrate": "tests/measured/calibrate.py",
+    "spaces": "tests/measured/spaces.py",
+    "kills": "tests/test_kill.py 20",
+    "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise "
+                 "--lr 1.2e-3 --batch-size 4096 --n-tokens 163840 --n-eval-rows 8",
+    "benchmark": "tests/measured/benchmark.py",
+}
+TINY = ("report.json", "L0/metrics.json", "L1/metrics.json", "L2/metrics.json", "L3/metrics.json")
+
+PROGRESS_LINE = re.compile(r"^ *[\d,]+/[\d,]+ \w+  ")
+BLOCK = re.compile(r"```text\n(.*?)```", re.DOTALL)
+NUMBER = re.compile(r"(?<![\w.,/-])[+-]?\d+(?:,\d{3})*(?:\.\d+)*%?(?![\w/]|[.,]\d)")
+NOT_PROSE = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|https?://\S+", re.DOTALL)
+
+
+# ---- running a command and keeping what it prints ----
+
+
+def measure(name):
+    """Run a command and keep what it prints, its time and its memory. Raises UserError if it
+    fails."""
+    command = [sys.executable, *shlex.split(COMMANDS[name])]
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        if process.returncode:
+            last_line = (errors.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise UserError(f"python {COMMANDS[name]} failed, and nothing of it is kept: "
+                            f"{last_line}")
+    if PEERS in printed:
+        raise UserError(f"{name} compares with other libraries: pip install -r {PEERS} first.")
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    peak = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    head = [f"python {COMMANDS[name]}",
+            f"took {minutes} minutes {seconds} seconds, and {peak:.1f} GiB of memory at its peak",
+            f"on {machine()}", ""]
+    kept = [line.rstrip() for line in printed.splitlines() if not PROGRESS_LINE.match(line)]
+    write_text(OUTPUTS / f"{name}.txt", "\n".join(head + kept) + "\n")
+
+
+def machine():
+    """The processor in words."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.is_file() else []
+    bfloat16 = "with" if fast_bfloat16(torch.device("cpu")) else "without"
+    return (f"{names[0] if names else 'a processor'}, {torch.get_num_threads()} threads, {bfloat16} "
+            f"bfloat16")
+
+
+def output(name):
+    """The lines of a stored output. Raises UserError if there is none."""
+    path = OUTPUTS / f"{name}.txt"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run python -m docs.results {name}.")
+    return path.read_text(encoding="utf8").splitlines()
+
+
+def copy_pictures(name):
+    """The figures that a command drew, over those in the pages."""
+    drawn = ROOT / "out" / ("walkthrough" if name == "walkthrough" else f"tiny/{name}")
+    for picture in PICTURES.glob(f"{name}-*.png"):
+        new = drawn / picture.name.removeprefix(f"{name}-")
+        if new.is_file():
+            shutil.copyfile(new, picture)
+
+
+# ---- blocks of a page ----
+
+
+def excerpt(name, ranges):
+    """Lines of an output: '"text" +n; ...' -> each line that starts with the text, and n more."""
+    lines = output(name)
+    shown = []
+    last = -1
+    for start, more in re.findall(r'"(.*?)"(?: \+(\d+))?', ranges):
+        first = next((i for i, line in enumerate(lines) if line.startswith(start) and i > last), None)
+        if first is None:
+            raise UserError(f"no line of docs/outputs/{name}.txt, after those before, starts with "
+                            f"{start!r}, which a page asks for.")
+        if shown and first > last + 1:
+            shown.append("...")
+        last = min(first + int(more or 0), len(lines) - 1)
+        shown += lines[first:last + 1]
+    return "\n".join(shown)
+
+
+def filled(page, blocks):
+    """The page with its blocks as the outputs are."""
+    n_blocks = len(BLOCK.findall(page))
+    if n_blocks != len(blocks):
+        raise UserError(f"a page has {n_blocks} text blocks, and {SOURCES.name} names "
+                        f"{len(blocks)}.")
+    sources = iter(blocks)
+
+    def fill(match):
+        source = next(sources)
+        return f"```text\n{excerpt(source['output'], source['lines'])}\n```"
+
+    return BLOCK.sub(fill, page)
+
+
+# ---- numbers in the text of a page ----
+
+
+def unsupported(page, sections):
+    """(line, number) for every number that is in no output named for its section."""
+    found = []
+    for section in re.split(r"(?m)^(?=## )", page):
+        title = re.match(r"## (.*)", section)
+        source = sections.get(title[1] if title else "")
+        if source is None:
+            continue
+        known = {number for name in source["outputs"] for number in numbers_of(name)}
+        for line in NOT_PROSE.sub("", section).splitlines():
+            for number in NUMBER.findall(line):
+                if not stands(number, known) and number.strip("+") not in source["settings"]:
+                    found.append((line.strip(), number))
+    return found
+
+
+def numbers_of(name):
+    """All numbers of an output, or of the shipped model's JSON files, as (value, how a page may
+    write it): "%", "" for plain, or "any"."""
+    if name == "tiny":
+        files = [json.loads((ROOT / "data" / "tiny" / path).read_text()) for path in TINY]
+        return {(float(value), "any") for value in leaves(files)}
+    found = {number for line in output(name) for number in NUMBER.findall(line)}
+    return {(parsed(number)[0], "%" if number.endswith("%") else "") for number in found}
+
+
+def leaves(value):
+    """All numbers of nested dicts and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return {x for inner in value for x in leaves(inner)}
+    return {value} if type(value) in (int, float) else set()
+
+
+def parsed(number):
+    """"-12.5%" -> 0.125 and a step of its last digit, 0.001."""
+    text = number.lstrip("+-").replace(",", "").rstrip("%")
+    decimals = text.partition(".")[2]
+    if "." in decimals:                                                 # 2.13.0 is no number
+        return 0.0, 0.0
+    scale = 0.01 if number.endswith("%") else 1.0
+    return float(text) * scale, 10.0**-len(decimals) * scale
+
+
+def stands(number, known):
+    """Whether some known number, rounded to as many digits, is this one; signs are the prose's
+    affair."""
+    value, step = parsed(number)
+    if step == 0 or (step == 1 and value <= 12):
+        return True
+    written = "%" if number.endswith("%") else ""
+    return any(abs(abs(other) - value) <= 0.5001 * step for other, how in known
+               if how in (written, "any"))
+
+
+# ---- the walk-through ----
+
+
+def walked(page):
+    """The walk-through with what its pieces of code print, run one after the other."""
+    names = {}
+
+    def run_piece(piece):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(piece[1], str(WALK), "exec"), names)
+        said = f"\n```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
+        return f"```python\n{piece[1]}```\n{said}"
+
+    return re.sub(r"(?s)```python\n(.*?)```\n(?:\n```text\n.*?```\n)?", run_piece, page)
+
+
+# ---- the program ----
+
+
+def main():
+    asked = sys.argv[1:]
+    is_check = "--check" in asked
+    unknown = [name for name in asked if name not in (*COMMANDS, "walkthrough", "--check")]
+    if unknown:
+        raise UserError(f"{unknown[0]} is unknown; there are: --check, walkthrough, "
+                        f"{', '.join(COMMANDS)}.")
+    if is_check and len(asked) > 1:
+        raise UserError("--check runs nothing; give it alone.")
+    if not is_check:
+        for name in asked or [*COMMANDS, "walkthrough"]:
+            run_one(name)
+    stale = [path for path in PAGES if not update(path, write=not is_check)]
+    if is_check and stale:
+        raise UserError("the pages are not what the outputs say; run python -m docs.results.")
+
+
+def run_one(name):
+    """Run a command, or the walk-through, and keep what it prints and draws."""
+    if name == "walkthrough":
+        print(WALK.relative_to(ROOT), flush=True)
+        write_text(WALK, walked(WALK.read_text(encoding="utf8")))
+    else:
+        print(f"python {COMMANDS[name]}", flush=True)
+        measure(name)
+    copy_pictures(name)
+
+
+def update(path, write):                                    # -> whether the page is as it should be
+    """Bring a page's blocks up to date, and list its numbers that stand nowhere."""
+    source = read_json(SOURCES)[path.relative_to(ROOT).as_posix()]
+    before = path.read_text(encoding="utf8")
+    after = filled(before, source["blocks"])
+    drifted = unsupported(after, source["sections"])
+    for line, number in drifted:
+        print(f"{path.name}: {number} is in no output named for its section: {line[:100]}")
+    if write and after != before:
+        write_text(path, after)
+    print(f"{path.name}: blocks {'as they were' if after == before else 'changed'}, "
+          f"{len(drifted)} numbers to look at")
+    return after == before and not drifted
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,393 @@
+"""What every attention head does: a census of roles, and how many heads are polysemantic, which the
+paper judges by eye.
+
+    python heads.py                         all heads of the shipped model
+
+For every head, some features are looked at: the top 10, 25 and 50 of those that lie in it most by
+decoder weight, as the paper does; and, since these need not be what the head does most, 50 features
+drawn in proportion to what the head gathers for them. Features that read alike have the same role,
+and a head whose features have several roles is polysemantic.
+
+    profile      what the head gathers for a feature is the DFA of its strongest source, summed over
+                 the text. It is read from the token itself, the token before, a token after a copy
+                 of the current one, or a copy, in some shares (less what chance gives). The rest
+                 is told by the tokens that the feature fires on, reads and writes.
+    similarity   of two features: the overlap of these shares, plus the overlap of the rest times
+                 how much their tokens and what they write are alike
+    roles        groups of features, each with a similarity of 0.5 or more to the leader of its
+                 group; counted as 1 / (probability that two features share one)
+
+The threshold of similarity was chosen on hand-wired heads whose jobs are known
+(tests/measured/calibrate.py). What is read here is what features.py collected; where that is
+missing, it is collected first. Written to <out>/<model>/heads/, and for the page of features.py to
+<out>/<model>/features/heads.js.
+
+Shapes: R rows, T positions (q query, k key/source), H heads, D = H*d_head, d_sae; n places, m
+features.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attribution import head_weights
+from data import pages
+from data.errors import UserError, run
+from data.figures import plot_census
+from data.files import write_json
+from data.flags import field, parse_flags
+from data.tokens import fuzzy_classes
+from features import (MIN_PLACES, CollectionConfig, activation_share, is_copy, load_or_collect,
+                      share_by_chance)
+from study import begin, finish, reported
+
+CHOICES = {"top 10": 10, "top 25": 25, "top 50": 50, "50 drawn": 50}    # how many features each has
+TOP, DRAWN = "top 25", "50 drawn"           # the two that are told in words
+SIMILARITY_THRESHOLD = 0.5                  # from which on two features share a role
+POLYSEMANTIC_ABOVE = 1.5                    # roles, as `number_of_roles` counts them
+
+
+# ---- how a feature reads and writes through a head ----
+
+RELATIONS = ("itself", "the token before", "a token after a copy", "a copy")
+
+
+class Profiles(NamedTuple):
+    """How m features read from and write to one head."""
+    relations: Tensor       # (m,len(RELATIONS)) share of what the head gathers that is read there
+    fire: Tensor            # (m,d_model) sum of embeddings of the tokens at which they are active
+    read: Tensor            # (m,d_model) sum of embeddings of the tokens read
+    write: Tensor           # (m,d_model) W_dec[i] at the head @ W_O
+
+class HeadPlaces(NamedTuple):
+    """The sample of a layer's places, as one head has it."""
+    row: Tensor             # (n,)
+    q: Tensor               # (n,)
+    feature: Tensor         # (n,)
+    source: Tensor          # (n,) the head's strongest source
+    gathered: Tensor        # (n,) its DFA, 0 if negative, times the places this one stands for
+
+
+def places_of_head(of_layer, head):                         # LayerCollection -> HeadPlaces
+    """Where one head reads, for every place of the sample."""
+    places = of_layer.collected.sample
+    n_represented = of_layer.collected.weight / places.f    # places of the text, by activation
+    value = of_layer.reads.head_value[:, head].clamp_min(0)
+    source = of_layer.reads.head_source[:, head].long()
+    return HeadPlaces(places.row, places.q, places.feature, source, n_represented * value)
+
+
+def relation_shares(of_layer, places, classes, seed=0):     # -> (d_sae,len(RELATIONS))
+    """How much of what a head gathers for each feature is read in each relation.
+
+    A place counts for the first relation that holds, in the order of RELATIONS. From the shares of
+    the two relations to copies chance is taken off, (share - chance) / (1 - chance), since frequent
+    tokens have copies everywhere; chance is how often the relation holds at the same distance in
+    the feature's other places.
+    """
+    d_sae = len(of_layer.collected.n)
+    feature, q, k, gathered = places.feature, places.q, places.source, places.gathered
+
+    def after_copy(row, q, k):
+        return (k < q - 1) & is_copy(classes, row, q, k - 1)
+
+    def copy(row, q, k):
+        return (k < q - 1) & is_copy(classes, row, q, k) & ~after_copy(row, q, k)
+
+    shares = [activation_share(feature, gathered, k == q, d_sae),
+              activation_share(feature, gathered, k == q - 1, d_sae)]
+    for relation in (after_copy, copy):
+        share = activation_share(feature, gathered, relation(places.row, q, k), d_sae)
+        hits, n_tries = share_by_chance(of_layer.collected.sample, k, relation, seed)
+        chance = activation_share(feature, gathered * (n_tries > 0), hits, d_sae).nan_to_num(0.0)
+        shares.append(((share - chance) / (1 - chance)).clamp_min(0))
+    return torch.stack(shares, 1).nan_to_num(0.0).float()
+
+
+def profiles(features, relations, places, tokens, embedding, write):    # (m,) -> Profiles
+    """Profiles of some features, as far as one head gathers their activation. Of the sums of
+    embeddings only the direction is used.
+
+    relations (d_sae,len(RELATIONS)), embedding (V,d_model), write (d_sae,d_model).
+    """
+    index = torch.full((len(relations),), -1)               # of each feature among these, or -1
+    index[features] = torch.arange(len(features))
+    is_of_these = index[places.feature] >= 0
+    owner = index[places.feature[is_of_these]]
+    row = places.row[is_of_these]
+    gathered = places.gathered[is_of_these, None]
+
+    def sum_of_embeddings(position):
+        token = tokens[row, position[is_of_these]].long()
+        total = torch.zeros(len(features), embedding.shape[1])
+        return total.index_add_(0, owner, gathered * embedding[token])
+
+    return Profiles(relations[features], sum_of_embeddings(places.q),
+                    sum_of_embeddings(places.source), write[features])
+
+
+def token_embeddings(model, tokens):                        # -> (V,d_model)
+    """Each token's embedding, less the mean over the text, as unit vectors on the CPU."""
+    vocabulary = torch.arange(int(tokens.max()) + 1, device=next(model.parameters()).device)
+    embedding = torch.cat([model.embed_parts(part[:, None])["embedding"][:, 0]
+                           for part in vocabulary.split(4096)])
+    times = torch.bincount(tokens.flatten().long(), minlength=len(embedding)).to(embedding)
+    return F.normalize(embedding - times @ embedding / times.sum(), dim=1).cpu()
+
+
+# ---- roles ----
+
+
+def similarity(p):                                          # Profiles -> (m,m)
+    """sum over relations of min(share_i, share_j), plus min(rest_i, rest_j) * content.
+
+    A relation is the same whatever the tokens are: all "X is next" features have one role. The rest
+    is what is read in no relation. It counts as far as the two features fire on, read and write
+    alike: content is the mean of three cosines, negative ones being 0.
+    """
+    shared = torch.minimum(p.relations[:, None], p.relations).sum(-1)
+    rest = (1 - p.relations.sum(1)).clamp_min(0)
+    content = 0
+    for vectors in (p.fire, p.read, p.write):
+        unit = F.normalize(vectors, dim=1)
+        content = content + (unit @ unit.T).clamp_min(0) / 3
+    return shared + torch.minimum(rest[:, None], rest) * content
+
+
+def group_roles(similarities, threshold=SIMILARITY_THRESHOLD):      # (m,m) -> list of lists
+    """Greedy: group the feature with most neighbours and its neighbours; repeat."""
+    near = similarities >= threshold
+    near.fill_diagonal_(True)
+    left = torch.ones(len(near), dtype=torch.bool)
+    groups = []
+    while left.any():
+        n_neighbours = (near & left).sum(1) * left
+        leader = int(n_neighbours.argmax())
+        groups.append((near[leader] & left).nonzero()[:, 0].tolist())
+        left[groups[-1]] = False
+    return groups
+
+
+def number_of_roles(groups):
+    """An effective number: 1 / (probability that two different features share a role). n equally
+    large groups count as about n, and features that are all alone as infinitely many. More features
+    of the same kinds do not raise it."""
+    n = sum(len(group) for group in groups)
+    n_pairs = sum(len(group) * (len(group) - 1) for group in groups)
+    return n * (n - 1) / n_pairs if n_pairs else float("inf")
+
+
+# ---- the census ----
+
+
+def census_of_layer(model, sae, layer, of_layer, tokens, classes, threshold=SIMILARITY_THRESHOLD,
+                    seed=0):                                # -> list of dicts, one a head
+    """What each head of a layer does.
+
+    Only features active at MIN_PLACES places or more are looked at. "features": the top 50 by
+    weight. "roles": {choice: number of roles}, None where there are fewer features than the choice
+    has. "top" and "drawn" say more of these two choices, see `describe_choice`.
+    """
+    weights = head_weights(sae.W_dec, model.config.n_heads).cpu()
+    common = of_layer.collected.n >= MIN_PLACES
+    embedding = token_embeddings(model, tokens)
+    W_O = model.head_matrices(layer).W_O.cpu()              # (H,d_head,d_model)
+    W_dec = sae.W_dec.cpu().unflatten(1, W_O.shape[:2])     # (d_sae,H,d_head)
+    census = []
+    for head in range(model.config.n_heads):
+        places = places_of_head(of_layer, head)
+        relations = relation_shares(of_layer, places, classes, seed)
+        write = W_dec[:, head] @ W_O[head]                  # (d_sae,d_model)
+        by_choice = {}
+        top = top_features(weights[:, head], common)
+        drawn = drawn_features(places, common, seed * 1000 + head)
+        for choice, n in CHOICES.items():
+            features = drawn if choice == DRAWN else top[:n]
+            p = profiles(features, relations, places, tokens, embedding, write)
+            by_choice[choice] = features, p, group_roles(similarity(p), threshold)
+        roles = {choice: number_of_roles(groups) if len(features) == CHOICES[choice] else None
+                 for choice, (features, _, groups) in by_choice.items()}
+        census.append({"layer": layer, "head": head, "name": f"{layer}.{head}",
+                       "features": top.tolist(), "roles": roles,
+                       "top": describe_choice(*by_choice[TOP], weights[:, head], places, tokens),
+                       "drawn": describe_choice(*by_choice[DRAWN], weights[:, head], places,
+                                                tokens)})
+    return census
+
+
+def top_features(weight, common, n=50):                     # (d_sae,), (d_sae,) bool -> (n,)
+    """The features that lie in a head most, n at most."""
+    order = torch.where(common, weight, -1).argsort(descending=True)
+    return order[:min(n, int(common.sum()))]
+
+
+def drawn_features(places, common, seed, n=CHOICES[DRAWN]):     # HeadPlaces -> (n,) at most
+    """Features drawn without replacement, in proportion to what the head gathers for them."""
+    gathered = torch.bincount(places.feature, places.gathered, minlength=len(common)) * common
+    n = min(n, int((gathered > 0).sum()))
+    if n == 0:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.multinomial(gathered, n, generator=torch.Generator().manual_seed(seed))
+
+
+def describe_choice(features, p, groups, weight, places, tokens):
+    """Some features of a head as plain numbers: their weights in it; "relations", the mean share of
+    what is read for them in each; "groups", their roles, largest first, with the tokens that they
+    fire on and read."""
+    described = []
+    for group in groups:
+        described.append({"features": features[group].tolist(),
+                          "relations": p.relations[group].mean(0).tolist(),
+                          "at": distinctive_tokens(places, places.q, features[group], tokens),
+                          "reads": distinctive_tokens(places, places.source, features[group],
+                                                      tokens)})
+    return {"features": features.tolist(), "weights": weight[features].tolist(),
+            "relations": (p.relations.sum(0) / max(len(features), 1)).tolist(),
+            "groups": described}
+
+
+def distinctive_tokens(places, position, features, tokens, n=3):    # -> token ids
+    """The tokens at the given positions of some features' places that stand out from the text: with
+    the largest p log(p / share of the text), p by what the head gathers there."""
+    is_of_these = torch.isin(places.feature, features)
+    text_share = torch.bincount(tokens.flatten().long()).double() / tokens.numel()
+    there = tokens[places.row[is_of_these], position[is_of_these]].long()
+    gathered = torch.bincount(there, places.gathered[is_of_these].double(),
+                              minlength=len(text_share))
+    p = gathered / gathered.sum()
+    score = torch.where(p > text_share, p * (p / text_share).log(), 0.0).nan_to_num(0.0)
+    return [i for i in score.argsort(descending=True)[:n].tolist() if score[i] > 0]
+
+
+def is_polysemantic(head, choice):                          # -> bool, or None if it cannot be told
+    n_roles = head["roles"][choice]
+    return None if n_roles is None else n_roles > POLYSEMANTIC_ABOVE
+
+
+def count_polysemantic(census):                             # -> {choice: {...}}, {verdict: number}
+    """By each choice of features, how many heads are polysemantic; and how many are so by all
+    choices that can tell, by none, by some."""
+    by_choice = {}
+    for choice in CHOICES:
+        verdicts = [is_polysemantic(head, choice) for head in census]
+        known = [verdict for verdict in verdicts if verdict is not None]
+        by_choice[choice] = {"polysemantic": sum(known), "heads": len(known)}
+    agreement = {"by every choice": 0, "by none": 0, "by some": 0}
+    for head in census:
+        known = {is_polysemantic(head, choice) for choice in CHOICES} - {None}
+        if known == {True}:
+            agreement["by every choice"] += 1
+        elif known == {False}:
+            agreement["by none"] += 1
+        elif known:
+            agreement["by some"] += 1
+    return by_choice, agreement
+
+
+# ---- the program ----
+
+
+@dataclass(frozen=True)
+class HeadsConfig(CollectionConfig):
+    similarity: float = field(SIMILARITY_THRESHOLD, "from which on two features share a role, as "
+                              "tests/measured/calibrate.py chose it")
+
+
+def main():
+    config = parse_flags(HeadsConfig, __doc__)
+    if not 0 < config.similarity <= 1:
+        raise UserError(f"--similarity must be above 0 and at most 1, not {config.similarity}.")
+    study = begin(config, "heads", config.layers)
+    collection = load_or_collect(study)
+    classes = fuzzy_classes(study.tokenizer)[collection.tokens.long()]
+    census = []
+    for layer, of_layer in collection.layers.items():
+        census += census_of_layer(study.model, study.saes[layer], layer, of_layer,
+                                  collection.tokens, classes, config.similarity, config.seed)
+    report_census(study, census)
+    write_page(study, census)
+    finish(study)
+
+
+# ---- the report ----
+
+
+def report_census(study, census):
+    """Roles of every head and two lines about it; how many heads are polysemantic."""
+    print("\nroles of the features that lie in each head most, and of 50 drawn by what it gathers")
+    print("head " + "".join(f"{choice:>10}" for choice in CHOICES))
+    for head in census:
+        roles = [roles_text(head, choice) for choice in CHOICES]
+        print(f"{head['name']:5}" + "".join(f"{text:>10}" for text in roles))
+    print(f"\nwhat they read: the {TOP}, and below them the {DRAWN}")
+    for head in census:
+        print(f"{head['name']:5} {summary(head['top'], study.tokenizer)}")
+        print(f"      {summary(head['drawn'], study.tokenizer)}")
+    by_choice, agreement = count_polysemantic(census)
+    print(f"\npolysemantic heads (more than {POLYSEMANTIC_ABOVE} roles; similarity "
+          f"{study.config.similarity:g})")
+    for choice, count in by_choice.items():
+        print(f"{choice:10} {count['polysemantic']} of {count['heads']}")
+    print(", ".join(f"{verdict} {number}" for verdict, number in agreement.items()))
+    reported(study, "14 of 144 heads plausibly monosemantic, so at least 90% polysemantic, judged "
+             "by eye on the top 10 features of each")
+    heads = [head | {"roles": {choice: finite(n) for choice, n in head["roles"].items()}}
+             for head in census]
+    write_json(study.folder / "census.json",
+               {"similarity_threshold": study.config.similarity,
+                "polysemantic_above": POLYSEMANTIC_ABOVE, "polysemantic": by_choice,
+                "agreement": agreement, "heads": heads})
+    plot_census(census, CHOICES, POLYSEMANTIC_ABOVE, study.folder / "census.png")
+
+
+def finite(x):
+    """JSON has no infinity."""
+    return "infinite" if x == float("inf") else x
+
+
+def roles_text(head, choice):
+    """A number of roles, of as many features as the choice has."""
+    n_roles = head["roles"][choice]
+    if n_roles is None:
+        return "n/a"
+    return f"> {CHOICES[choice]}" if n_roles == float("inf") else f"{n_roles:.1f}"
+
+
+def summary(choice, tokenizer):
+    """A line about some features of a head, built from what was measured."""
+    if not choice["features"]:
+        return "no features that are active often enough"
+    shares = [f"{share:.0%} {relation}" for share, relation in zip(choice["relations"], RELATIONS)
+              if share >= 0.05]
+    elsewhere = 1 - sum(choice["relations"])
+    groups = []
+    for group in choice["groups"][:3]:
+        share, what = max(zip(group["relations"], RELATIONS))
+        if share < 0.5:
+            what = f"{quoted(group['reads'], tokenizer)} at {quoted(group['at'], tokenizer)}"
+        groups.append(f"{len(group['features'])} read {what}")
+    weights = choice["weights"]
+    return (f"reads {', '.join([*shares, f'{elsewhere:.0%} elsewhere'])}. Roles: "
+            f"{'; '.join(groups)}. They lie in it by {min(weights):.0%} to {max(weights):.0%}")
+
+
+def quoted(tokens, tokenizer):
+    return " ".join(repr(tokenizer.decode([i])) for i in tokens) or "nothing that stands out"
+
+
+def write_page(study, census):
+    """The heads for the page of features.py."""
+    about = ("Number of roles among the features that lie most in each head, and among 50 drawn by "
+             "what it gathers: 1 / (probability that two of them share a role).")
+    heads = [{"name": head["name"], "roles": [roles_text(head, choice) for choice in CHOICES],
+              "text": {TOP: summary(head["top"], study.tokenizer),
+                       DRAWN: summary(head["drawn"], study.tokenizer)}} for head in census]
+    content = {"about": about, "choices": list(CHOICES), "heads": heads}
+    pages.write_script(study.folder.parent / "features" / "heads.js", "receive_heads", content)
+
+
+if __name__ == "__main__":
+    run(main)

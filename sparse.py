@@ -1,0 +1,198 @@
+"""The SAE's step and its encoding at a fraction of their cost. A first reading skips this file.
+
+A few in a thousand features are active on an input. One matrix product, the encoder's, is needed to
+find which; everything else in `sae.dense_step` can be done on active entries alone. Here
+
+    candidates        finds the entries (input, feature) that may be active, by a product in
+                      bfloat16 with a margin for its rounding: some that are not come along
+    sparse_step       is `sae.dense_step` over the candidates, to float precision
+    encode_sparse     is `SAE.encode` over the candidates, as a list without zeros
+    active_entries    does that for rows of text, a block of rows at a time
+
+The candidates of a batch are a list, row by row: entry j is feature cols[j] of input rows[j], and
+the entries of input b begin at crow[b]. Values, decoder and gradients are float32.
+
+`sparse_step` takes a feature to be active exactly where pre > threshold, as `SAE.activate` says. If
+that is changed, `is_threshold_activation` notices, and train.py takes the dense step.
+
+Shapes: B batch, d_in, d_sae; nnz candidates.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.machine import fast_bfloat16
+from data.strongest import Entries
+from sae import LossAndGradients
+
+ROWS_AT_ONCE = 512      # a block of the encoder's product is then still cached when it is read
+
+
+# ---- one training step ----
+
+
+@torch.no_grad()
+def sparse_step(sae, z, l1):                                # (B,d_in) -> LossAndGradients
+    """Loss and gradients as `sae.dense_step` has them, to float precision, on the CPU.
+
+    Only the encoder's product is dense, and in low precision; the rest touches the candidates.
+    """
+    B = len(z)
+    d_sae = sae.d_sae
+    x = z - sae.b_dec
+    rows, cols, crow, pre = candidate_pre_activations(sae, x)
+    active = pre > sae.threshold[cols]
+    f = pre * active                                                    # (nnz,)
+    e = weighted_sums(crow, cols, f, sae.W_dec) + sae.b_dec - z         # (B,d_in)
+    g = 2 * e / B
+    d_pre = (sampled_product(crow, cols, g, sae.W_dec) + l1 / B) * active   # (nnz,)
+
+    # the same entries, feature by feature
+    order = by_feature(cols, d_sae)
+    ccol = row_pointers(cols[order], d_sae)
+    rows_by_feature, f_by_feature, d_pre_by_feature = rows[order], f[order], d_pre[order]
+    d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, cols, d_pre)
+    gradients = {"W_enc": weighted_sums(ccol, rows_by_feature, d_pre_by_feature, x).T.contiguous(),
+                 "b_enc": d_b_enc,
+                 "W_dec": weighted_sums(ccol, rows_by_feature, f_by_feature, g),
+                 "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
+    fired = torch.zeros(d_sae, dtype=torch.int64).index_add_(0, cols, active.long())
+
+    # The weights of features that are no candidates are never read: one that is NaN or infinite
+    # would go unnoticed. This is 0, or NaN if there is one. (b_dec is in e.)
+    nan_if_bad = 0 * sum(weight.sum() for weight in (sae.W_enc, sae.b_enc, sae.W_dec))
+    mse = e.square().sum() / B + nan_if_bad
+    return LossAndGradients(mse, f.sum() / B, fired, gradients)
+
+
+def candidate_pre_activations(sae, x):      # (B,d_in) -> rows, cols (nnz,), crow (B+1,), pre (nnz,)
+    """The pre-activations of all candidates, in float32."""
+    W = sae.W_enc.T.contiguous()                            # a feature's weights side by side
+    # pre > threshold if and only if x @ W_enc + (b_enc - threshold) > 0
+    rows, cols = candidates(x, W, sae.b_enc - sae.threshold)
+    crow = row_pointers(rows, len(x))
+    pre = sampled_product(crow, cols, x, W) + sae.b_enc[cols]
+    return rows, cols, crow, pre
+
+
+def candidates(x, W, bias):                 # (B,d_in), (d_sae,d_in), (d_sae,) -> rows, cols (nnz,)
+    """Every entry of x @ W^T + bias that may be above 0, found by a bfloat16 product.
+
+    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-8 of itself. With x' and w'
+    rounded, x . w is moved by at most |x - x'| |w| + u |x'| |w| (Cauchy-Schwarz), and the float32
+    sum of d products by another d 2^-24 |x'| |w|. Their sum is the margin (with |x| for |x'|, and
+    d + 2 terms): bias and margin ride along as two more dimensions of x and W. Both are rounded
+    too: 1 + 6u makes up for |x'| and |w'| and for the rounding of margin and |w|, and bias + 2u
+    |bias| is not below the bias once rounded. So where the product is not above 0, the exact value
+    is not. Processors that only emulate bfloat16 take the product in float32, where u is 2^-24.
+    """
+    d_sae, d_in = W.shape
+    kind = torch.bfloat16 if fast_bfloat16(x.device) else torch.float32
+    u = torch.finfo(kind).eps / 2
+    bias = bias[:, None]                                                    # (d_sae,1)
+    rounding = (x - x.to(kind)).norm(dim=1, keepdim=True)                   # (B,1) |x - x'|
+    size = x.norm(dim=1, keepdim=True)
+    margin = rounding + (u + (d_in + 2) * 2.0**-24) * size                  # times |w|
+    left = torch.cat([x, torch.ones_like(margin), (1 + 6 * u) * margin], 1).to(kind)
+    right = torch.cat([W, bias + 2 * u * bias.abs(), W.norm(dim=1, keepdim=True)], 1).to(kind)
+
+    found = []
+    for first in range(0, len(x), ROWS_AT_ONCE):
+        product = left[first:first + ROWS_AT_ONCE] @ right.T                # (512,d_sae)
+        # a number is above 0 if its bits, read as an integer, are; numpy looks faster than torch
+        bits = product.view(torch.int16 if kind == torch.bfloat16 else torch.int32).numpy()
+        found.append(np.flatnonzero(bits > 0) + first * d_sae)
+    flat = np.concatenate([*found, np.empty(0, np.int64)])
+    rows, cols = np.divmod(flat, d_sae)
+    return torch.from_numpy(rows), torch.from_numpy(cols)
+
+
+def row_pointers(rows, n):                                  # (nnz,) ascending -> (n+1,)
+    """Where the entries of row 0, 1, ... begin; the last is where the list ends."""
+    return torch.searchsorted(rows, torch.arange(n + 1))
+
+
+def sampled_product(crow, cols, x, W):                      # (B,d), (m,d) -> (nnz,)
+    """The entries (row, cols) of x @ W^T, and no others."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        where = torch.sparse_csr_tensor(crow, cols, x.new_zeros(len(cols)), (len(x), len(W)),
+                                        check_invariants=False)
+    return torch.sparse.sampled_addmm(where, x, W.T, beta=0).values()
+
+
+def weighted_sums(start, index, weight, table):             # (n+1,), (nnz,), (nnz,), (m,d) -> (n,d)
+    """A sparse matrix times a table: row i is the sum of weight[j] * table[index[j]] over j from
+    start[i] to start[i+1]."""
+    return F.embedding_bag(index, table, start[:-1], per_sample_weights=weight, mode="sum")
+
+
+def by_feature(cols, d_sae):                                # (nnz,) -> order (nnz,)
+    """The order that puts the entries of one feature together, row by row."""
+    kind = np.uint16 if d_sae <= 2**16 else np.int64        # 16 bits are sorted faster, by radix
+    return torch.from_numpy(np.argsort(cols.numpy().astype(kind), kind="stable"))
+
+
+def is_threshold_activation(sae):
+    """Whether `SAE.activate` is what `sparse_step` takes it to be, tried on random pre-activations
+    of which half are above their thresholds."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(16, sae.d_sae, generator=generator).to(sae.threshold)
+    pre = sae.threshold + random
+    return torch.equal(sae.activate(pre), pre * (pre > sae.threshold))
+
+
+# ---- where features are active ----
+
+
+@torch.no_grad()
+def encode_sparse(sae, z):                                  # (B,T,d_in) -> Entries
+    """encode(z) without its zeros. On the CPU, in float32, only candidates are computed to full
+    precision."""
+    T = z.shape[1]
+    z = z.flatten(0, 1).to(sae.b_dec.dtype)         # (B*T,d_in): place = row * T + position
+    if z.device.type == "cpu" and z.dtype == torch.float32:
+        place, feature, f = activate_candidates(sae, z)
+    else:
+        encoded = sae.encode(z)
+        place, feature = encoded.nonzero(as_tuple=True)
+        f = encoded[place, feature]
+    return Entries(row=place // T, q=place % T, feature=feature, f=f)
+
+
+def activate_candidates(sae, z):                            # (n,d_in) -> place, feature, f (nnz,)
+    """Pre-activations of the candidates, put through `SAE.activate`."""
+    place, feature, crow, pre = candidate_pre_activations(sae, z - sae.b_dec)
+    # what is no candidate is at or below its threshold, where by the rules of `SAE.activate` one
+    # value is as good as another: 0, as thresholds are not negative
+    filling = sae.threshold.clamp_max(0)
+    f = []
+    for first in range(0, len(z), ROWS_AT_ONCE):
+        n_rows = min(ROWS_AT_ONCE, len(z) - first)
+        here = slice(crow[first], crow[first + n_rows])
+        row, column = place[here] - first, feature[here]
+        dense = filling.repeat(n_rows, 1)                               # (512,d_sae)
+        dense[row, column] = pre[here]
+        f.append(sae.activate(dense)[row, column])
+    f = torch.cat(f)
+    active = f != 0
+    return place[active], feature[active], f[active]
+
+
+@torch.no_grad()
+def active_entries(model, saes, tokens, progress=lambda rows_done: None):
+    """Yields (layer, Entries) for blocks of rows of `tokens` (R,T), position 0 (BOS) left out.
+
+    `row` counts through all of tokens.
+    """
+    first = 0
+    for part in tokens.split(32):
+        for layer, z in model.z_cat_at(part, list(saes)).items():
+            entries = encode_sparse(saes[layer], z[:, 1:])
+            # counted through all of tokens, and from BOS, which was cut off
+            yield layer, entries._replace(row=entries.row + first, q=entries.q + 1)
+        first += len(part)
+        progress(first)

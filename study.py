@@ -1,0 +1,94 @@
+"""How every study begins: its common flags, the model, its SAEs, the folder for its results."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import data
+from data.errors import UserError
+from data.files import check_writable, run_folder, write_json
+from data.flags import field
+from data.machine import pick_device
+from data.sae_files import find_saes
+from data.tokens import Tokenizer, check_fits
+from model import load_model
+from sae import load_saes
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
+    saes: str = field("", "folder with SAEs, kissane, gemma-scope; if not given, the run in --out, "
+                      "or for tiny those that ship")
+    corpus: str = field("python", "real text, of which held-out rows are read: see train.py")
+    seed: int = field(0, "fixes all that is drawn at random")
+    device: str = field("auto", "cpu, cuda, mps or auto")
+    out: str = field("out", "folder for results")
+
+
+class Study(NamedTuple):
+    """What a study reads, and where it writes."""
+    config: StudyConfig
+    model: nn.Module
+    tokenizer: Tokenizer
+    saes: dict              # {layer: SAE}
+    saes_from: str          # where they were read
+    folder: Path            # <out>/<model>/<name of the study>
+    device: torch.device
+
+    @property
+    def n_ctx(self):
+        """Tokens in a row of text."""
+        return min(128, self.model.config.n_ctx)
+
+
+def begin(config, name, layers=()):                         # -> Study
+    """Load what a study reads, say which SAEs these are, and make its folder."""
+    device = pick_device(config.device)
+    model = load_model(config.model, device)
+    tokenizer = data.load_tokenizer(config.model)
+    check_fits(tokenizer, model, config.model)
+    saes_from = str(find_saes(config.saes, config.out, config.model))
+    saes = load_saes(saes_from, model, layers, device)
+    folder = run_folder(config.out, config.model) / name
+    check_writable(folder)
+    print(f"SAEs of layers {', '.join(map(str, saes))}: {saes_from}", flush=True)
+    return Study(config, model, tokenizer, saes, saes_from, folder, device)
+
+
+def finish(study):
+    """Say where the results are, and note beside them how they were made."""
+    settings = dataclasses.asdict(study.config) | {"saes": study.saes_from}
+    write_json(study.folder / "config.json", settings)
+    print(f"\nwritten to {study.folder}/")
+
+
+def held_out_rows(study, n_rows, at_least=16, flag="--n-rows"):     # -> (n_rows,T) at most
+    """Rows of held-out text. Raises UserError if the text has fewer than a study needs."""
+    rows = next(data.rows(study.config.corpus, study.tokenizer, "held-out", study.n_ctx, n_rows,
+                          repeat_share=0.0))
+    if len(rows) < at_least:
+        short = f"raise {flag}" if n_rows < at_least else "give more text"
+        raise UserError(f"--corpus {study.config.corpus} gave {len(rows)} held-out rows, and "
+                        f"{at_least} are needed; {short}.")
+    return rows.to(study.device)
+
+
+def parse_feature(text):
+    """"2.271" -> (2, 271), "" -> (None, None). Raises UserError for another form."""
+    if not text:
+        return None, None
+    layer, _, feature = text.partition(".")
+    if not (layer.isdecimal() and feature.isdecimal()):
+        raise UserError(f"--feature is written layer.feature, such as 2.271, not {text!r}.")
+    return int(layer), int(feature)
+
+
+def reported(study, text):
+    """Print what others report, beside results of the same model and of no other."""
+    if study.config.model == "gpt2":
+        print(f"reported (GPT-2 Small): {text}")

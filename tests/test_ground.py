@@ -1,0 +1,140 @@
+"""data/flags.py, files.py, stats.py, machine.py: the small shared helpers."""
+
+import dataclasses
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+from data import files, flags, machine, stats
+from data.errors import UserError
+from data.stats import mean_with_ci, spearman, wilson
+
+# ---- flags ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    n_steps: int = flags.field(10, "steps")
+    lr: float = flags.field(1e-3, "rate")
+    layers: tuple[int, ...] = flags.field((), "layers")
+    l1: tuple[float, ...] = flags.field((0.5,), "weights")
+    name: str = flags.field("x", "a name")
+    half: bool = flags.field(False, "a switch")
+
+
+def test_flags_come_from_the_dataclass():
+    parsed = flags.parse_flags(Flags, "",
+                                ["--n-steps", "1e6", "--lr", "2e-4", "--layers", "0,2", "--l1", "1,0.5",
+                                 "--half", "--name", "y"])
+    assert parsed == Flags(1_000_000, 2e-4, (0, 2), (1.0, 0.5), "y", True)
+    assert flags.parse_flags(Flags, "", ["--no-half"]) == Flags()
+
+
+@pytest.mark.parametrize("argv", [["--n-steps", "1.5"], ["--n-steps", "inf"], ["--lr", "nan"],
+                                  ["--layers", "0,x"], ["--n-steps", ""]])
+def test_a_value_of_the_wrong_type_names_the_flag(argv):
+    with pytest.raises(UserError, match=argv[0]):
+        flags.parse_flags(Flags, "", argv)
+
+
+def test_a_flag_that_is_not_there_gets_one_sentence():
+    with pytest.raises(UserError, match="unrecognized arguments: --frobnicate; --help"):
+        flags.parse_flags(Flags, "", ["--frobnicate"])
+
+
+# ---- files ----
+
+
+def test_atomic_writes_leave_the_old_file_when_the_block_fails(tmp_path):
+    path = tmp_path / "sub" / "file"
+    with files.atomic(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(RuntimeError), files.atomic(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_what_safetensors_writes_has_the_mode_of_other_files(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with files.atomic(tmp_path / "weights") as temporary:
+        save_file({"w": torch.zeros(2)}, temporary)
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_nothing(tmp_path):
+    """The lock goes with the process that holds it; what it was writing is cleared away."""
+    hold = ("import sys, time, pathlib; from data.files import sole_writer\n"
+            "with sole_writer(pathlib.Path(sys.argv[1])):\n"
+            "    pathlib.Path(sys.argv[1], '.sae.safetensors.1.tmp').touch()\n"
+            "    print('holding', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE)
+    assert other.stdout.readline() == "holding\n"
+    with pytest.raises(UserError, match="another run is writing"), files.sole_writer(tmp_path):
+        pass
+    assert (tmp_path / ".sae.safetensors.1.tmp").exists(), "a live run's file was taken away"
+    other.kill()
+    other.wait()
+    with files.sole_writer(tmp_path):
+        assert not (tmp_path / ".sae.safetensors.1.tmp").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- statistics ----
+
+
+def test_bootstrap_interval_of_a_mean_is_that_of_the_normal_law():
+    x = np.random.default_rng(1).normal(size=400)
+    low, high = stats.bootstrap(lambda i: x[i].mean(), 400, samples=4000)
+    expected = 1.96 * x.std() / 20
+    assert abs(low - (x.mean() - expected)) < 0.15 * expected
+    assert abs(high - (x.mean() + expected)) < 0.15 * expected
+
+
+def test_mean_of_draws_what_belongs_together_together():
+    values = np.repeat([1.0, 2.0, 4.0], [2, 1, 3])
+    mean, (low, high) = mean_with_ci(values, [7, 7, 3, 5, 5, 5])
+    assert mean == pytest.approx(values.mean()) and low == 1.0 and high == 4.0
+    rng = np.random.default_rng(0)
+    many = rng.normal(size=(400, 2))
+    mean, (low, high) = mean_with_ci(many)
+    # the normal interval of a mean, by the textbook
+    np.testing.assert_allclose(np.subtract(high, low), 2 * 1.96 * many.std(0) / 20, rtol=0.12)
+    assert mean_with_ci([]) == (None, None)
+
+
+def test_the_interval_of_a_share():
+    assert wilson(0, 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
+    assert wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert wilson(0, 0) is None
+
+
+def test_spearman_equals_counting_by_hand():
+    assert spearman(torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20, 25, 90])) == pytest.approx(1)
+    assert spearman(torch.tensor([1.0, 2, 3]), torch.tensor([3.0, 2, 1])) == pytest.approx(-1)
+    # ranks 1, 2.5, 2.5, 4 against 2, 1, 3, 4, worked out on paper
+    tied = spearman(torch.tensor([1.0, 5, 5, 9]), torch.tensor([2.0, 1, 3, 4]))
+    assert float(tied) == pytest.approx(0.632456, abs=1e-6)
+
+
+# ---- machine ----
+
+
+def test_ctrl_c_is_left_alone_outside_the_main_thread():
+    said = []
+
+    def work():
+        with machine.deferred_interrupt() as interrupted:
+            said.append(interrupted())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert said == [False], "signal handlers can be set in the main thread only"

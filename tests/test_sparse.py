@@ -1,0 +1,115 @@
+"""sparse.py: against sae.py, which computes everything."""
+
+import pytest
+import torch
+
+import sae as S
+import sparse as P
+from conftest import ROOT
+from test_sae import random_sae, random_z
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def either_processor(request, monkeypatch):
+    """Candidates as on a processor that multiplies bfloat16, and as on one that does not."""
+    monkeypatch.setattr(P, "fast_bfloat16", lambda device: request.param)
+
+
+def test_sparse_step_equals_dense_step_in_float32(either_processor):
+    sae, z = random_sae(256, 2048, bias=-4.5), random_z(512, 256)
+    dense, sparse = S.dense_step(sae, z, 0.3), P.sparse_step(sae, z, 0.3)
+    assert 1 < dense.fired.sum() / len(z) < 200, "this test should be of a sparse batch"
+    assert torch.allclose(sparse.mse, dense.mse,
+                          rtol=1e-5) and torch.allclose(sparse.sparsity, dense.sparsity, rtol=1e-5)
+    # a pre-activation of 1e-8 may round either way
+    assert (sparse.fired - dense.fired).abs().sum() <= 2, "active entries were lost"
+    for name, expected in dense.gradients.items():
+        assert (sparse.gradients[name] - expected).norm() < 1e-5 * expected.norm(), f"gradient of {name}"
+        assert sparse.gradients[name].is_contiguous()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_no_active_entry_is_lost_among_a_million_near_zero(scale, either_processor):
+    """Biases put every pre-activation within rounding distance of the threshold: candidates must still hold
+    every active entry."""
+    sae, z = random_sae(64, 1000), scale * random_z(1000, 64)
+    with torch.no_grad():
+        sae.b_dec *= scale
+        x = (z - sae.b_dec).double()
+        pre = x @ sae.W_enc.double()
+        # one row of each column lands on 0
+        sae.b_enc.copy_(-pre[torch.randint(1000, (1000,)), torch.arange(1000)])
+    active = (x @ sae.W_enc.double() + sae.b_enc.double()) > 0
+    found = torch.zeros_like(active)
+    found[P.candidates(z - sae.b_dec, sae.W_enc.T, sae.b_enc)] = True
+    assert not (active & ~found).any(), \
+        "an active entry is missing from the candidates: the margin is too small"
+    assert found.sum() < 1.1 * active.sum() + 1000, "far more candidates than the rounding error needs"
+
+
+def test_the_margin_covers_the_worst_rounding():
+    """Numbers that bfloat16 rounds by half a step each, so that all errors go one way: by hand, the exact
+    pre-activation is 2^-16."""
+    u = 2.0**-8
+    x, w = torch.tensor([[1 + u, 1 + 3 * u]]), torch.tensor([[1 + u, -1 - 3 * u]])
+    bias = torch.tensor([2.0**-6 + 9 * 2.0**-16])
+    assert (x.double() @ w.double().T + bias.double()).item() == 2.0**-16
+    assert P.candidates(x, w, bias)[1].tolist() == [0], "an active entry is lost: the margin is too small"
+    rng = torch.Generator().manual_seed(0)
+    step = torch.randint(1, 64, (300, 16), generator=rng) * 2.0**-7     # halfway between two bfloat16 numbers
+    sign = 1 - 2 * torch.randint(2, (300, 16), generator=rng)
+    x, w = 1 + step[:, :16] + u, (1 + step.roll(1, 0) + u) * sign
+    exact = x.double() @ w.double().T
+    bias = (2.0**-20 - exact.diagonal()).float()                        # entry (i,i) is just active
+    exact += bias.double()
+    found = torch.zeros_like(exact, dtype=torch.bool)
+    found[P.candidates(x, w, bias)] = True
+    assert not ((exact > 0) & ~found).any()
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec"])
+def test_a_weight_that_is_not_a_number_makes_the_loss_so(either_processor, name):
+    """It compares as inactive, and would go unnoticed."""
+    sae, z = random_sae(256, 2048, bias=-4.5).requires_grad_(False), random_z(64, 256)
+    getattr(sae, name).view(-1)[7] = torch.nan
+    assert S.dense_step(sae, z, 0.3).mse.isnan() and P.sparse_step(sae, z, 0.3).mse.isnan()
+
+
+def test_active_entries_are_the_encoded_ones(tiny):
+    saes = S.load_saes(ROOT / "data" / "tiny", tiny)
+    tokens = torch.randint(4000, (3, 40), generator=torch.Generator().manual_seed(0))
+    for layer, entries in P.active_entries(tiny, saes, tokens):
+        f = saes[layer].encode(tiny.z_cat_at(tokens, [layer])[layer])
+        f[:, 0] = 0
+        found = torch.zeros_like(f)
+        found[entries.row, entries.q, entries.feature] = entries.f
+        torch.testing.assert_close(found, f, atol=2e-5, rtol=1e-4)
+        assert (entries.f > 0).all()
+
+
+class TopK(S.SAE):
+    """The k largest pre-activations above 0."""
+    k = 5
+
+    def activate(self, pre):
+        kth = pre.topk(self.k, dim=-1).values[..., -1:]
+        return pre * (pre >= kth) * (pre > self.threshold)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_another_activation_function_is_noticed(k):
+    sae = TopK(24, 96)
+    sae.k = k
+    assert not P.is_threshold_activation(sae) and P.is_threshold_activation(random_sae(threshold=0.4))
+
+
+def test_another_activation_function_is_encoded_as_it_says(either_processor):
+    torch.manual_seed(0)
+    sae = TopK(24, 96).requires_grad_(False)
+    z = random_z(60).reshape(6, 10, 24)
+    f = sae.encode(z)
+    assert ((f > 0).sum(-1) <= 5).all() and int((f > 0).sum()) < int((S.SAE.encode(sae, z) >= 0).sum())
+    entries = P.encode_sparse(sae, z)
+    found = torch.zeros_like(f)
+    found[entries.row, entries.q, entries.feature] = entries.f
+    torch.testing.assert_close(found, f, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,81 @@
+"""The directions of import that the project promises: a file can be read, and taken elsewhere, with
+those above it deleted."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+TOP = sorted(path.stem for path in ROOT.glob("*.py"))
+GROUND = sorted(ROOT.glob("data/**/*.py"))
+PROGRAM = ROOT / "data" / "tiny" / "make.py"                # may use what is above; nobody imports it
+STUDIES = {"train", "features", "heads", "induction", "ioi"}
+OPTIONAL = {"tokenizers", "huggingface_hub"}
+RUNTIME = {"torch", "numpy", "tiktoken", "safetensors", "matplotlib"}
+
+# What each file of the top level may import of the others.
+ALLOWED = {
+    "model": set(), "sae": set(), "sparse": {"sae"}, "study": {"model", "sae"},
+    "train": {"model", "sae", "sparse"}, "attribution": {"sae", "study"},
+    "features": {"attribution", "sparse", "study"}, "heads": {"attribution", "features", "study"},
+    "induction": {"attribution", "sae", "sparse", "study"}, "ioi": {"attribution", "sae", "study"}}
+
+
+def imported(path):
+    """Every module that a file imports, anywhere in it: "data.errors", "torch" ..."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_the_top_level_is_the_files_that_the_readme_names():
+    assert set(TOP) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("name", TOP)
+def test_files_of_the_top_level_import_only_what_they_may(name):
+    others = {module.split(".")[0] for module in imported(ROOT / f"{name}.py")} & set(TOP)
+    assert others <= ALLOWED[name], f"{name}.py imports {sorted(others - ALLOWED[name])}"
+
+
+@pytest.mark.parametrize("path", GROUND, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_ground_imports_nothing_above_it(path):
+    above = {module.split(".")[0] for module in imported(path)} & set(TOP)
+    assert path == PROGRAM or not above, f"{path.name} imports {sorted(above)}"
+
+
+def test_nobody_imports_the_program_that_makes_tiny_or_the_tests():
+    for path in [*ROOT.glob("*.py"), *GROUND]:
+        assert not {module for module in imported(path)
+                    if module.startswith(("data.tiny.make", "tests", "docs"))}, path
+
+
+def test_running_takes_five_packages():
+    import sys
+    for path in [*ROOT.glob("*.py"), *GROUND]:
+        for module in {name.split(".")[0] for name in imported(path)}:
+            is_ours = module in TOP or module == "data"
+            assert is_ours or module in RUNTIME | OPTIONAL | set(sys.stdlib_module_names), \
+                f"{path.name} imports {module}"
+
+
+def test_no_program_draws_through_pyplot():
+    """It would switch a notebook's backend."""
+    for path in [*ROOT.glob("*.py"), *GROUND]:
+        assert "matplotlib.pyplot" not in imported(path), path
+
+
+def test_a_figure_leaves_the_backend_alone(tmp_path):
+    import matplotlib
+    from data.figures import figure, save
+    before = dict(matplotlib.rcParams)
+    fig, ax = figure(2, 2)
+    save(fig, tmp_path / "x.png")
+    assert dict(matplotlib.rcParams) == before and (tmp_path / "x.png").stat().st_size > 0
+    assert "matplotlib.pyplot" not in Path(figure.__code__.co_filename).read_text()
