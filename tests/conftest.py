@@ -1,7 +1,12 @@
 """Fixtures: small random models written by transformers, which are the reference for ours."""
 
+import contextlib
+import importlib
+import io
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 if "PYTEST_XDIST_WORKER" in os.environ:                     # several at once: a thread each is fastest
     os.environ.setdefault("OMP_NUM_THREADS", "1")           # here, and in what the tests start
@@ -10,6 +15,27 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+
+def program(name, *arguments):
+    """python <name>.py <arguments> -> returncode, stdout, stderr. It runs in this process, which has
+    imported torch and read the text already; test_structure.py starts each once for real."""
+    from data.errors import run
+    main = importlib.import_module(name).main
+    returncode = 0
+    argv, folder = sys.argv, os.getcwd()
+    os.chdir(ROOT)
+    sys.argv = [f"{name}.py", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as stdout, \
+                contextlib.redirect_stderr(io.StringIO()) as stderr:
+            run(main)
+    except SystemExit as stop:
+        returncode = stop.code
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+    return SimpleNamespace(returncode=returncode, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
 
 GPT2_SHAPES = {
     "small": dict(n_layer=3, n_head=4, n_embd=32, vocab_size=101, n_positions=40),

@@ -3,8 +3,6 @@ stands for, and a hand-wired induction circuit whose answer is known."""
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ import torch
 import attribution as A
 import model as models
 import sae as S
-from conftest import ROOT, SHAPES
+from conftest import ROOT, SHAPES, program
 from data.errors import UserError
 
 PROMPT = torch.tensor([3, 14, 15, 9, 26, 5, 35])
@@ -433,16 +431,11 @@ def test_a_model_of_another_type_than_its_saes_is_named(folder):
 # ---- the program ----
 
 
-def program(*arguments):
-    return subprocess.run([sys.executable, ROOT / "attribution.py", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
-
-
 def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
     for layer, file in ((1, "features.json"), (2, "0.js")):     # layer 1 has no pages, only numbers
         (tmp_path / "tiny" / "features" / f"L{layer}").mkdir(parents=True)
         (tmp_path / "tiny" / "features" / f"L{layer}" / file).touch()
-    done = program("A <script>alert('x')</script> & </script> cat", "--out", tmp_path)
+    done = program("attribution", "A <script>alert('x')</script> & </script> cat", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("sources by DFA", "recursive DFA", "share of decoder", "why head"):
         assert words in done.stdout
@@ -471,7 +464,7 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
     (["hello", "--position", "-5"], "position -5"), (["hello", "--feature", "-9"], "layer.feature"),
 ], ids=str)
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words):
-    done = program(*arguments, "--out", tmp_path)
+    done = program("attribution", *arguments, "--out", tmp_path)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 

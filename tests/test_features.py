@@ -4,8 +4,6 @@ families are known."""
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ import model as models
 import sae as S
 import heads
 import wired as W
-from conftest import GEMMA_SHAPES, ROOT, random_gemma
+from conftest import GEMMA_SHAPES, ROOT, program, random_gemma
 from data import strongest as keep, pages
 from data.strongest import Entries
 
@@ -197,15 +195,10 @@ def test_a_collection_is_stored_whole_and_read_back(collected, tmp_path):
 # ---- the program ----
 
 
-def program(*arguments):
-    return subprocess.run([sys.executable, ROOT / "features.py", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=600)
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    done = program("--saes", "data/tiny", "--layers", "1,3", "--n-tokens", 20_000, "--sample", 4,
+    done = program("features", "--saes", "data/tiny", "--layers", "1,3", "--n-tokens", 20_000, "--sample", 4,
                    "--out", out)
     assert done.returncode == 0, done.stderr
     return done.stdout, out / "tiny" / "features"
@@ -268,6 +261,6 @@ def test_a_token_is_text_whatever_it_holds(tmp_path):
     (["--out", "/dev/null/x"], "choose another --out"),
 ], ids=str)
 def test_mistakes_get_one_sentence(tmp_path, flags, words):
-    done = program(*([] if "--out" in flags else ["--out", tmp_path]), *flags)
+    done = program("features", *([] if "--out" in flags else ["--out", tmp_path]), *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1

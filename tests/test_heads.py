@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +12,7 @@ import attribution as A
 import features as F
 import heads
 import wired as W
-from conftest import ROOT
+from conftest import program
 
 # ---- heads whose jobs are known ----
 
@@ -149,15 +147,14 @@ def test_verdicts_are_counted_head_by_head():
 
 
 def test_heads_reads_what_features_collected_and_collects_it_where_it_is_missing(tmp_path):
-    flags = ["--saes", "data/tiny", "--layers", "1,3", "--n-tokens", "8000", "--out", tmp_path]
+    flags = ["--saes", "data/tiny", "--layers", "1,3", "--n-tokens", "6000", "--out", tmp_path]
 
-    def program(name, *more):
-        done = subprocess.run([sys.executable, f"{name}.py", *map(str, [*flags, *more])], cwd=ROOT,
-                              capture_output=True, text=True, timeout=600)
+    def run(name, *more):
+        done = program(name, *flags, *more)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    alone = program("heads")
+    alone = run("heads")
     folder = tmp_path / "tiny"
     census = (folder / "heads" / "census.json").read_bytes()
     assert "reading text" in alone and "polysemantic heads" in alone
@@ -165,10 +162,10 @@ def test_heads_reads_what_features_collected_and_collects_it_where_it_is_missing
     assert (folder / "features" / "heads.js").read_text().startswith('receive_heads({"about"')
     names = [head["name"] for head in json.loads(census)["heads"]]
     assert names == [f"{layer}.{h}" for layer in (1, 3) for h in range(4)]
-    again = program("features", "--no-pages")
+    again = run("features", "--no-pages")
     assert "reading what was collected" in again and "reading text" not in again
     (folder / "heads" / "census.json").unlink()
-    after = program("heads")
+    after = run("heads")
     assert "reading what was collected" in after
     assert (folder / "heads" / "census.json").read_bytes() == census
-    assert "reading text" in program("heads", "--seed", "1"), "a collection with other settings"
+    assert "reading text" in run("heads", "--seed", "1"), "a collection with other settings"

@@ -2,8 +2,6 @@
 and three matching tokens."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import torch
 import induction as I
 import model as models
 import sae as S
-from conftest import ROOT
+from conftest import program
 from data.strongest import Entries
 from data.tokens import fuzzy_classes
 
@@ -305,12 +303,8 @@ def test_a_feature_is_named_after_the_token_with_the_most_activation():
 # ---- the program ----
 
 
-def run(*flags):
-    return subprocess.run([sys.executable, "induction.py", *flags], cwd=ROOT, capture_output=True, text=True)
-
-
 def test_the_program_writes_tables_json_and_figures(tmp_path):
-    done = run("--n-sequences", "6", "--n-examples", "10", "--n-rows", "80", "--feature", "3.1187", "--saes",
+    done = program("induction", "--n-sequences", "6", "--n-examples", "10", "--n-rows", "80", "--feature", "3.1187", "--saes",
                "data/tiny", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny" / "induction"
@@ -347,6 +341,6 @@ def test_places_show_the_token_at_which_the_feature_is_active():
     (("--model", "no-such-model"), "no-such-model"),
 ])
 def test_mistakes_get_one_sentence(tmp_path, flags, words):
-    done = run(*flags, "--saes", "data/tiny", "--out", str(tmp_path))
+    done = program("induction", *flags, "--saes", "data/tiny", "--out", str(tmp_path))
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

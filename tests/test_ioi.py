@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 import data
 import ioi
 import sae as S
-from conftest import ROOT, random_gpt2
+from conftest import program, random_gpt2
 from data.errors import UserError
 from data.stories import HELD_OUT_NAMES, is_held_out
 from data.weights import TINY
@@ -335,12 +333,8 @@ def test_the_frequent_word_is_the_nearest_in_count():
 # ---- the program ----
 
 
-def program(*flags):
-    return subprocess.run([sys.executable, "ioi.py", *flags], cwd=ROOT, capture_output=True, text=True)
-
-
 def test_the_program_writes_tables_json_and_figures(tmp_path):
-    done = program("--n-prompts", "20", "--saes", "data/tiny", "--out", str(tmp_path))
+    done = program("ioi", "--n-prompts", "20", "--saes", "data/tiny", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny" / "ioi"
     for name in ("heads", "circuit", "features", "signal", "side_and_position"):
@@ -358,7 +352,7 @@ def test_a_model_that_cannot_do_the_task_is_said_to_be_so(tmp_path):
     for layer in range(2):
         (folder / f"L{layer}").mkdir()
         S.SAE(16, 24).save(folder / f"L{layer}" / "sae.safetensors")
-    done = program("--model", str(folder), "--saes", str(folder), "--n-prompts", "20", "--out", str(tmp_path))
+    done = program("ioi", "--model", str(folder), "--saes", str(folder), "--n-prompts", "20", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "does not do the task" in done.stdout and "nan" not in done.stdout
 
@@ -371,6 +365,6 @@ def test_a_model_that_cannot_do_the_task_is_said_to_be_so(tmp_path):
     (("--saes", "no-such-folder"), "no-such-folder"),
 ])
 def test_mistakes_get_one_sentence(tmp_path, flags, words):
-    done = program("--saes", "data/tiny", *flags, "--out", str(tmp_path))
+    done = program("ioi", "--saes", "data/tiny", *flags, "--out", str(tmp_path))
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

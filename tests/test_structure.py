@@ -2,6 +2,8 @@
 those above it deleted."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,12 +59,20 @@ def test_nobody_imports_the_program_that_makes_tiny_or_the_tests():
 
 
 def test_running_takes_five_packages():
-    import sys
     for path in [*ROOT.glob("*.py"), *GROUND]:
         for module in {name.split(".")[0] for name in imported(path)}:
             is_ours = module in TOP or module == "data"
             assert is_ours or module in RUNTIME | OPTIONAL | set(sys.stdlib_module_names), \
                 f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("name", ["train", "attribution", "features", "heads", "induction", "ioi"])
+def test_each_program_starts_and_says_in_one_sentence_what_is_wrong(name):
+    started = subprocess.run([sys.executable, f"{name}.py", "--frobnicate"], cwd=ROOT, text=True,
+                             capture_output=True)
+    assert started.returncode == 2 and "Traceback" not in started.stderr
+    assert started.stderr.startswith(f"{name}.py: unrecognized arguments: --frobnicate; --help")
+    assert started.stderr.count("\n") == 1
 
 
 def test_no_program_draws_through_pyplot():
