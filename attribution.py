@@ -32,10 +32,10 @@ from study import StudyConfig, begin, parse_feature
 #
 #     pre_i(q) = sum_{h,k} pattern[h,q,k] * (v[h,k] . w^h)  +  b_enc[i] - b_dec . w
 #
-# The terms of the sum are direct feature attribution (DFA). A head's values have a part in common
-# (`model.value_bias`), which it moves whatever it looks at, as its pattern sums to 1. For DFA that
-# is about sources, callers subtract it first (`values_minus_bias`) and count it with the feature's
-# bias (`constant_part`).
+# The terms of the sum are direct feature attribution (DFA). All values of a head share a constant,
+# `model.value_bias`. Since its pattern sums to 1, the head moves that wherever it looks, so it says
+# nothing about sources. To compare sources, callers first subtract it (`values_minus_bias`), and
+# count it with the feature's bias (`constant_part`).
 
 
 def head_weights(W_dec, n_heads):                           # (...,D) -> (...,H)
@@ -76,7 +76,7 @@ def constant_part(model, layer, sae):                       # -> (d_sae,)
     return feature_bias(sae) + model.value_bias(layer) @ sae.W_enc
 
 
-def head_logits(z_cat, matrices, direction, scale=1.0):     # (...,D), (...,d_model) -> (...,H)
+def head_logits(z_cat, matrices, direction, scale=1.0):     # (...,D), _, (...,d_model) -> (...,H)
     """Direct logit attribution: what each head of a layer, having gathered z_cat, writes along
     `direction`.
 
@@ -105,6 +105,8 @@ def token_effects(model, layer, sae, features):             # int or (m,) -> (..
 # error (z_cat - z_hat) @ W_O, and the MLP's output. (Gemma 2 and 3 divide what attention writes by
 # scales["attn_out"].) At BOS, and in layers without an SAE, attention's output is one component.
 
+# "constant" is never a component: it labels terms that nobody wrote to the stream, such as biases
+# of values and of a feature.
 KINDS = ("embedding", "position", "feature", "bias", "error", "attention", "MLP", "constant")
 EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP, CONSTANT = range(len(KINDS))
 
@@ -235,19 +237,20 @@ def decompose(traced, layer, position, feature):            # -> Contributions
     w = sae.W_enc[:, feature].unflatten(0, (n_heads, -1))               # (H,d_head)
     direction = torch.einsum("hmd,hd->hm", m.W_V, w)                    # (H,d_model) read per head
 
-    # rows that the query sees, S of them; they number traced.components too, which begins alike
+    # rows that the query sees, S of them; row numbers of traced.components too, of which these are
+    # the first n_before[layer]
     seen = (components.position <= position).nonzero()[:, 0]            # (S,)
-    k = components.position[seen]
-    pattern = kept.pattern[0, :, position]                              # (H,k)
+    k = components.position[seen]                                       # (S,) positions
+    pattern = kept.pattern[0, :, position]                              # (H,T)
     moved = pattern[:, k] / kept.scales["attn_in"][0, k, 0]             # (H,S)
     value = moved * (direction @ components.vector[seen].T)             # (H,S)
 
     head = torch.arange(n_heads, device=k.device)
     value_constants = torch.einsum("hd,hd->h", m.b_V, w)                # (H,)
-    bias = feature_bias(sae)[feature, None]                             # (1,)
+    own_bias = feature_bias(sae)[feature, None]                         # (1,)
     heads = torch.cat([head[:, None].expand_as(value).flatten(), head, head.new_tensor([-1])])
     rows = torch.cat([seen.expand_as(value).flatten(), seen.new_full((n_heads + 1,), -1)])
-    values = torch.cat([value.flatten(), value_constants, bias])
+    values = torch.cat([value.flatten(), value_constants, own_bias])
     return Contributions(heads, rows, values, float(values.sum()))
 
 
@@ -279,7 +282,8 @@ def ablation_effects(traced, upstream, layer, position, feature):   # (n,) -> (n
     T = len(traced.tokens)
     at = torch.arange(T, device=upstream.device) == chosen.position[:, None]        # (n,T)
     edits = {}
-    for source in chosen.layer.unique().tolist():           # row n of the batch loses feature n
+    # row n of the batch loses the n-th upstream feature; an edit leaves rows of other layers alone
+    for source in chosen.layer.unique().tolist():
         of_source = chosen.layer == source
         features = torch.where(of_source, chosen.feature, 0)
         edits[source] = ablate(traced.saes[source], features, at & of_source[:, None])
@@ -296,10 +300,10 @@ class Node(NamedTuple):
     layer: int              # where it was written; -1 for embeddings and constants
     position: int           # where it was written; -1 for constants
     feature: int            # -1 if it is none
-    head: int               # of the parent's layer, which reads it; -1 for the root and for a bias
+    head: int               # of the parent's layer, which reads it; -1: root, or a feature's bias
     value: float            # what it contributes to the root; the root's is its pre-activation
     children: tuple = ()    # strongest first; none for a leaf and where the depth ends
-    pruned: float = 0.0     # sum of the children left out: of their values, not what is missing
+    pruned: float = 0.0     # sum of the values, with their signs, of the children left out
     n_pruned: int = 0       # how many were left out that contribute something
     error: float = 0.0      # share of this node read from SAE errors, shown or not; 0 for a leaf
     mlp: float = 0.0        # the same of MLP outputs
@@ -329,7 +333,7 @@ def expand(traced, node, terms, least, depth, breadth):     # -> the node with i
     """The children of a node, from the terms of its pre-activation.
 
     The terms sum to the node's own pre-activation; they are rescaled to what it contributes to the
-    root. The root needs no rescaling.
+    root. The root's own factor is 1.
     """
     is_root = node.head < 0
     values = terms.value * (1.0 if is_root else ratio(node.value, terms.pre))
@@ -383,7 +387,7 @@ def check_node(traced, layer, position, feature):
 # The score of a query and a key is score_scale * q . k, and q and k are linear in the stream once
 # scales are frozen:
 #
-#     score[h,q,k] = sum over (component at q, component at k) of (its q) . (its k) * score_scale
+#     score[h,q,k] = sum over (component or bias at q, the same at k) of their score_scale * q . k
 #
 # before soft cap, mask and softmax. What is the same at all keys cancels when two are compared.
 
@@ -678,8 +682,8 @@ def describe_dfa(traced, texts, layer, position, feature):
 
 
 def describe_children(texts, node, total, indent="  "):
-    """The tree below a node as indented lines. Numbers are shares of the root, `total`; those of
-    SAE errors and MLP outputs are shares of their node."""
+    """The tree below a node as indented lines. Numbers are shares of the root, `total`, but for the
+    two at the end of a last line, which are shares of their node."""
     lines = []
     for child in node.children:
         head = f"head {node.layer}.{child.head}"

@@ -1,5 +1,5 @@
-"""What every SAE feature does: dashboards, and feature families, which the paper judges by eye,
-here by definition.
+"""What every SAE feature does: a dashboard for each, and its family. The paper assigns families by
+eye; this file uses a fixed rule.
 
     python features.py                      all features of the shipped model's SAEs
     python features.py --layers 2 --n-tokens 1e6
@@ -11,21 +11,23 @@ drawn in proportion to activation (`sample`; `weight` says how much of the featu
 stands for). Two more passes ask what was read at these places, and how much context the feature
 needs. All this is stored, and heads.py reads it too.
 
-Families. The source of a place is the earlier token from which most of the activation was read, by
-DFA, BOS left out. A feature is
+Families. A place is a (row, position) at which the feature is active. Its source is the earlier
+token, BOS left out, with the largest DFA. The first of these that fits is the feature's family:
 
-    after a copy    if the source stands after an earlier copy of the current token at places with
-                    half of its activation or more, and at three times as many as by chance: the
-                    paper's induction, by what is read (induction.py finds "X is next", by text)
+    too rare        active at fewer than 20 places
+    after a copy    places that hold at least half of the activation have a source that stands right
+                    after an earlier copy of the current token; and this share of the activation is
+                    at least three times what chance gives (`share_by_chance`). The paper's
+                    induction features, by what they read (induction.py finds "X is next", by text)
 
-Else it goes by the smallest n from which on BOS and the last n tokens, the current one included,
-keep half of the activation:
+The others go by context: the smallest n such that BOS and the last n tokens, the current one
+included, keep half of the activation, and so does every larger n:
 
+    too rare        active at fewer than 20 of the places where this was measured
+    unstable        some smaller n keeps half too, although one between them does not
     current token   n = 1
     short-range     n = 2 to 8
     long-range      n > 8, or more than was tried
-    unstable        a shorter context keeps half as well, and a longer one does not
-    too rare        fewer than 20 places to tell it from
 
 Dashboards. One page for all features, index.html, in <out>/<model>/features/.
 
@@ -61,7 +63,7 @@ from study import StudyConfig, begin, finish
 
 BEFORE, AFTER = 10, 5               # tokens shown around a place
 N_SOURCES = 8                       # sources shown of each example
-CONTEXTS = (1, 2, 4, 8, 16, 32)     # numbers of tokens, the current one included, that are left
+CONTEXTS = (1, 2, 4, 8, 16, 32)     # context lengths n that are tried, current token included
 ROWS_AT_ONCE = 32
 
 
@@ -122,6 +124,7 @@ def attribute_places(model, saes, tokens, collected, progress=lambda rows: None)
         for layer, cache in model.layer_caches(part, max(saes) + 1):
             if layer not in saes:
                 continue
+            # DFA without the value bias: every source has it, so it says nothing about any
             v = values_minus_bias(model, layer, cache.v)
             for i in range(len(part)):
                 attribute_row(saes[layer], cache.pattern[i], v[i], cache.z_cat[i],
@@ -171,7 +174,9 @@ def attribute_row(sae, pattern, v, z_cat, sample, top, spread, row):
 
 
 def strongest_sources(moved, q):                            # (m,H,k), (m,) -> Reads
-    """The strongest source of each place, and of each head; BOS is none."""
+    """The strongest source of each place, and of each head; BOS is none. A place's source is an
+    earlier token, for "after a copy" asks what was fetched; a head may also read the current token,
+    for heads.py asks what it reads."""
     k = torch.arange(moved.shape[2], device=q.device)
     before_q = (k > 0) & (k < q[:, None])                               # (m,k)
     up_to_q = (k > 0) & (k <= q[:, None])
@@ -226,15 +231,15 @@ def context_kept(model, saes, tokens, cuts_per_row=12, seed=0, progress=lambda r
         row = torch.arange(len(rows)).repeat_interleave(cuts_per_row)   # (cuts,)
         cut = torch.randint(T // 4, T - longest + 1, (len(row),), generator=generator)
         row, cut = row.to(device), cut.to(device)
-        left = cut[:, None] + torch.arange(longest, device=device)      # (cuts,longest) positions
-        shortened = torch.cat([rows[row, :1], rows[row[:, None], left]], dim=1)
+        kept = cut[:, None] + torch.arange(longest, device=device)      # (cuts,longest) positions
+        shortened = torch.cat([rows[row, :1], rows[row[:, None], kept]], dim=1)
         z_whole = model.z_cat_bfloat16(rows, saes)                      # {layer: (rows,T,D)}
         z_short = model.z_cat_bfloat16(shortened, saes)                 # (cuts,1+longest,D)
         for layer, sae in saes.items():
             for i, n in enumerate(contexts):
-                before = sae.encode(z_whole[layer][row, cut + n - 1])   # (cuts,d_sae)
-                after = sae.encode(z_short[layer][:, n])                # the same token
-                sums[layer].add(i, before, after)
+                f_whole = sae.encode(z_whole[layer][row, cut + n - 1])  # (cuts,d_sae)
+                f_short = sae.encode(z_short[layer][:, n])              # at the same token
+                sums[layer].add(i, f_whole, f_short)
         progress(first + len(rows))
     return {layer: ContextKept(s.kept / s.had, s.n_active) for layer, s in sums.items()}
 
@@ -247,11 +252,11 @@ class ContextSums:
         self.had = self.kept.clone()
         self.n_active = self.kept.clone()
 
-    def add(self, i, before, after):                        # (places,d_sae) each
+    def add(self, i, f_whole, f_short):                     # (places,d_sae) each
         # a feature that grows when its context goes has kept all it had, and no more
-        self.kept[:, i] += torch.minimum(before, after).sum(0).cpu()
-        self.had[:, i] += before.sum(0).cpu()
-        self.n_active[:, i] += (before > 0).sum(0).cpu()
+        self.kept[:, i] += torch.minimum(f_whole, f_short).sum(0).cpu()
+        self.had[:, i] += f_whole.sum(0).cpu()
+        self.n_active[:, i] += (f_whole > 0).sum(0).cpu()
 
 
 # ---- the collection as a whole: made once, stored, read by heads.py ----
@@ -285,7 +290,11 @@ class CollectionConfig(StudyConfig):
 
 def load_or_collect(study):                                 # -> Collection
     """The collection stored in <out>/<model>/features/, if this model and these SAEs made it with
-    these settings; else make it, and store it there. (A corpus is known by its name.)"""
+    these settings; else make it, and store it there.
+
+    It does not notice a corpus that changed under the same name, nor that this code was edited:
+    then delete <out>/<model>/features/collection.
+    """
     folder = study.folder.parent / "features"
     settings = collection_settings(study)
     collection = load_collection(folder, study.saes, settings)
@@ -394,8 +403,8 @@ def unflattened(kind, tensors, prefix=""):                  # -> a NamedTuple of
 
 FAMILIES = ("after a copy", "current token", "short-range", "long-range", "unstable", "too rare")
 AFTER_COPY, CURRENT_TOKEN, SHORT_RANGE, LONG_RANGE, UNSTABLE, TOO_RARE = range(len(FAMILIES))
-MIN_AFTER_COPY = 0.5        # share of activation read after a copy, from which on it counts
-MIN_RATIO_TO_CHANCE = 3.0   # and how many times as much as by chance that has to be
+MIN_AFTER_COPY = 0.5        # share of activation at places whose source is after a copy
+MIN_RATIO_TO_CHANCE = 3.0   # that share over the share by chance
 MIN_KEPT = 0.5              # share of activation that counts as kept when context is cut off
 LONGEST_SHORT = 8           # tokens of context of a short-range feature: one of CONTEXTS
 MIN_PLACES = 20             # a feature measured at fewer places is too rare to be classed
@@ -404,11 +413,11 @@ MIN_PLACES = 20             # a feature measured at fewer places is too rare to 
 class Families(NamedTuple):
     """One layer's features by what decides their family; NaN where there is nothing to tell."""
     after_copy: Tensor      # (d_sae,) share of activation at places whose source is after a copy
-    chance: Tensor          # (d_sae,) the same at the same distances in its other examples
+    chance: Tensor          # (d_sae,) the same share by chance: `share_by_chance`
     X: Tensor               # (d_sae,) the commonest token read there; -1: none
     X_share: Tensor         # (d_sae,) its share of what is read there
     context: ContextKept
-    family: Tensor          # (d_sae,) place in FAMILIES; -1 for features that were never active
+    family: Tensor          # (d_sae,) index into FAMILIES; -1 for features that were never active
 
 
 def find_families(of_layer, tokens, classes, seed=0):       # LayerCollection, (R,T) x 2 -> Families
@@ -420,29 +429,30 @@ def find_families(of_layer, tokens, classes, seed=0):       # LayerCollection, (
     return Families(share, chance, X, X_share, of_layer.context, family)
 
 
-def classify(after_copy, chance, context, n_active):        # -> (d_sae,) place in FAMILIES
-    """The rule at the head of this file; n_active (d_sae,): places where each feature was active.
-    A chance that could not be measured counts as 0."""
+def classify(after_copy, chance, context, n_in_text):       # -> (d_sae,) index into FAMILIES
+    """The rule at the head of this file: what comes later here overrides what came before.
+    n_in_text (d_sae,): places where each feature was active. A chance that could not be measured
+    counts as 0."""
     needed, unstable = context_needed(context.share)
     family = torch.where(needed <= CONTEXTS.index(LONGEST_SHORT), SHORT_RANGE, LONG_RANGE)
     family[needed == 0] = CURRENT_TOKEN
     family[unstable] = UNSTABLE
-    family[context.n_active.amax(1) < MIN_PLACES] = TOO_RARE
+    family[context.n_active.amax(1) < MIN_PLACES] = TOO_RARE    # to tell how much context
     above_chance = after_copy >= MIN_RATIO_TO_CHANCE * chance.nan_to_num(0.0)
     family[(after_copy >= MIN_AFTER_COPY) & above_chance] = AFTER_COPY
-    family[n_active < MIN_PLACES] = TOO_RARE
-    family[n_active == 0] = -1
+    family[n_in_text < MIN_PLACES] = TOO_RARE                   # to tell anything
+    family[n_in_text == 0] = -1
     return family
 
 
 def context_needed(share):                                  # (d_sae,contexts) -> (d_sae,) x 2
-    """Place in CONTEXTS of the smallest n such that this and every larger one keep the activation,
-    len(CONTEXTS) if the largest does not; and whether some smaller n keeps it although a larger one
-    does not. NaN, not measured, counts as kept."""
+    """Index into CONTEXTS of the smallest n such that this and every larger one keep the
+    activation, len(CONTEXTS) if the largest does not; and whether some smaller n keeps it although
+    a larger one does not. NaN, not measured, counts as kept."""
     lost = share < MIN_KEPT
-    place = torch.arange(len(CONTEXTS))
-    needed = (lost * (place + 1)).amax(1)                   # one place after the last that loses it
-    unstable = (~lost & (place < needed[:, None])).any(1)
+    index = torch.arange(len(CONTEXTS))
+    needed = (lost * (index + 1)).amax(1)                   # just after the last n that loses it
+    unstable = (~lost & (index < needed[:, None])).any(1)
     return needed, unstable
 
 
@@ -458,8 +468,8 @@ def after_copy_shares(collected, reads, tokens, classes, seed=0):
 
     hit = stands_after_copy(places.row, places.q, source)
     share = activation_share(places.feature, collected.weight, hit, d_sae)
-    chance, n_tries = share_by_chance(places, source, stands_after_copy, seed)
-    chance = activation_share(places.feature, collected.weight * (n_tries > 0), chance, d_sae)
+    hit_by_chance, tries = share_by_chance(places, source, stands_after_copy, seed)
+    chance = activation_share(places.feature, collected.weight * (tries > 0), hit_by_chance, d_sae)
 
     read = tokens[places.row[hit], source[hit]].long()
     pair, mass = feature_token_mass(places.feature[hit], read, collected.weight[hit])
@@ -488,12 +498,12 @@ def activation_share(feature, weight, hit, d_sae):          # (n,), (n,), (n,) -
 
 
 def share_by_chance(places, source, test, seed, n_tries=8):     # -> (n,) share of hits, (n,) tries
-    """What chance gives: the distance of each place's source is taken to another place of the same
-    feature, drawn at random, and `test(row, q, k)` asked there; `n_tries` times. Tries that fall on
-    BOS or before the row do not count."""
+    """What chance gives: from another place of the same feature, drawn at random, look as far back
+    as this place's source is, and ask `test(row, q, k)` there; `n_tries` times for each place.
+    Tries that fall on BOS or before the row do not count."""
     generator = torch.Generator().manual_seed(seed)
     feature = places.feature                                # sorted
-    place = torch.arange(len(feature))
+    index = torch.arange(len(feature))
     start = torch.searchsorted(feature, feature)            # the feature's first place
     count = torch.bincount(feature)[feature]                # how many it has
     hits = torch.zeros(len(feature))
@@ -501,7 +511,7 @@ def share_by_chance(places, source, test, seed, n_tries=8):     # -> (n,) share 
     for _ in range(n_tries):
         # 1 to count - 1 places on, round the feature's own places: never the place itself
         step = 1 + (torch.rand(len(feature), generator=generator) * (count - 1)).long()
-        other = start + (place - start + step) % count
+        other = start + (index - start + step) % count
         row, q = places.row[other], places.q[other]
         k = q - (places.q - source)
         possible = (count > 1) & (source > 0) & (k > 0)
@@ -532,7 +542,7 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
     fires_on = commonest_tokens(collected, tokens)
     n_tokens = tokens[:, 1:].numel()
     records = []
-    for place, i in enumerate(live.tolist()):
+    for index, i in enumerate(live.tolist()):
         records.append({
             "feature": i,
             "n": int(collected.n[i]),
@@ -544,10 +554,10 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
             "chance": plain(families.chance[i]),
             "X": int(families.X[i]),
             "X_share": plain(families.X_share[i]),
-            "context": int(needed[i]),
+            "context_index": int(needed[i]),                # into CONTEXTS; its length: more
             "context_kept": [plain(x) for x in families.context.share[i]],
             "head_weights": [plain(x) for x in weights[i]],
-            "fires_on": fires_on[i], "raises": raised[place], "lowers": lowered[place]})
+            "fires_on": fires_on[i], "raises": raised[index], "lowers": lowered[index]})
     return records
 
 
@@ -620,7 +630,7 @@ def main():
 
 
 def report_families(families, folder):
-    """Counts by layer, and the figure of the two axes."""
+    """Counts by layer, and the figure: context needed against share after a copy."""
     counts = {layer: count_families(of_layer) for layer, of_layer in families.items()}
     print("\nfeatures by family; one X: of those after a copy, with one token half of what they "
           "read")
@@ -648,8 +658,9 @@ def write_dashboards(study, collection, records):
     vocabulary = [study.tokenizer.decode([i]) for i in range(study.tokenizer.n_vocab)]
     about = (f"Features of the SAEs of {study.config.model}, over {collection.n_tokens:,} tokens "
              f"of held-out text (--corpus {study.config.corpus}). After a copy: share of the "
-             f"activation read from a token after an earlier copy of the current one. Context: how "
-             f"many of the last tokens keep half of the activation.")
+             f"activation at places whose strongest source stands right after an earlier copy of "
+             f"the current token. Context: how many of the last tokens keep half of the "
+             f"activation.")
     content = {"about": about, "families": FAMILIES, "contexts": CONTEXTS,
                "n_heads": study.model.config.n_heads, "chunk": pages.CHUNK, "vocab": vocabulary,
                "features": {layer: page_columns(records[layer]) for layer in records}}
@@ -661,7 +672,7 @@ def page_columns(records):
     """One layer's features for the page's table, column by column."""
     best_head = [int(np.argmax(r["head_weights"])) for r in records]
     columns = {name: [r[name] for r in records]
-               for name in ("feature", "largest", "after_copy", "context")}
+               for name in ("feature", "largest", "after_copy", "context_index")}
     columns["family"] = [FAMILIES.index(r["family"]) for r in records]
     columns["frequency"] = [float(f"{r['frequency']:.3g}") for r in records]
     columns["head"] = best_head

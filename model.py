@@ -38,12 +38,13 @@ from data.machine import fast_bfloat16
 
 
 class Heads(NamedTuple):
-    """What an attention layer computes up to z_cat."""
-    pattern: Tensor | None  # (B,H,q,k): how much query q reads from key k; None unless asked for
-    v: Tensor               # (B,T,H,d_head); where heads share one (Gemma), it is repeated to H
+    """What an attention layer computes up to z_cat. Where heads share a key and a value (Gemma),
+    these are repeated."""
+    pattern: Tensor | None  # (B,H,q,k): how much query q reads from key k; None if not computed
+    q: Tensor               # (B,T,H,d_head) as it enters the score, after Gemma's rotation
+    k: Tensor               # (B,T,H,d_head) the same
+    v: Tensor               # (B,T,H,d_head)
     z_cat: Tensor           # (B,T,D)
-    q: Tensor               # (B,T,H,d_head) as they enter the score, after Gemma's rotation
-    k: Tensor               # (B,T,H,d_head) the same, repeated to H like v
 
 
 def attend(q, k, v, scale, window=None, softcap=None, with_pattern=True):
@@ -53,9 +54,9 @@ def attend(q, k, v, scale, window=None, softcap=None, with_pattern=True):
     None: all keys up to its own. softcap: scores become softcap * tanh(score / softcap), before
     the mask.
 
-    Without the pattern, and with no soft cap, fused attention computes the same z_cat without a
-    (q,k) tensor. The two round differently, so that logits may depend on `keep` in their last
-    digit.
+    with_pattern=False: fused attention, which builds no scores. It rounds differently, so that
+    logits may depend on it in their last digit. It knows no soft cap: with one, scores and pattern
+    are computed in any case.
     """
     T = q.shape[1]
     if not with_pattern and not softcap:
@@ -64,14 +65,14 @@ def attend(q, k, v, scale, window=None, softcap=None, with_pattern=True):
         q_by_head, k_by_head, v_by_head = (t.transpose(1, 2) for t in (q, k, v))  # (B,H,T,d_head)
         z = F.scaled_dot_product_attention(q_by_head, k_by_head, v_by_head, attn_mask=mask,
                                            is_causal=not is_windowed, scale=scale)
-        return Heads(None, v, z.transpose(1, 2).flatten(-2), q, k)
+        return Heads(None, q, k, v, z_cat=z.transpose(1, 2).flatten(-2))
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~causal_mask(T, window, q.device), -torch.inf)
     pattern = scores.softmax(-1, dtype=wide_dtype(scores)).to(v.dtype)
     z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)                     # (B,q,H,d_head)
-    return Heads(pattern, v, z.flatten(-2), q, k)
+    return Heads(pattern, q, k, v, z_cat=z.flatten(-2))
 
 
 def causal_mask(T, window, device):                                     # -> (q,k) bool
@@ -149,8 +150,8 @@ class Transformer(nn.Module):
         return x, cache
 
     def layer_caches(self, tokens, depth=None):             # (B,T) -> (layer, LayerCache), ...
-        """What the first `depth` layers compute (all, if None), one after the other, so that one
-        cache is in memory at a time."""
+        """What the first `depth` layers compute (all, if None), one after the other, so that not
+        all caches are in memory at once."""
         x = self.embed(tokens)
         for layer in range(self.config.n_layers if depth is None else depth):
             x, cache = self.run_layers(x, keep=(layer,), layers=(layer,))
@@ -163,8 +164,7 @@ class Transformer(nn.Module):
         return cache[layer]
 
     def z_cat_at(self, tokens, layers, edit_z=None):        # (B,T) -> {layer: (B,T,D)}
-        """z_cat of some layers, after edits, and nothing more: stops inside the last one, builds no
-        pattern."""
+        """z_cat of some layers, after edits, and nothing more: stops inside the last of them."""
         edit_z = edit_z or {}
         self.check_layers([*edit_z, *layers])
         last = max(layers, default=-1)
@@ -183,8 +183,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def z_cat_bfloat16(self, tokens, layers):               # (B,T) -> {layer: (B,T,D)} float32
-        """z_cat_at with products in bfloat16 where the processor is faster at it. What comes back
-        is float32, as the residual stream is."""
+        """z_cat_at with its matrix products in bfloat16, if that is faster on this device. What
+        comes back is float32 either way."""
         faster = fast_bfloat16(tokens.device)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=faster):
             return {layer: z.float() for layer, z in self.z_cat_at(tokens, layers).items()}
@@ -215,7 +215,8 @@ class Transformer(nn.Module):
 
 
 class HeadMatrices(NamedTuple):
-    """One layer's weights per head, with gains, bias and centring of all its norms folded in.
+    """One layer's weights per head, with gains, bias and centring of the norms around attention
+    folded in.
 
         n   = resid_pre / scales["attn_in"]
         v_h = n @ W_V[h] + b_V[h]
@@ -379,17 +380,21 @@ class GPT2(Transformer):
 
     @torch.no_grad()
     def logit_directions(self, tokens):                     # (...) -> (...,d_model)
-        """Direction whose dot product with x / final_scale(x) is a token's logit less the mean over
-        all tokens, but for what the norm's bias adds: that depends on the token and not on x. The
-        norm's gain and centring are folded in."""
+        """What of a token's logit, less the mean over all tokens, depends on the stream x:
+
+            logit - mean = direction . x / final_scale(x) + ln_f.bias . (wte[token] - mean wte)
+
+        This is the direction, with the norm's gain and centring folded in.
+        """
         wte = precise(self.wte.weight)
         direction = precise(self.ln_f.weight) * (wte[tokens] - wte.mean(0))
         return direction - direction.mean(-1, keepdim=True)
 
     @torch.no_grad()
     def head_matrices(self, layer):                         # -> HeadMatrices
-        """LayerNorm folded in: (x - mean x) * gain @ W is x times (gain * W less the mean of each
-        column), since centring is a matrix too."""
+        """Centring is a matrix too: x - mean x = x @ C with C = I - 1/d_model. So with the gain
+        ((x @ C) * gain) @ W = x @ (C @ (gain[:, None] * W)), and C @ M is M less its column
+        means."""
         self.check_layers([layer])
         H = self.config.n_heads
         norm = self.h[layer].ln_1

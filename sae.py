@@ -6,9 +6,9 @@
 
     loss  = sum_d (z_hat - z)^2 + l1 * sum_i f_i    the mean over the batch of both
 
-An SAE reads the z_cat of one attention layer, so d_in = D = H*d_head. In this file: the SAE; its
-loss and gradient; what keeps the decoder at unit norm and revives dead features; edits of z_cat
-that use an SAE; loading.
+An SAE reads z_cat of one attention layer: the outputs z of its H heads side by side, before W_O, so
+that d_in = D = H*d_head. In this file: the SAE; its loss and gradient; what keeps the decoder at
+unit norm and revives dead features; edits of z_cat that use an SAE; loading.
 
 Shapes: B batch (or any leading dimensions), d_in, d_sae.
 """
@@ -30,7 +30,8 @@ class SAE(nn.Module):
 
     Parameters: W_enc (d_in,d_sae), b_enc (d_sae,), W_dec (d_sae,d_in), b_dec (d_in,), and the
     constant threshold (d_sae,). `reads` names the input it takes: "z_cat"; for the paper's SAEs
-    "z_cat less value_bias", until `load_saes` shifts them; or what a saved config.json says.
+    "z_cat less value_bias", until `load_saes` (see there) shifts them; or what a saved config.json
+    says.
     """
 
     def __init__(self, d_in, d_sae, generator=None):
@@ -58,10 +59,11 @@ class SAE(nn.Module):
     def activate(self, pre):                    # (...,d_sae) -> (...,d_sae)
         """Feature activations from pre-activations: ReLU, or JumpReLU where threshold > 0.
 
-        To try another activation function, such as TopK, change this function and nothing else.
-        Each entry of the result has to be that of `pre` or 0. An entry up to its threshold gives 0,
-        and does not influence the others. Inputs come in blocks of any size, so each is treated on
-        its own. A feature counts as active where the result is not 0.
+        To try another activation function, such as TopK, change this function and nothing else, by
+        these rules. Each entry of the result is the entry of `pre`, or 0: the gradient below passes
+        where the result is not 0. An entry of `pre` at or below its threshold gives 0 and does not
+        affect the others: sparse.py does not compute it. Each row (one z) is treated alone, since
+        rows come in blocks of any size.
         """
         return pre * (pre > self.threshold)
 
@@ -207,9 +209,10 @@ def reset_adam(state, dead, feature_dim):
     """Adam's moments of new features: the first is 0, the second the element-wise mean over live
     features.
 
-    Adam divides the second moment by 1 - beta2^step, and step is the whole run's, so that this is
-    nearly 1 by now. A second moment reset to 0 would be far too small: with train.py's betas, 0 and
-    0.9999, the first update would be up to 1 / sqrt(1 - beta2) = 100 times the learning rate.
+    Adam divides the second moment by 1 - beta2^step, to make up for its start at 0; but step counts
+    from the start of the run. After a reset to 0 the first update would be
+    sqrt((1 - beta2^step) / (1 - beta2)) times the learning rate: with train.py's beta2 of 0.9999,
+    16 times at step 250, and up to 100 times late in a long run.
     """
     live = (~dead).nonzero()[:, 0]
     index = (slice(None), dead) if feature_dim == 1 else dead
@@ -257,8 +260,8 @@ def load_saes(where, model, layers=None, device="cpu"):
     where: a folder with L<layer>/ in it, as train.py writes (out/tiny); or a published set:
     "kissane" (the paper's, GPT-2 Small) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about 100).
     layers: all that are there if not given. SAEs trained on a z_cat without its constant part
-    (model.value_bias), as the paper's were, are shifted to take this model's. Raises UserError if
-    one is missing or does not fit the model.
+    (model.value_bias; the paper's had it folded away) are shifted to take z_cat itself. Raises
+    UserError if one is missing or does not fit the model.
     """
     model.check_layers(layers or ())
     D = model.config.d_z_cat

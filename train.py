@@ -9,11 +9,13 @@ by its reconstruction costs the model.
 In reading order: the settings; the training loop (`train`); the activation buffer; how an SAE
 starts; stopping and going on; evaluation; what is written and printed at the end.
 
-All randomness is a function of (seed, step), so a run that was stopped and resumed ends with the
-same SAEs, byte for byte, as one that was not (on one machine, with as many processes).
+Every random draw depends on the seed and on what it is for (a layer's start, a block's order, a
+resampling), never on earlier draws. So a run that was stopped and resumed ends with the same SAEs,
+byte for byte, as one that was not (on one machine, with as many processes).
 
 Written to <out>/<model>/: in L<layer>/ sae.safetensors, config.json and metrics.json; beside them
-log.jsonl and training.png; with --saes only measured.json.
+log.jsonl and training.png, and checkpoint.safetensors until the run is finished. With --saes only
+measured.json.
 
 Shapes: R rows, T positions, B batch of activations, D = H*d_head = d_in, d_sae.
 """
@@ -49,7 +51,9 @@ from sae import (SAE, dense_step, load_saes, normalise_decoder, project_decoder_
                  splice)
 from sparse import is_threshold_activation, sparse_step
 
-DEAD_WINDOW = 1_000_000     # in reports, dead: fired on none of so many last training activations
+# Reports call a feature dead if it fired on none of the last 1,000,000 training activations.
+# (Resampling asks something else: whether it fired at all since the last resampling.)
+DEAD_WINDOW = 1_000_000
 CHECKPOINT_EVERY = 250      # steps: what a power cut can cost
 
 
@@ -98,22 +102,26 @@ class TrainConfig:
         return self.n_tokens // self.batch_size
 
 
-def per_layer(value, layers):
-    """A setting that is one number for all layers, or a tuple with one for each -> {layer:
-    number}."""
-    values = value if isinstance(value, tuple) else (value,)
+def as_tuple(setting):
+    """l1 or d_sae as a tuple; in a notebook one writes TrainConfig(d_sae=4096)."""
+    return setting if isinstance(setting, tuple) else (setting,)
+
+
+def per_layer(setting, layers):
+    """A setting with one number for all layers, or with one for each -> {layer: number}."""
+    values = as_tuple(setting)
     if len(values) == 1:
         values = values * len(layers)
     return dict(zip(layers, values))
 
 
 def preset(config):
-    """The settings that --preset names: the paper's for GPT-2 Small. It gives its number of tokens
-    as about 2e9; its text was OpenWebText, for which C4 stands in."""
+    """The settings that --preset names: the paper's for GPT-2 Small. The paper says about 2e9
+    tokens; it trained on OpenWebText, for which C4 stands in here."""
     if config.preset == "":
         return {}
     if config.preset != "paper":
-        raise UserError(f"--preset {config.preset} is unknown; the one there is is paper.")
+        raise UserError(f"--preset {config.preset} is unknown; the only preset is paper.")
     l1_by_layer = (1.8, 0.8, 1.0, 0.9, 1.1, 1.0, 1.1, 1.1, 1.3, 1.2, 1.3, 3.0)
     layers = config.layers or tuple(range(12))
     for layer in layers:
@@ -134,23 +142,30 @@ def check(config, model, tokenizer, layers, folder, team):
     check_fits(tokenizer, model, config.model)
     n_layers = len(layers)
     longest = model.config.n_ctx
-    l1, d_sae = per_layer(config.l1, layers), per_layer(config.d_sae, layers)
+    l1, d_sae = as_tuple(config.l1), as_tuple(config.d_sae)
     checkpoint = checkpoint_path(folder)
     unfinished = checkpoint.is_file()
 
+    def wrong_number(setting):
+        return (f"has {len(setting)} values for {n_layers} layers; give one for all, or one for "
+                f"each.")
+
+    at_least_1 = "must be at least 1."
     rules = [   # the flag, what must hold, what to say where it does not
         ("--layers", len(set(layers)) == n_layers, "names a layer twice; name each once."),
-        *((f"--{name.replace('_', '-')}", given in (1, n_layers),
-           f"has {given} values for {n_layers} layers; give one for all, or one for each.")
-          for name, given in (("l1", n_values(config.l1)), ("d_sae", n_values(config.d_sae)))),
+        ("--l1", len(l1) in (1, n_layers), wrong_number(l1)),
+        ("--d-sae", len(d_sae) in (1, n_layers), wrong_number(d_sae)),
         (f"--n-ctx {config.n_ctx}", 3 <= config.n_ctx <= longest,
          f"does not fit this model, which takes 3 to {longest} tokens."),
-        ("--d-sae", min(d_sae.values()) >= 1, "must be at least 1."),
-        *((f"--{name.replace('_', '-')}", getattr(config, name) >= 1, "must be at least 1.")
-          for name in ("batch_size", "n_eval_rows", "block_mib", "resample_every", "warmup")),
+        ("--d-sae", min(d_sae) >= 1, at_least_1),
+        ("--batch-size", config.batch_size >= 1, at_least_1),
+        ("--n-eval-rows", config.n_eval_rows >= 1, at_least_1),
+        ("--block-mib", config.block_mib >= 1, at_least_1),
+        ("--resample-every", config.resample_every >= 1, at_least_1),
+        ("--warmup", config.warmup >= 1, at_least_1),
         ("--seed", config.seed >= 0, "must be at least 0."),
         ("--lr", config.lr > 0, "must be above 0."),
-        ("--l1", min(l1.values()) >= 0, "must be at least 0."),
+        ("--l1", min(l1) >= 0, "must be at least 0."),
         ("--decay", 0 <= config.decay <= 1, "must be between 0 and 1."),
         (f"--batch-size {config.batch_size}", team.size == 1 or config.batch_size >= 32 * team.size,
          f"is too small for {team.size} processes; give {32 * team.size} or more."),
@@ -165,10 +180,6 @@ def check(config, model, tokenizer, layers, folder, team):
         if not holds:
             raise UserError(f"{flag} {sentence}")
     check_writable(folder)
-
-
-def n_values(setting):
-    return len(setting) if isinstance(setting, tuple) else 1
 
 
 def lasting_settings(config):
@@ -190,7 +201,7 @@ class Learner:
     l1: float
     mean: Tensor            # (D,) mean activation over the first block, the vector of mean ablation
     scale: Tensor           # () activations are divided by it: mean of |z - mean|, or 1
-    fired: Tensor           # (d_sae,) inputs on which each feature fired since the last resampling
+    fired: Tensor           # (d_sae,) how many inputs it fired on since the last resampling
     last_fired: Tensor      # (d_sae,) training activations seen up to each feature's last firing
     l0: float               # active features per input in the last step
     use_sparse_step: bool = True
@@ -211,10 +222,10 @@ def train_step(learner, z, step, config, team=Team()):
     lr = learning_rate(step, config)
     # sparsity comes in gently: fewer features die
     l1_scale = min(1.0, (step + 1) / config.warmup)
-    loss_and_gradients = learner.step_function(z.device)
+    sparse_or_dense_step = learner.step_function(z.device)
 
-    # no autograd: sae.LossAndGradients, worked out by hand
-    result = loss_and_gradients(sae, z, learner.l1 * l1_scale)
+    # the gradients are derived by hand, without autograd: LossAndGradients in sae.py
+    result = sparse_or_dense_step(sae, z, learner.l1 * l1_scale)
     team.sum_step(result, len(z) / config.batch_size)   # in place: from shares to the whole batch
     project_decoder_gradient(sae, result.gradients["W_dec"])
     adam_step(learner, result.gradients, lr)
@@ -265,7 +276,7 @@ def run_steps(config, buffer, learners, first_step, folder, team):  # -> activat
     d_sae = " or ".join(map(str, sorted({learner.sae.d_sae for learner in learners.values()})))
     print(f"{len(learners)} x SAE {buffer.D} -> {d_sae}, {config.n_tokens:,} activations",
           flush=True)
-    check_sparse_step(learners, buffer.device)
+    choose_sparse_step(learners, buffer.device)
     progress = Progress(config.n_tokens, "tokens")
     log = TrainingLog(folder, config, first_step, team)
     started = time.monotonic()
@@ -327,7 +338,7 @@ def resampling_steps(config):
 
 
 def adam_step(learner, gradients, lr):
-    """Adam with our gradients. One layer's are in memory at a time."""
+    """Adam with our gradients. They are let go at once, so that only one layer's are in memory."""
     for name, gradient in gradients.items():
         getattr(learner.sae, name).grad = gradient
     learner.optimizer.param_groups[0]["lr"] = lr
@@ -348,13 +359,14 @@ def read_back(learners, step, batch_size):
                             f"checkpoint is kept; start again with a lower --lr and another --out.")
 
 
-def check_sparse_step(learners, device):
-    """Give the sparse step up for an SAE whose activation function it does not know."""
+def choose_sparse_step(learners, device):
+    """Take the dense step for an SAE whose `activate` is not f = pre where pre > threshold, else 0:
+    no other activation function is known to the sparse step."""
     for layer, learner in learners.items():
         learner.use_sparse_step = is_threshold_activation(learner.sae)
         if not learner.use_sparse_step and device.type == "cpu":
-            print(f"layer {layer}: SAE.activate is not pre > threshold, as the sparse step has it; "
-                  f"taking the dense step, which is slower.", flush=True)
+            print(f"layer {layer}: SAE.activate is not a threshold, which is all the sparse step "
+                  f"knows; taking the dense step, which is slower.", flush=True)
 
 
 # ---- activations ----
@@ -364,8 +376,9 @@ class ActivationBuffer:
     """Batches of all layers' activations: a block of whole rows is run through the model, shuffled,
     and drained batch by batch. BOS (position 0) is left out.
 
-    One forward pass serves all layers. Blocks depend on the seed and their number alone. In a team,
-    each process has the activations of its own rows of a block, and its share of each batch.
+    One forward pass serves all layers. With the same settings, a block depends on its number alone.
+    In a team, each process has the activations of its own rows of a block, and its share of each
+    batch.
     """
 
     def __init__(self, model, tokenizer, config, layers, device, team=Team()):
@@ -382,7 +395,7 @@ class ActivationBuffer:
         n_blocks = math.ceil(config.n_steps / max(1, in_memory // config.batch_size))
         wanted_steps = math.ceil(config.n_steps / n_blocks)
         self.n_rows = math.ceil(wanted_steps * config.batch_size / self.per_row)
-        # whole rows may hold a batch more than was wanted
+        # a row may be longer than a batch; then the rounded-up rows hold more steps than wanted
         self.steps_per_block = self.n_rows * self.per_row // config.batch_size
         self.z_by_row = None        # {layer: (rows,T-1,D)} of this process's rows of the block
         self.z = None               # {layer: (N,D)} the same, a view of it
@@ -398,14 +411,15 @@ class ActivationBuffer:
         if step == self.config.n_steps:
             return
         for number, tokens in enumerate(self.blocks(first_block), start=first_block):
-            if number != self.block_number:                 # the first may be there from the start
+            if number != self.block_number:                 # `initialise_all` may have filled it
                 self.fill(tokens, number)
             random = generator(self.config.seed, "block", number)
             order = torch.randperm(self.n_filled, generator=random)
             for i in range(first_batch, self.n_filled // B):
-                _, local = self.team.share(order[i * B:(i + 1) * B], self.per_row)
-                local = local.to(self.device)
-                yield step, {layer: self.z[layer][local] for layer in self.layers}
+                # where those of the batch that are this process's lie in self.z[layer]
+                _, mine = self.team.share(order[i * B:(i + 1) * B], self.per_row)
+                mine = mine.to(self.device)
+                yield step, {layer: self.z[layer][mine] for layer in self.layers}
                 step += 1
                 if step == self.config.n_steps:
                     return
@@ -427,16 +441,21 @@ class ActivationBuffer:
             self.z = {layer: z.flatten(0, 1) for layer, z in self.z_by_row.items()}
         for i in range(0, len(tokens), 64):
             part = tokens[i:i + 64].to(self.device)
+            # matrix products in bfloat16, results in float32
             for layer, z in self.model.z_cat_bfloat16(part, self.layers).items():
                 self.z_by_row[layer][i:i + len(part)] = z[:, 1:]
 
-    def sample(self, layer):                                # -> (n,D), 8192 to 16383 of them
-        """Activations of the block at hand, the same in all processes: what dead features are drawn
-        from. Each process fills in those of its own rows, and the sum puts them together."""
+    def sample(self, layer):                                # -> (n,D)
+        """Activations of the block at hand, 8192 to 16383 of them, or all if there are fewer; the
+        same in all processes. Dead features are resampled from them.
+
+        Each process fills in those of its own rows, and the sum puts them together.
+        """
         places = torch.arange(0, self.n_filled, max(1, self.n_filled // 8192))
-        own, local = self.team.share(places, self.per_row)
+        # which of `places` are this process's, and where they lie in self.z[layer]
+        which, mine = self.team.share(places, self.per_row)
         z = torch.zeros(len(places), self.D, device=self.device)
-        z[own.to(self.device)] = self.z[layer][local.to(self.device)]
+        z[which.to(self.device)] = self.z[layer][mine.to(self.device)]
         self.team.sum(z)
         return z
 
@@ -472,7 +491,8 @@ def make_learners(config, layers, d_in, device):            # -> {layer: Learner
 
 def initialise_all(learners, config, buffer):
     """Fit every SAE to the activations of the first block."""
-    if buffer.team.size > 1:                                # all processes start with the same SAEs
+    if buffer.team.size > 1:
+        # a buffer without a team holds the whole block: so all processes start with the same SAEs
         buffer = ActivationBuffer(buffer.model, buffer.tokenizer, config, buffer.layers,
                                   buffer.device)
     buffer.fill(next(buffer.blocks(0)), 0)
@@ -484,7 +504,7 @@ def initialise_all(learners, config, buffer):
 @torch.no_grad()
 def initialise(learner, z, normalise, random):              # z (N,D)
     """b_dec is the mean activation, W_dec's rows are random directions in the space that
-    activations fill, W_enc half their transpose.
+    activations fill, W_enc half their transpose (the half by trial).
 
     Attention outputs have low rank, and features that start outside their space stay dead (arXiv
     2508.16929). So a row is drawn from a normal distribution with the activations' covariance, and
@@ -496,7 +516,7 @@ def initialise(learner, z, normalise, random):              # z (N,D)
     centred = z[::max(1, len(z) // 8192)] - learner.mean    # some 8192 of them are enough
     if normalise:
         learner.scale = centred.norm(dim=-1).mean()
-    # the covariance times the number of activations; the normalisation takes that out again
+    # N times the covariance; F.normalize below takes the factor out again
     variances, directions = eigenvectors((centred.T @ centred).cpu())
     noise = torch.randn(sae.d_sae, sae.d_in, generator=random)
     drawn = (noise * variances.clamp_min(0).sqrt()) @ directions.T
@@ -631,7 +651,7 @@ def evaluate(model, saes, rows, means):                     # -> {layer: metrics
     positions 1 to T-2; every replacement leaves position 0 (BOS) as it is. *zero* puts 0 in place
     of z_cat, so that attention adds b_O alone. Intervals are 95% bootstrap intervals over rows.
     Where z_cat matters too little to tell, that is if CE_zero - CE_clean is below 0.05 nats or its
-    interval reaches 0, ce_recovered_zero is None; and so ce_recovered_mean, by CE_mean.
+    interval reaches 0, ce_recovered_zero is None; likewise ce_recovered_mean, judged by CE_mean.
     """
     T = rows.shape[1]
     widest = max(model.config.d_vocab, *(sae.d_sae for sae in saes.values()))
@@ -708,7 +728,8 @@ def ce_recovered(ablated, sae, clean):                      # numpy (R,) each ->
 
 def summarise(row, n_positions):                            # {name: (R,...) float64} -> metrics
     """Per-row numbers -> one layer's metrics with intervals: rows are drawn, then ratios of means
-    taken. n_positions: of a row, BOS left out."""
+    taken. n_positions: of a row, BOS left out. `drawn` below are row indices, in a bootstrap sample
+    some of them more than once."""
 
     def explained_variance(drawn):
         n = len(drawn) * n_positions
@@ -798,8 +819,8 @@ def write_saes(config, learners, folder):                   # -> {layer: SAE}, a
 
 
 def measure_saes(config, model, tokenizer, held_out, folder):   # -> {layer: metrics}
-    """Measure the SAEs of --saes on held-out text; nothing is trained. The mean of mean ablation is
-    that of as many rows of training text."""
+    """Measure the SAEs of --saes on held-out text; nothing is trained. Mean ablation puts in the
+    mean of z_cat over n_eval_rows rows of training text."""
     saes = load_saes(config.saes, model, config.layers, held_out.device)
     print(f"measuring {config.saes} on {len(held_out)} held-out rows ...", flush=True)
     training_rows = next(data.rows(config.corpus, tokenizer, "train", config.n_ctx,

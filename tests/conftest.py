@@ -37,6 +37,16 @@ def program(name, *arguments):
     return SimpleNamespace(returncode=returncode, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
+class Words:
+    """A tokenizer whose tokens are given; the last is BOS."""
+
+    def __init__(self, words):
+        self.words, self.bos, self.n_vocab = words, len(words) - 1, len(words)
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids)
+
+
 GPT2_SHAPES = {
     "small": dict(n_layer=3, n_head=4, n_embd=32, vocab_size=101, n_positions=40),
     "wide heads, eps": dict(n_layer=2, n_head=2, n_embd=48, vocab_size=333, n_positions=64,

@@ -10,19 +10,9 @@ import torch
 import induction as I
 import model as models
 import sae as S
-from conftest import program
+from conftest import Words, program
 from data.strongest import Entries
 from data.tokens import fuzzy_classes
-
-
-class Words:
-    """A tokenizer whose tokens are given."""
-
-    def __init__(self, words):
-        self.words, self.bos, self.n_vocab = words, len(words) - 1, len(words)
-
-    def decode(self, ids):
-        return "".join(self.words[i] for i in ids)
 
 
 # ---- which tokens match ----

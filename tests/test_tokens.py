@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import random_gpt2
+from conftest import Words, random_gpt2
 from test_corpus import DOCUMENTS, write_corpus
 
 import data
@@ -164,16 +164,6 @@ def test_tokenizer_json_without_the_package_says_what_to_install(gemma_folder, m
 
 
 # ---- rows of tokens ----
-
-
-class Words:
-    """A tokenizer whose tokens are given."""
-
-    def __init__(self, words):
-        self.words, self.bos, self.n_vocab = words, len(words) - 1, len(words)
-
-    def decode(self, ids):
-        return "".join(self.words[i] for i in ids)
 
 
 def test_tokens_match_up_to_one_leading_space_and_case():
