@@ -7,8 +7,8 @@ takes the strongest feature of the last token apart, and writes a page in which 
 features of every token can be opened: <out>/<model>/attribution/explorer.html.
 
 In reading order: one layer (head weights and DFA); the residual stream as a sum of what was written
-to it; recursive DFA over it; QK, why a head looks where it looks; the program and its report. The
-first four start with their formula. Every sum is exact. That does not show that the SAE is right,
+to it; recursive DFA over it; QK, why a head looks where it looks; the program and its report. Most
+start with their formula. Every sum is exact. That does not show that the SAE is right,
 since its error is one of the terms: `ablation_effects` removes features from the model and looks.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
@@ -33,9 +33,9 @@ from study import StudyConfig, begin, parse_feature
 #     pre_i(q) = sum_{h,k} pattern[h,q,k] * (v[h,k] . w^h)  +  b_enc[i] - b_dec . w
 #
 # The terms of the sum are direct feature attribution (DFA). All values of a head share a constant,
-# `model.value_bias`. Since its pattern sums to 1, the head moves that wherever it looks, so it says
-# nothing about sources. To compare sources, callers first subtract it (`values_minus_bias`), and
-# count it with the feature's bias (`constant_part`).
+# `model.value_bias`. A head's pattern sums to 1, so it moves this constant wherever it looks, and
+# the constant says nothing about sources. To compare sources, callers first subtract it
+# (`values_minus_bias`), and count it with the feature's bias (`constant_part`).
 
 
 def head_weights(W_dec, n_heads):                           # (...,D) -> (...,H)
@@ -211,7 +211,7 @@ def attention_components(layer, kept, sae, f, matrices):    # -> list of Compone
 #     pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (component_n @ W_V[h] . w^h)
 #                + sum_h b_V[h] . w^h  +  b_enc[i] - b_dec . w
 #
-# with component n written at position k_n, and scale the layer's scales["attn_in"]. An active
+# where component n was written at position k_n, and scale[k] is scales["attn_in"] there. An active
 # feature j among the components has f_j = pre_j, so what it contributes is a fixed multiple of
 # pre_j; and pre_j is a sum by the same formula, whose terms times that multiple are its children.
 
@@ -237,8 +237,8 @@ def decompose(traced, layer, position, feature):            # -> Contributions
     w = sae.W_enc[:, feature].unflatten(0, (n_heads, -1))               # (H,d_head)
     direction = torch.einsum("hmd,hd->hm", m.W_V, w)                    # (H,d_model) read per head
 
-    # rows that the query sees, S of them; row numbers of traced.components too, of which these are
-    # the first n_before[layer]
+    # The S components that the query may look at, by their index. It is their index in
+    # traced.components too, of which `components` is the beginning.
     seen = (components.position <= position).nonzero()[:, 0]            # (S,)
     k = components.position[seen]                                       # (S,) positions
     pattern = kept.pattern[0, :, position]                              # (H,T)
@@ -282,7 +282,8 @@ def ablation_effects(traced, upstream, layer, position, feature):   # (n,) -> (n
     T = len(traced.tokens)
     at = torch.arange(T, device=upstream.device) == chosen.position[:, None]        # (n,T)
     edits = {}
-    # row n of the batch loses the n-th upstream feature; an edit leaves rows of other layers alone
+    # row n of the batch loses the n-th upstream feature, by the edit of that feature's layer; the
+    # masks of the other layers' edits are empty in row n, so the 0 that stands for it is not used
     for source in chosen.layer.unique().tolist():
         of_source = chosen.layer == source
         features = torch.where(of_source, chosen.feature, 0)
@@ -300,7 +301,7 @@ class Node(NamedTuple):
     layer: int              # where it was written; -1 for embeddings and constants
     position: int           # where it was written; -1 for constants
     feature: int            # -1 if it is none
-    head: int               # of the parent's layer, which reads it; -1: root, or a feature's bias
+    head: int               # the head, in the parent's layer, that reads it; -1: root, or a bias
     value: float            # what it contributes to the root; the root's is its pre-activation
     children: tuple = ()    # strongest first; none for a leaf and where the depth ends
     pruned: float = 0.0     # sum of the values, with their signs, of the children left out
@@ -312,9 +313,10 @@ class Node(NamedTuple):
 def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, breadth=8):  # -> Node
     """The recursive DFA tree of a feature at a position of one prompt, (T,) or (1,T).
 
-    A child is shown if it contributes at least `share` of the root and is among the `breadth`
-    strongest of its parent; features are taken apart down to `depth` levels. share=0 and
-    breadth=None prune nothing: then the values of a node's children sum to its own. Raises
+    A child is shown if it contributes at least `share` of the root (and not 0) and is among the
+    `breadth` strongest of its parent; features are taken apart down to `depth` levels. share=0 and
+    breadth=None prune nothing: then the values of a node's children, if it has any, sum to its own.
+    Raises
     UserError for a layer without SAE and for numbers out of range.
     """
     traced = trace_prompt(model, saes, tokens)
@@ -332,8 +334,8 @@ def attribution_tree(traced, layer, position, feature, share=0.02, depth=3, brea
 def expand(traced, node, terms, least, depth, breadth):     # -> the node with its children
     """The children of a node, from the terms of its pre-activation.
 
-    The terms sum to the node's own pre-activation; they are rescaled to what it contributes to the
-    root. The root's own factor is 1.
+    The terms sum to the node's own pre-activation; times node.value / pre they sum to what it
+    contributes to the root. For the root this is 1, also where its pre is 0.
     """
     is_root = node.head < 0
     values = terms.value * (1.0 if is_root else ratio(node.value, terms.pre))
@@ -387,9 +389,11 @@ def check_node(traced, layer, position, feature):
 # The score of a query and a key is score_scale * q . k, and q and k are linear in the stream once
 # scales are frozen:
 #
-#     score[h,q,k] = sum over (component or bias at q, the same at k) of their score_scale * q . k
+#     score[h,q,k] = sum_{a,b} score_scale * q_a . k_b
 #
-# before soft cap, mask and softmax. What is the same at all keys cancels when two are compared.
+# where a runs over the components at position q and the query's bias, b over the components at
+# position k and the key's bias; before soft cap, mask and softmax. What is the same at all keys
+# cancels when two are compared.
 
 
 class QK(NamedTuple):
@@ -497,8 +501,8 @@ class AttributionConfig(StudyConfig):
     prompt: str = field("When Mary and John went to the store, John gave a drink to",
                         "the prompt; BOS is put before it", positional=True)
     feature: str = field("", "the feature to take apart, as layer.feature; empty: the strongest")
-    layer: int = field(-1, "layer of that strongest one; -1: the last that has an SAE. --feature "
-                       "has its own")
+    layer: int = field(-1, "layer in which to look for the strongest; -1: the last that has an "
+                       "SAE. With --feature it is not used")
     position: int = field(-1, "where; 1 is the first token after BOS, -1 the last")
     share: float = field(0.03, "a contribution is shown if it is at least this part of the root")
     depth: int = field(3, "levels of the tree on the terminal")

@@ -12,19 +12,21 @@ stands for). Two more passes ask what was read at these places, and how much con
 needs. All this is stored, and heads.py reads it too.
 
 Families. A place is a (row, position) at which the feature is active. Its source is the earlier
-token, BOS left out, with the largest DFA. The first of these that fits is the feature's family:
+token, position 0 (BOS) left out, with the largest DFA. The first of these that fits is the
+feature's family:
 
     too rare        active at fewer than 20 places
     after a copy    places that hold at least half of the activation have a source that stands right
                     after an earlier copy of the current token; and this share of the activation is
-                    at least three times what chance gives (`share_by_chance`). The paper's
-                    induction features, by what they read (induction.py finds "X is next", by text)
+                    at least three times what chance gives (`share_by_chance`). These are the
+                    paper's induction features, recognised by what they read; induction.py
+                    finds "X is next" by text instead
 
 The others go by context: the smallest n such that BOS and the last n tokens, the current one
 included, keep half of the activation, and so does every larger n:
 
-    too rare        active at fewer than 20 of the places where this was measured
-    unstable        some smaller n keeps half too, although one between them does not
+    too rare        active at fewer than 20 of the places where this was measured, for every n
+    unstable        an n below that smallest one keeps half too, with one between that does not
     current token   n = 1
     short-range     n = 2 to 8
     long-range      n > 8, or more than was tried
@@ -175,8 +177,8 @@ def attribute_row(sae, pattern, v, z_cat, sample, top, spread, row):
 
 def strongest_sources(moved, q):                            # (m,H,k), (m,) -> Reads
     """The strongest source of each place, and of each head; BOS is none. A place's source is an
-    earlier token, for "after a copy" asks what was fetched; a head may also read the current token,
-    for heads.py asks what it reads."""
+    earlier token, because "after a copy" asks what was fetched. A head may also read the current
+    token, because heads.py asks what it reads."""
     k = torch.arange(moved.shape[2], device=q.device)
     before_q = (k > 0) & (k < q[:, None])                               # (m,k)
     up_to_q = (k > 0) & (k <= q[:, None])
@@ -206,7 +208,8 @@ def example_dfa(moved, activations, q):                     # (m,H,k), (m,T), (m
 
 class ContextKept(NamedTuple):
     """What is left of each feature when only BOS and the last n tokens can be read."""
-    share: Tensor           # (d_sae,contexts) of its activation; NaN where it was never active
+    share: Tensor           # (d_sae,contexts) of its activation; NaN where it was never active, and
+                            # for an n that was not tried
     n_active: Tensor        # (d_sae,contexts) places behind it
 
 
@@ -214,11 +217,11 @@ class ContextKept(NamedTuple):
 def context_kept(model, saes, tokens, cuts_per_row=12, seed=0, progress=lambda rows: None):
     """(R,T) -> {layer: ContextKept}, for every n of CONTEXTS that is at most half a row.
 
-    A row is cut before a random position: BOS and the tokens from the cut on are left. The token
-    n - 1 places after the cut then sees BOS and exactly n tokens, so one cut row measures every n
-    at once. (What is left also moves to the front of the row, which a model may notice.) Shares are
-    sums over places, so that strong activations count for more. A quarter of a row or more stands
-    before each cut.
+    A row is cut before a random position: only BOS and the tokens from the cut on are kept. The
+    n-th of these then sees BOS and n tokens, itself included, so one cut row measures every n at
+    once. (What is kept also moves to the front of the row, which a model may notice.) Shares are
+    ratios of sums over places, so that strong activations count for more. A quarter of a row or
+    more stands before each cut.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -332,15 +335,18 @@ def collect(study):                                         # -> Collection
                                                       context[layer]) for layer in saes})
 
 
-def collection_settings(study):
-    """What a collection depends on, as {name: text}."""
+def collection_settings(study):                             # -> {layer or "tokens": {name: text}}
+    """What each file of a collection depends on: one layer's does not depend on other layers'
+    SAEs."""
     config = study.config
     settings = {name: str(getattr(config, name))
                 for name in ("model", "corpus", "n_tokens", "n_places", "seed")}
     settings["constants"] = str((CONTEXTS, BEFORE, AFTER, N_SOURCES))
     settings["weights"] = digest(study.model)
-    settings |= {f"L{layer}": digest(sae) for layer, sae in study.saes.items()}
-    return settings
+    by_file = {"tokens": settings}
+    for layer, sae in study.saes.items():
+        by_file[layer] = settings | {"sae": digest(sae)}
+    return by_file
 
 
 def digest(module):
@@ -355,26 +361,31 @@ def digest(module):
 def save_collection(collection, folder, settings):
     """collection/tokens.safetensors, and L<layer>.safetensors for every layer."""
     parts = {"tokens": {"tokens": collection.tokens}}
-    for layer, of_layer in collection.layers.items():
-        parts[f"L{layer}"] = flattened(of_layer)
-    for name, tensors in parts.items():
-        with atomic(folder / "collection" / f"{name}.safetensors") as temporary:
-            save_file(tensors, temporary, metadata=settings)
+    parts |= {layer: flattened(of_layer) for layer, of_layer in collection.layers.items()}
+    for part, tensors in parts.items():
+        with atomic(collection_path(folder, part)) as temporary:
+            save_file(tensors, temporary, metadata=settings[part])
 
 
 def load_collection(folder, saes, settings):                # -> Collection | None
     """What `save_collection` wrote, if it is all there and was made with these settings."""
-    paths = {layer: folder / "collection" / f"L{layer}.safetensors" for layer in saes}
-    paths["tokens"] = folder / "collection" / "tokens.safetensors"
-    for path in paths.values():
+    for part in ("tokens", *saes):
+        path = collection_path(folder, part)
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
-            if file.metadata() != settings:
+            if file.metadata() != settings[part]:
                 return None
-    tokens = load_file(paths["tokens"])["tokens"]
-    return Collection(tokens, {layer: unflattened(LayerCollection, load_file(paths[layer]))
-                               for layer in saes})
+    tokens = load_file(collection_path(folder, "tokens"))["tokens"]
+    layers = {}
+    for layer in saes:
+        layers[layer] = unflattened(LayerCollection, load_file(collection_path(folder, layer)))
+    return Collection(tokens, layers)
+
+
+def collection_path(folder, part):                          # part: a layer, or "tokens"
+    name = part if part == "tokens" else f"L{part}"
+    return folder / "collection" / f"{name}.safetensors"
 
 
 def flattened(record, prefix=""):                           # -> {name: tensor}
@@ -414,8 +425,8 @@ class Families(NamedTuple):
     """One layer's features by what decides their family; NaN where there is nothing to tell."""
     after_copy: Tensor      # (d_sae,) share of activation at places whose source is after a copy
     chance: Tensor          # (d_sae,) the same share by chance: `share_by_chance`
-    X: Tensor               # (d_sae,) the commonest token read there; -1: none
-    X_share: Tensor         # (d_sae,) its share of what is read there
+    X: Tensor               # (d_sae,) the token read there with most of the activation; -1: none
+    X_share: Tensor         # (d_sae,) its share of that activation
     context: ContextKept
     family: Tensor          # (d_sae,) index into FAMILIES; -1 for features that were never active
 
@@ -437,18 +448,18 @@ def classify(after_copy, chance, context, n_in_text):       # -> (d_sae,) index 
     family = torch.where(needed <= CONTEXTS.index(LONGEST_SHORT), SHORT_RANGE, LONG_RANGE)
     family[needed == 0] = CURRENT_TOKEN
     family[unstable] = UNSTABLE
-    family[context.n_active.amax(1) < MIN_PLACES] = TOO_RARE    # to tell how much context
+    family[context.n_active.amax(1) < MIN_PLACES] = TOO_RARE    # too few to measure context
     above_chance = after_copy >= MIN_RATIO_TO_CHANCE * chance.nan_to_num(0.0)
     family[(after_copy >= MIN_AFTER_COPY) & above_chance] = AFTER_COPY
-    family[n_in_text < MIN_PLACES] = TOO_RARE                   # to tell anything
+    family[n_in_text < MIN_PLACES] = TOO_RARE                   # too few to say anything
     family[n_in_text == 0] = -1
     return family
 
 
 def context_needed(share):                                  # (d_sae,contexts) -> (d_sae,) x 2
-    """Index into CONTEXTS of the smallest n such that this and every larger one keep the
-    activation, len(CONTEXTS) if the largest does not; and whether some smaller n keeps it although
-    a larger one does not. NaN, not measured, counts as kept."""
+    """needed: index into CONTEXTS of the smallest n from which on at least MIN_KEPT is always kept;
+    len(CONTEXTS) where even the largest n keeps less. unstable: whether some n below `needed` keeps
+    as much too. NaN, not measured, counts as kept."""
     lost = share < MIN_KEPT
     index = torch.arange(len(CONTEXTS))
     needed = (lost * (index + 1)).amax(1)                   # just after the last n that loses it
@@ -498,9 +509,9 @@ def activation_share(feature, weight, hit, d_sae):          # (n,), (n,), (n,) -
 
 
 def share_by_chance(places, source, test, seed, n_tries=8):     # -> (n,) share of hits, (n,) tries
-    """What chance gives: from another place of the same feature, drawn at random, look as far back
-    as this place's source is, and ask `test(row, q, k)` there; `n_tries` times for each place.
-    Tries that fall on BOS or before the row do not count."""
+    """What chance gives. For each place, `n_tries` times: go to another place of the same feature,
+    drawn at random; step back from it by this place's distance to its source; and ask
+    `test(row, q, k)` there. Tries that fall on position 0 or before the row do not count."""
     generator = torch.Generator().manual_seed(seed)
     feature = places.feature                                # sorted
     index = torch.arange(len(feature))
@@ -509,7 +520,7 @@ def share_by_chance(places, source, test, seed, n_tries=8):     # -> (n,) share 
     hits = torch.zeros(len(feature))
     tries = torch.zeros(len(feature))
     for _ in range(n_tries):
-        # 1 to count - 1 places on, round the feature's own places: never the place itself
+        # 1 to count - 1 further in the feature's list of places, and round at its end: another one
         step = 1 + (torch.rand(len(feature), generator=generator) * (count - 1)).long()
         other = start + (index - start + step) % count
         row, q = places.row[other], places.q[other]

@@ -121,8 +121,9 @@ class Transformer(nn.Module):
         """Logits and, for the layers in `keep`, what the layer computed.
 
         edit_z: {layer: function from z_cat (B,T,D) to the z_cat (B,T,D) that goes on}. A function
-        and not a tensor, so that an edit of layer 6 sees what an edit of layer 5 led to. A layer in
-        `keep` computes its pattern, which rounds otherwise than without: see `attend`.
+        and not a tensor, so that an edit of layer 6 sees what an edit of layer 5 led to. Keeping a
+        layer switches fused attention off there, so that logits may differ in the last digit from
+        a run without `keep`: see `attend`.
         """
         x, cache = self.run_layers(self.embed(tokens), edit_z, keep)
         return self.unembed(x), cache
@@ -196,7 +197,10 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def value_bias(self, layer):                            # -> (D,)
         """c = ln_1.bias @ W_V + b_V, the constant part of z_cat: a head's pattern sums to 1 over
-        the keys, so what all its values have in common reaches every z. Gemma's is 0."""
+        the keys, so what all its values have in common reaches every z. Gemma's is 0.
+
+        (ln_1.bias, W_V and b_V are the checkpoint's. HeadMatrices.b_V is this sum.)
+        """
         return self.head_matrices(layer).b_V.flatten()
 
     def check_layers(self, layers):
@@ -218,7 +222,7 @@ class HeadMatrices(NamedTuple):
     """One layer's weights per head, with gains, bias and centring of the norms around attention
     folded in.
 
-        n   = resid_pre / scales["attn_in"]
+        n   = resid_pre / scales["attn_in"]                     centring is in W_Q, W_K, W_V
         v_h = n @ W_V[h] + b_V[h]
         q_h = rotate((n @ W_Q[h] + b_Q[h]) / scales["q"])       and so for k; only Gemma 3 divides
         attn_out = (sum_h z_h @ W_O[h] + b_O) / scales["attn_out"]      only Gemma 2 and 3 divide
@@ -380,11 +384,12 @@ class GPT2(Transformer):
 
     @torch.no_grad()
     def logit_directions(self, tokens):                     # (...) -> (...,d_model)
-        """What of a token's logit, less the mean over all tokens, depends on the stream x:
+        """The direction along which the stream x raises a token's logit above the mean over all
+        tokens:
 
             logit - mean = direction . x / final_scale(x) + ln_f.bias . (wte[token] - mean wte)
 
-        This is the direction, with the norm's gain and centring folded in.
+        The last term does not depend on x and is not in it; the norm's gain and centring are.
         """
         wte = precise(self.wte.weight)
         direction = precise(self.ln_f.weight) * (wte[tokens] - wte.mean(0))
@@ -392,9 +397,9 @@ class GPT2(Transformer):
 
     @torch.no_grad()
     def head_matrices(self, layer):                         # -> HeadMatrices
-        """Centring is a matrix too: x - mean x = x @ C with C = I - 1/d_model. So with the gain
-        ((x @ C) * gain) @ W = x @ (C @ (gain[:, None] * W)), and C @ M is M less its column
-        means."""
+        """Centring is a matrix too: x - mean x = x @ C, where C = I - J / d_model and J is all
+        ones. So with the gain ((x @ C) * gain) @ W = x @ (C @ (gain[:, None] * W)), and C @ M is M
+        less its column means."""
         self.check_layers([layer])
         H = self.config.n_heads
         norm = self.h[layer].ln_1

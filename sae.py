@@ -29,9 +29,9 @@ class SAE(nn.Module):
     """f = encode(z), z_hat = decode(f).
 
     Parameters: W_enc (d_in,d_sae), b_enc (d_sae,), W_dec (d_sae,d_in), b_dec (d_in,), and the
-    constant threshold (d_sae,). `reads` names the input it takes: "z_cat"; for the paper's SAEs
-    "z_cat less value_bias", until `load_saes` (see there) shifts them; or what a saved config.json
-    says.
+    constant threshold (d_sae,). `reads` names the input it was trained on: "z_cat", or what the
+    config.json beside its file says. The paper's SAEs were trained on a z_cat without value biases
+    and have "z_cat less value_bias"; `load_saes` converts them.
     """
 
     def __init__(self, d_in, d_sae, generator=None):
@@ -61,9 +61,9 @@ class SAE(nn.Module):
 
         To try another activation function, such as TopK, change this function and nothing else, by
         these rules. Each entry of the result is the entry of `pre`, or 0: the gradient below passes
-        where the result is not 0. An entry of `pre` at or below its threshold gives 0 and does not
-        affect the others: sparse.py does not compute it. Each row (one z) is treated alone, since
-        rows come in blocks of any size.
+        where the result is not 0. An entry at or below its threshold must give 0 and must not
+        affect the others, for sparse.py may leave such entries out: TopK chooses among those above
+        the threshold. Each row (one z) is treated alone, since rows come in blocks of any size.
         """
         return pre * (pre > self.threshold)
 
@@ -95,7 +95,7 @@ class SAE(nn.Module):
 
     def save(self, path, dtype=torch.float32):
         """Write the five tensors to `path` (a .safetensors file); the same SAE gives the same
-        bytes."""
+        bytes. `reads` is no tensor: put it into a config.json beside the file, as train.py does."""
         tensors = {}
         for name, tensor in self.state_dict().items():
             tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
@@ -106,8 +106,9 @@ class SAE(nn.Module):
     def load(cls, path, device="cpu"):
         """Read what `save` wrote, or an SAE that others published (formats: data/sae_files.py).
 
-        Its `reads` says what the file was trained on. Raises UserError if a file is missing or
-        damaged, or if a tensor is missing, has another shape or is not finite.
+        Its `reads` is what the config.json beside the file says, "z_cat" if there is none. Raises
+        UserError if a file is missing or damaged, or if a tensor is missing, has another shape or
+        is not finite.
         """
         tensors, reads = read_sae(path)
         with torch.device("meta"):              # no memory yet: the tensors take their places
@@ -120,8 +121,8 @@ class SAE(nn.Module):
 
 # ---- the loss and its gradient ----
 #
-# With x = z - b_dec, e = z_hat - z, and the loss a mean over the batch (its 1/B is in the first two
-# lines, and the sums over b below are plain):
+# With x = z - b_dec, e = z_hat - z, and the loss a mean over the batch (its 1/B is in dL/dz_hat and
+# dL/df, and the sums over b below are plain):
 #     dL/dz_hat = 2 e / B                      =: g
 #     dL/df     = g @ W_dec^T + l1 / B
 #     dL/dpre   = dL/df where the feature is active, else 0
@@ -209,10 +210,10 @@ def reset_adam(state, dead, feature_dim):
     """Adam's moments of new features: the first is 0, the second the element-wise mean over live
     features.
 
-    Adam divides the second moment by 1 - beta2^step, to make up for its start at 0; but step counts
-    from the start of the run. After a reset to 0 the first update would be
-    sqrt((1 - beta2^step) / (1 - beta2)) times the learning rate: with train.py's beta2 of 0.9999,
-    16 times at step 250, and up to 100 times late in a long run.
+    Why the second is not 0 too: Adam divides it by 1 - beta2^step, to make up for its start at 0;
+    but step counts from the start of the run. If it began at 0 again, the first update would be
+    sqrt((1 - beta2^step) / (1 - beta2)) times the learning rate (for beta1 = 0): with train.py's
+    beta2 of 0.9999, 16 times at step 250, and up to 100 times late in a long run.
     """
     live = (~dead).nonzero()[:, 0]
     index = (slice(None), dead) if feature_dim == 1 else dead
@@ -240,9 +241,9 @@ def ablate(sae, feature, where):
     feature: a number, or one for each row of the batch (B,). where: (B,T) bool.
     """
     def edit(z):                                            # (B,T,d_in) -> (B,T,d_in)
-        row, _ = where.nonzero(as_tuple=True)               # (n,) the row of each place
-        of_row = torch.as_tensor(feature, device=z.device).expand(len(z))           # (B,)
-        i = of_row[row]                                     # (n,) what each place loses
+        row, _ = where.nonzero(as_tuple=True)               # (n,) of each position to edit
+        feature_of_row = torch.as_tensor(feature, device=z.device).expand(len(z))   # (B,)
+        i = feature_of_row[row]                             # (n,) the feature that goes there
         f = sae.encode(z[where].to(sae.b_dec.dtype))        # (n,d_sae)
         f_i = f.gather(1, i[:, None])                       # (n,1)
         edited = z.clone()
@@ -259,9 +260,11 @@ def load_saes(where, model, layers=None, device="cpu"):
 
     where: a folder with L<layer>/ in it, as train.py writes (out/tiny); or a published set:
     "kissane" (the paper's, GPT-2 Small) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about 100).
-    layers: all that are there if not given. SAEs trained on a z_cat without its constant part
-    (model.value_bias; the paper's had it folded away) are shifted to take z_cat itself. Raises
-    UserError if one is missing or does not fit the model.
+    layers: all that are there if not given. Raises UserError if one is missing or does not fit the
+    model.
+
+    The paper trained on a model whose value biases had been folded into b_O, so that its z_cat
+    lacks model.value_bias. Such SAEs are shifted to take z_cat itself.
     """
     model.check_layers(layers or ())
     D = model.config.d_z_cat

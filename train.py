@@ -70,14 +70,14 @@ class TrainConfig:
     d_sae: tuple[int, ...] = field((2048,), "features per SAE: one number for all layers, or one "
                                    "for each (paper: 24576 = 32 x d_in, layers 5 and 7 49152)")
     l1: tuple[float, ...] = field((0.2,), "weight of the sparsity term: one for all layers, or one "
-                                  "for each (paper: 0.8 to 3, of raw z_cat)")
+                                  "for each (paper: 0.8 to 3, with --no-normalise)")
     normalise: bool = field(True, "train on z_cat divided by its mean distance to the mean, so "
                             "that one l1 suits all layers (paper: no)")
     lr: float = field(3.4e-3, "Adam's peak learning rate (paper: 1.2e-3)")
     n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
     batch_size: int = field(2048, "activations per step (paper: 4096)")
     warmup: int = field(100, "steps from 0.1 to 1 x lr, again after each resampling; in the first "
-                        "warm-up l1 rises with it, from 0 (paper: 1000)")
+                        "l1 rises too, linearly from 0 (paper: 1000)")
     decay: float = field(0.2, "last part of the run in which lr falls to 0 (paper: 0)")
     resample_every: int = field(250, "steps between resamplings of dead features, none in the last "
                                 "half of the run (paper: 25000)")
@@ -117,7 +117,11 @@ def per_layer(setting, layers):
 
 def preset(config):
     """The settings that --preset names: the paper's for GPT-2 Small. The paper says about 2e9
-    tokens; it trained on OpenWebText, for which C4 stands in here."""
+    tokens; it trained on OpenWebText, for which C4 stands in here.
+
+    `train` does not apply them: the command line does, and in a notebook
+    config = dataclasses.replace(config, **preset(config)).
+    """
     if config.preset == "":
         return {}
     if config.preset != "paper":
@@ -206,7 +210,7 @@ class Learner:
     l0: float               # active features per input in the last step
     use_sparse_step: bool = True
     on_device: Tensor | None = None     # (3,) of the last step: mse, sparsity, active entries
-    mse: float = math.nan               # the first two on the host, after `read_back`
+    mse: float = math.nan               # on the host; `read_back` sets it, sparsity and l0
     sparsity: float = math.nan
 
     def step_function(self, device):
@@ -216,7 +220,8 @@ class Learner:
 
 
 def train_step(learner, z, step, config, team=Team()):
-    """One step of one layer's SAE, in place. z: (B,D) activations, or a team's share of them."""
+    """One step of one layer's SAE, in place. z: the batch, (B,D); under torchrun (data/team.py)
+    this process's share of it."""
     sae = learner.sae
     z = z / learner.scale
     lr = learning_rate(step, config)
@@ -347,8 +352,8 @@ def adam_step(learner, gradients, lr):
 
 
 def read_back(learners, step, batch_size):
-    """Bring the numbers of a step from the device, those of all layers at once: on a GPU the host
-    would have to wait for each. Raises UserError where a loss is not finite."""
+    """Bring the numbers of a step from the device. One transfer for all layers: on a GPU each would
+    make the host wait. Raises UserError where a loss is not finite."""
     sums = torch.stack([learner.on_device for learner in learners.values()]).tolist()
     for (layer, learner), (mse, sparsity, n_active) in zip(learners.items(), sums):
         learner.mse = mse
@@ -360,8 +365,8 @@ def read_back(learners, step, batch_size):
 
 
 def choose_sparse_step(learners, device):
-    """Take the dense step for an SAE whose `activate` is not f = pre where pre > threshold, else 0:
-    no other activation function is known to the sparse step."""
+    """The sparse step assumes that f is pre where pre > threshold, else 0. Fall back to the dense
+    step for an SAE whose `activate` does anything else."""
     for layer, learner in learners.items():
         learner.use_sparse_step = is_threshold_activation(learner.sae)
         if not learner.use_sparse_step and device.type == "cpu":
@@ -395,6 +400,7 @@ class ActivationBuffer:
         n_blocks = math.ceil(config.n_steps / max(1, in_memory // config.batch_size))
         wanted_steps = math.ceil(config.n_steps / n_blocks)
         self.n_rows = math.ceil(wanted_steps * config.batch_size / self.per_row)
+        self.n_rows = max(self.n_rows, team.size)           # a row for each process at least
         # a row may be longer than a batch; then the rounded-up rows hold more steps than wanted
         self.steps_per_block = self.n_rows * self.per_row // config.batch_size
         self.z_by_row = None        # {layer: (rows,T-1,D)} of this process's rows of the block
@@ -411,12 +417,14 @@ class ActivationBuffer:
         if step == self.config.n_steps:
             return
         for number, tokens in enumerate(self.blocks(first_block), start=first_block):
+            if len(tokens) < self.team.size:                # the text ends: not a row for each
+                return
             if number != self.block_number:                 # `initialise_all` may have filled it
                 self.fill(tokens, number)
             random = generator(self.config.seed, "block", number)
             order = torch.randperm(self.n_filled, generator=random)
             for i in range(first_batch, self.n_filled // B):
-                # where those of the batch that are this process's lie in self.z[layer]
+                # indices into self.z[layer] of this process's share of the batch
                 _, mine = self.team.share(order[i * B:(i + 1) * B], self.per_row)
                 mine = mine.to(self.device)
                 yield step, {layer: self.z[layer][mine] for layer in self.layers}
@@ -441,7 +449,7 @@ class ActivationBuffer:
             self.z = {layer: z.flatten(0, 1) for layer, z in self.z_by_row.items()}
         for i in range(0, len(tokens), 64):
             part = tokens[i:i + 64].to(self.device)
-            # matrix products in bfloat16, results in float32
+            # matrix products in bfloat16 where that is faster, results in float32
             for layer, z in self.model.z_cat_bfloat16(part, self.layers).items():
                 self.z_by_row[layer][i:i + len(part)] = z[:, 1:]
 
@@ -804,8 +812,8 @@ def finish(config, model, held_out, learners, folder, speed):   # -> {layer: met
 
 
 def write_saes(config, learners, folder):                   # -> {layer: SAE}, as they were stored
-    """Write every SAE, with what it is beside it. This ends training: the learners' SAEs are
-    converted, in place, to take z_cat in its own units."""
+    """Write every SAE, and beside it a config.json that says what it is. This ends training: the
+    learners' SAEs are converted, in place, to take z_cat in its own units."""
     saes = {}
     for layer, learner in learners.items():
         path = folder / f"L{layer}" / "sae.safetensors"

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-if "PYTEST_XDIST_WORKER" in os.environ:                     # several at once: a thread each is fastest
+# several at once: a thread each is fastest
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")           # here, and in what the tests start
 
 import pytest
@@ -17,8 +18,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 def program(name, *arguments):
-    """python <name>.py <arguments> -> returncode, stdout, stderr. It runs in this process, which has
-    imported torch and read the text already; test_structure.py starts each once for real."""
+    """python <name>.py <arguments> -> returncode, stdout, stderr. It runs in this process, which
+    has imported torch and read the text already; test_structure.py starts each once for real."""
     from data.errors import run
     main = importlib.import_module(name).main
     returncode = 0
@@ -34,7 +35,8 @@ def program(name, *arguments):
     finally:
         sys.argv = argv
         os.chdir(folder)
-    return SimpleNamespace(returncode=returncode, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+    return SimpleNamespace(returncode=returncode, stdout=stdout.getvalue(),
+                           stderr=stderr.getvalue())
 
 
 class Words:
@@ -51,31 +53,33 @@ GPT2_SHAPES = {
     "small": dict(n_layer=3, n_head=4, n_embd=32, vocab_size=101, n_positions=40),
     "wide heads, eps": dict(n_layer=2, n_head=2, n_embd=48, vocab_size=333, n_positions=64,
                             layer_norm_epsilon=1e-3),
-    "n_inner, one head": dict(n_layer=4, n_head=1, n_embd=20, vocab_size=57, n_positions=30, n_inner=36),
+    "n_inner, one head": dict(n_layer=4, n_head=1, n_embd=20, vocab_size=57, n_positions=30,
+                              n_inner=36),
 }
 
 
-GEMMA = dict(hidden_size=48, intermediate_size=80, vocab_size=120, max_position_embeddings=40, pad_token_id=0,
-             bos_token_id=2)
+GEMMA = dict(hidden_size=48, intermediate_size=80, vocab_size=120, max_position_embeddings=40,
+             pad_token_id=0, bos_token_id=2)
 GEMMA_SHAPES = {
     "1, one key for all": dict(model_type="gemma", num_hidden_layers=3, num_attention_heads=4,
                                num_key_value_heads=1, head_dim=16, **GEMMA),
     "1, a key each": dict(model_type="gemma", num_hidden_layers=2, num_attention_heads=3,
                           num_key_value_heads=3, head_dim=10, rms_norm_eps=1e-3, **GEMMA),
-    "2": dict(model_type="gemma2", num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-              head_dim=16, query_pre_attn_scalar=20, sliding_window=7, attn_logit_softcapping=2.0,
-              final_logit_softcapping=3.0, **GEMMA),
-    "2, no caps": dict(model_type="gemma2", num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                       head_dim=8, sliding_window=3, attn_logit_softcapping=None,
-                       final_logit_softcapping=None, **GEMMA),
-    "3": dict(model_type="gemma3_text", num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2,
-              head_dim=16, query_pre_attn_scalar=24, sliding_window=6, **GEMMA),
+    "2": dict(model_type="gemma2", num_hidden_layers=4, num_attention_heads=4,
+              num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=20, sliding_window=7,
+              attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **GEMMA),
+    "2, no caps": dict(model_type="gemma2", num_hidden_layers=3, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=8, sliding_window=3,
+                       attn_logit_softcapping=None, final_logit_softcapping=None, **GEMMA),
+    "3": dict(model_type="gemma3_text", num_hidden_layers=7, num_attention_heads=4,
+              num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=24, sliding_window=6,
+              **GEMMA),
 }
 
 
 def random_gemma(folder, seed=0, **shape):
-    """A transformers Gemma 1, 2 or 3 with random weights, norms among them, saved to `folder` -> the
-    model."""
+    """A transformers Gemma 1, 2 or 3 with random weights, norms among them, saved to `folder` ->
+    the model."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(**shape, attn_implementation="eager")
@@ -88,11 +92,12 @@ def random_gemma(folder, seed=0, **shape):
 
 
 def random_gpt2(folder, seed=0, **shape):
-    """A transformers GPT-2 with random weights, large enough to matter, saved to `folder` -> the model, in
-    eval mode."""
+    """A transformers GPT-2 with random weights, large enough to matter, saved to `folder` -> the
+    model, in eval mode."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
-    config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0, attn_implementation="eager")
+    config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0,
+                                     attn_implementation="eager")
     theirs = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

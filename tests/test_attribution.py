@@ -1,5 +1,5 @@
-"""attribution.py: every sum against what it should sum to, every attribution against the intervention it
-stands for, and a hand-wired induction circuit whose answer is known."""
+"""attribution.py: every sum against what it should sum to, every attribution against the
+intervention it stands for, and a hand-wired induction circuit whose answer is known."""
 
 import json
 import re
@@ -18,7 +18,8 @@ EXACT = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 def random_saes(model, d_sae=12, seed=0, skip=()):
-    """SAEs of which some features are active, of the model's own type; every second one is a JumpReLU."""
+    """SAEs of which some features are active, of the model's own type; every second one is a
+    JumpReLU."""
     saes = {}
     for layer in range(model.config.n_layers):
         g = torch.Generator().manual_seed(seed + layer)
@@ -81,7 +82,8 @@ def test_head_logits_are_what_the_stream_loses_without_the_head(traced):
     for layer, kept in run.cache.items():
         scale = kept.scales["attn_out"][0, last] if "attn_out" in kept.scales else 1.0
         found = A.head_logits(kept.z_cat[0, last], run.matrices[layer], direction, scale)
-        # heads and bias together are what the layer adds to the stream, and that along the direction
+        # heads and bias together are what the layer adds to the stream, and that along the
+        # direction
         total = found.sum() + run.matrices[layer].b_O @ direction
         assert (total - kept.attn_out[0, last] @ direction).abs() < exact * max(1, found.abs().max())
         for h in range(model.config.n_heads):
@@ -95,7 +97,8 @@ def test_parts_add_up_to_the_residual_stream(traced):
     run, exact = traced
     for layer, kept in run.cache.items():
         stream = torch.zeros_like(kept.resid_pre[0])
-        stream.index_add_(0, run.components.position[:run.n_before[layer]], run.components.vector[:run.n_before[layer]])
+        stream.index_add_(0, run.components.position[:run.n_before[layer]],
+                          run.components.vector[:run.n_before[layer]])
         assert (stream - kept.resid_pre[0]).abs().max() < exact * kept.resid_pre.abs().max(), \
             f"something that is written before layer {layer} is missing: b_O, a post-norm's gain, its scale?"
 
@@ -107,7 +110,8 @@ def test_children_sum_to_the_pre_activation(traced):
         for position, i in [*active_nodes(run, layer), (1, 0), (6, 5)]:
             found = A.decompose(run, layer, position, i)
             size = max(float(found.value.abs().max()), 1.0)
-            assert abs(found.pre - float(pre[position, i])) < exact * size, f"{layer}.{i} at {position}"
+            assert abs(found.pre - float(pre[position, i])) < exact * size, \
+                f"{layer}.{i} at {position}"
 
 
 def test_every_node_of_an_unpruned_tree_is_the_sum_of_its_children(traced):
@@ -136,14 +140,16 @@ def test_what_is_pruned_is_added_up(traced):
     run, exact = traced
     layer = max(run.saes)
     position, i = active_nodes(run, layer)[-1]
-    root = A.trace(run.model, run.saes, run.tokens, layer, position, i, share=0.05, depth=2, breadth=4)
+    root = A.trace(run.model, run.saes, run.tokens, layer, position, i, share=0.05, depth=2,
+                   breadth=4)
     for node in [root, *(child for child in root.children if child.children)]:
         size = max(1.0, max(abs(child.value) for child in node.children))
         assert len(node.children) <= 4 and abs(node.children[-1].value) >= 0.05 * abs(root.value)
         everything = A.decompose(run, node.layer, node.position, node.feature).value
         assert node.n_pruned + len(node.children) == int((everything != 0).sum())
         assert abs(sum(child.value for child in node.children) + node.pruned - node.value) < exact * size * 10
-    assert not any(grandchild.children for child in root.children for grandchild in child.children), "depth 2"
+    assert not any(grandchild.children for child in root.children for grandchild in child.children), \
+        "depth 2"
 
 
 def test_qk_pairs_sum_to_the_score(traced):
@@ -195,8 +201,8 @@ def test_layers_without_an_sae_and_bos_are_whole(folder):
 
 
 def values(model, layer, resid, scale):
-    """v (T,H,d_head) of a layer from a residual stream and a frozen norm scale, by the checkpoint's own
-    weights."""
+    """v (T,H,d_head) of a layer from a residual stream and a frozen norm scale, by the checkpoint's
+    own weights."""
     block, config = model.blocks[layer], model.config
     if isinstance(model, models.GPT2):
         norm, D = block.ln_1, config.d_model
@@ -219,8 +225,8 @@ def write_out(model, layer, z_cat, scales):
 
 
 def test_one_edge_is_what_the_node_loses_when_the_upstream_feature_is_not_written(folder):
-    """Subtract f_j W_dec[j] @ W_O from resid_pre at the source position alone, keep pattern and norm
-    scale."""
+    """Subtract f_j W_dec[j] @ W_O from resid_pre at the source position alone, keep pattern and
+    norm scale."""
     model = models.load_model(folder, dtype=torch.float64)
     run, checked = A.trace_prompt(model, random_saes(model), PROMPT), 0
     for layer in range(1, model.config.n_layers):
@@ -228,8 +234,9 @@ def test_one_edge_is_what_the_node_loses_when_the_upstream_feature_is_not_writte
         for position, i in active_nodes(run, layer)[-2:]:
             found = A.decompose(run, layer, position, i)
             for part in A.upstream_features(run, layer, position, i)[0].tolist():
-                l, k, j = (int(column[part]) for column in (run.components.layer, run.components.position,
-                                                                  run.components.feature))
+                l, k, j = (int(column[part])
+                           for column in (run.components.layer, run.components.position,
+                                          run.components.feature))
                 z = (run.f[l][k, j] * run.saes[l].W_dec[j])[None]
                 scales = {name: one[:, k:k + 1] for name, one in run.cache[l].scales.items()}
                 written = write_out(model, l, z, scales) - write_out(model, l, 0 * z, scales)
@@ -245,11 +252,12 @@ def test_one_edge_is_what_the_node_loses_when_the_upstream_feature_is_not_writte
 
 
 def frozen_root(run, layer, position, feature, f_given):
-    """The root's pre-activation as a function of every feature's activation, by a forward pass of its own in
-    which patterns, norm scales, gates, SAE errors, MLP outputs and BOS are the clean run's and carry no
-    gradient.
+    """The root's pre-activation as a function of every feature's activation, by a forward pass of
+    its own in which patterns, norm scales, gates, SAE errors, MLP outputs and BOS are the clean
+    run's and carry no gradient.
 
-    f_given: {(layer): (T,d_sae)} added to each layer's features: zeros, whose gradient is asked for."""
+    f_given: {(layer): (T,d_sae)} added to each layer's features: zeros, whose gradient is asked
+    for."""
     model, resid = run.model, sum(run.model.embed_parts(run.tokens[None]).values())[0]
     for l in range(layer + 1):
         kept, sae = run.cache[l], run.saes[l]
@@ -287,7 +295,8 @@ def test_all_paths_through_a_feature_sum_to_its_effect_with_everything_else_froz
     walk(A.attribution_tree(run, layer, position, i, share=0, depth=10, breadth=None))
     assert len(paths) > 5
     for (l, k, j), total in paths.items():
-        effect = float(gradients[l][k, j] * run.f[l][k, j])     # linear: the gradient times what is removed
+        # linear: the gradient times what is removed
+        effect = float(gradients[l][k, j] * run.f[l][k, j])
         assert abs(total - effect) < 1e-9 * max(1.0, abs(effect)), f"paths through {l}.{j} at {k}"
 
 
@@ -322,10 +331,10 @@ def test_removing_features_one_by_one_equals_editing_by_hand(folder):
 def induction():
     """Two layers that do induction, written by hand, and SAEs whose features are named.
 
-    The stream is [token | position | token before | token copied], 12 numbers each. Head 0.0 looks one
-    position back and writes the token it finds there to *token before*. Head 1.1 looks where *token before*
-    is the current token, and copies that position's token and token before. The other heads look at the first
-    position and copy nothing.
+    The stream is [token | position | token before | token copied], 12 numbers each. Head 0.0 looks
+    one position back and writes the token it finds there to *token before*. Head 1.1 looks where
+    *token before* is the current token, and copies that position's token and token before. The
+    other heads look at the first position and copy nothing.
     """
     V = 12
     torch.manual_seed(0)
@@ -343,16 +352,19 @@ def induction():
                                               which * 4 * V + head * d_head + (half + 1) * V)
     first, second = model.h[0].attn, model.h[1].attn
     first.c_attn.weight[place, columns(0, 0, 0)] = 20 * eye                     # query: my position
-    first.c_attn.weight[place, columns(1, 0, 0)] = 20 * torch.roll(eye, 1, 1)   # key: the position after mine
+    # key: the position after mine
+    first.c_attn.weight[place, columns(1, 0, 0)] = 20 * torch.roll(eye, 1, 1)
     first.c_attn.weight[token, columns(2, 0, 0)] = eye
     first.c_proj.weight[0:V, before] = eye
     second.c_attn.weight[token, columns(0, 1, 0)] = 20 * eye                    # query: my token
-    second.c_attn.weight[before, columns(1, 1, 0)] = 20 * eye                   # key: the token before mine
+    # key: the token before mine
+    second.c_attn.weight[before, columns(1, 1, 0)] = 20 * eye
     second.c_attn.weight[token, columns(2, 1, 0)] = eye
     second.c_attn.weight[before, columns(2, 1, 1)] = eye
     second.c_proj.weight[d_head:d_head + V, copied] = eye
     saes = {layer: S.SAE(4 * V, 2 * V).requires_grad_(False) for layer in (0, 1)}
-    for layer, sae in saes.items():     # feature i: token i in a head's first V numbers; V + i: in the others
+    # feature i: token i in a head's first V numbers; V + i: in the others
+    for layer, sae in saes.items():
         start = layer * d_head
         sae.W_enc.zero_(), sae.W_dec.zero_()
         sae.W_enc[start:start + d_head] = torch.eye(2 * V)
@@ -363,25 +375,29 @@ def induction():
 
 def test_the_hand_wired_induction_circuit_is_found(induction):
     model, saes, V = induction
-    tokens = torch.tensor([0, 1, 2, 3, 4, 5, 1])                # ... 1 2 ... 1: next is 2, whose place is 2
+    # ... 1 2 ... 1: next is 2, whose place is 2
+    tokens = torch.tensor([0, 1, 2, 3, 4, 5, 1])
     run = A.trace_prompt(model, saes, tokens)
     assert int(run.f[0][2].argmax()) == 1, "head 0.0 should find the token before"
     assert int(run.f[1][6].argmax()) in (2, V + 1) and float(run.cache[1].pattern[0, 1, 6, 2]) > 0.95
 
     per_source = A.dfa(run.cache[1].pattern, run.cache[1].v, saes[1].W_enc[:, 2])[0, :, 6]
-    assert divmod(int(per_source.argmax()), 7) == (1, 2), "DFA: head 1.1, from where the token 2 stands"
+    assert divmod(int(per_source.argmax()), 7) == (1, 2), \
+        "DFA: head 1.1, from where the token 2 stands"
     assert A.head_weights(saes[1].W_dec, 2)[2].tolist() == [0.0, 1.0]
 
     next_token = A.trace(model, saes, tokens, 1, 6, 2)
     top = next_token.children[0]
-    assert (top.kind, top.position, top.head) == ("embedding", 2, 1), "what was copied is the token at 2"
+    assert (top.kind, top.position, top.head) == ("embedding", 2, 1), \
+        "what was copied is the token at 2"
 
     what_was_before = A.trace(model, saes, tokens, 1, 6, V + 1)
     top = what_was_before.children[0]
     assert (top.kind, top.layer, top.position, top.feature, top.head) == ("feature", 0, 2, 1, 1), \
         "the previous-token head's feature at the source"
     below = top.children[0]
-    assert (below.kind, below.position, below.head) == ("embedding", 1, 0), "which read the token at 1"
+    assert (below.kind, below.position, below.head) == ("embedding", 1, 0), \
+        "which read the token at 1"
 
     why = A.qk(run, 1, 1, 6, 2, "others")
     a, b = divmod(int(why.pairs.argmax()), len(why.key))
@@ -416,7 +432,8 @@ def test_a_feature_that_is_not_active_is_taken_apart_too(traced):
     position, i = (run.f[layer][1:] == 0).nonzero()[0].tolist()
     root = A.attribution_tree(run, layer, position + 1, i, share=0, depth=1, breadth=None)
     assert abs(sum(child.value for child in root.children) - root.value) < exact * max(1, abs(root.value))
-    run.saes[layer].b_enc[i] -= root.value                      # now exactly at 0, or a rounding from it
+    # now exactly at 0, or a rounding from it
+    run.saes[layer].b_enc[i] -= root.value
     root = A.attribution_tree(run, layer, position + 1, i)
     assert abs(root.value) < 1e-3 and all(abs(x) < float("inf") for x in (root.error, root.mlp, root.pruned))
 
@@ -435,15 +452,18 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
     for layer, file in ((1, "features.json"), (2, "0.js")):     # layer 1 has no pages, only numbers
         (tmp_path / "tiny" / "features" / f"L{layer}").mkdir(parents=True)
         (tmp_path / "tiny" / "features" / f"L{layer}" / file).touch()
-    done = program("attribution", "A <script>alert('x')</script> & </script> cat", "--out", tmp_path)
+    done = program("attribution", "A <script>alert('x')</script> & </script> cat", "--out",
+                   tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("sources by DFA", "recursive DFA", "share of decoder", "why head"):
         assert words in done.stdout
     page = (tmp_path / "tiny" / "attribution" / "explorer.html").read_text()
     assert page.count("<script") == 2 and page.count("</script>") == 2, "a token was not escaped"
-    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page), "it loads something from elsewhere"
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page), \
+        "it loads something from elsewhere"
     found = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert found["dashboards"] == [2], "a link to dashboards that are not there, or none to those that are"
+    assert found["dashboards"] == [2], \
+        "a link to dashboards that are not there, or none to those that are"
     assert "<script" in "".join(found["tokens"])
     for node in found["nodes"].values():
         total = sum(child["value"] for child in node["children"]) + node["pruned"]
@@ -454,14 +474,19 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([""], "prompt is empty"), (["hello", "--layer", "9"], "layer 9 is out of range"),
+    ([""], "prompt is empty"),
+    (["hello", "--layer", "9"], "layer 9 is out of range"),
     (["hello there", "--position", "99"], "position 99"),
     (["hello there", "--feature", "3.99999"], "feature 99999"),
     (["hello there", "--feature", "9.1"], "layer 9 is out of range"),
-    (["word " * 200], "tokens does not fit"), (["hello", "--saes", "nowhere"], "--saes nowhere"),
-    (["hello", "--model", "nobody"], "--model nobody"), (["hello", "--position", "x"], "--position takes"),
-    (["hello", "--position", "0"], "position 0"), (["hello", "--layer", "-7"], "layer -7 is out of range"),
-    (["hello", "--position", "-5"], "position -5"), (["hello", "--feature", "-9"], "layer.feature"),
+    (["word " * 200], "tokens does not fit"),
+    (["hello", "--saes", "nowhere"], "--saes nowhere"),
+    (["hello", "--model", "nobody"], "--model nobody"),
+    (["hello", "--position", "x"], "--position takes"),
+    (["hello", "--position", "0"], "position 0"),
+    (["hello", "--layer", "-7"], "layer -7 is out of range"),
+    (["hello", "--position", "-5"], "position -5"),
+    (["hello", "--feature", "-9"], "layer.feature"),
 ], ids=str)
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words):
     done = program("attribution", *arguments, "--out", tmp_path)

@@ -40,10 +40,14 @@ def test_rows_of_a_corpus_end_with_its_text_and_drop_less_than_a_row(tmp_path):
     path = write_corpus(tmp_path, "jsonl")
     blocks = list(data.rows(path, tokenizer, "train", T=32, n=7))
     assert {len(block) for block in blocks[:-1]} == {7} and 1 <= len(blocks[-1]) <= 7
-    ids = [i for text in documents(str(path), "train") for i in tokenizer.encode(text) + [tokenizer.bos]]
+    ids = [
+        i for text in documents(str(path), "train")
+        for i in tokenizer.encode(text) + [tokenizer.bos]
+    ]
     rows = torch.cat(blocks)
     assert 0 <= len(ids) - rows[:, 1:].numel() < 31
-    assert sorted(rows[:, 1:].flatten().tolist()) == sorted(ids[:rows[:, 1:].numel()]), "tokens were lost"
+    assert sorted(rows[:, 1:].flatten().tolist()) == sorted(ids[:rows[:, 1:].numel()]), \
+        "tokens were lost"
     assert (rows[:, 0] == tokenizer.bos).all()
     again = torch.cat(list(data.rows(path, tokenizer, "train", T=32, n=5, start=11)))
     assert torch.equal(again, rows[11:]), "a stream that starts later is another stream"
@@ -52,7 +56,10 @@ def test_rows_of_a_corpus_end_with_its_text_and_drop_less_than_a_row(tmp_path):
 def test_a_text_file_is_read_in_pages(tmp_path):
     lines = [f"Line {i} of a long book.\n" for i in range(20_000)]
     (tmp_path / "book.txt").write_text("".join(lines))
-    pages = {split: list(documents(str(tmp_path / "book.txt"), split)) for split in ("train", "held-out")}
+    pages = {
+        split: list(documents(str(tmp_path / "book.txt"), split))
+        for split in ("train", "held-out")
+    }
     whole = sorted(pages["train"] + pages["held-out"], key=lambda page: int(page.split()[1]))
     assert "".join(whole) == "".join(lines), "text was lost between pages"
     assert all(3000 <= len(page) < 3100 for page in whole[:-1]) and pages["held-out"]
@@ -65,7 +72,8 @@ def test_a_text_file_is_read_in_pages(tmp_path):
     ("a.txt", b"caf\xe9 " * 1000, ["UTF-8"]),
     ("a.txt", b"", ["less than a row"]),
     ("a.txt", b"too short", ["less than a row of 128 tokens"]),
-    ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 100)[:-20], ["a.json.gz", "damaged or cut short"]),
+    ("a.json.gz", gzip.compress(
+        b'{"text": "x"}\n' * 100)[:-20], ["a.json.gz", "damaged or cut short"]),
     ("a.json.gz", b"not gzip", ["damaged"]),
     ("a.csv", b"x", [".jsonl"]),
     ("folder/a.csv", b"x", [".jsonl"]),

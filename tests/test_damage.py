@@ -1,9 +1,10 @@
-"""Files that are damaged: several hundred of them, and every one gives a UserError of one sentence or a whole
-result; never another exception, never a hang.
+"""Files that are damaged: several hundred of them, and every one gives a UserError of one sentence
+or a whole result; never another exception, never a hang.
 
-Damage is of three kinds. To bytes: files cut short, bits flipped, stretches overwritten, bytes put in. To
-meaning: JSON in which one value is another one or is gone, also inside the header of a safetensors file, with
-lengths that are right. To archives: npz files that hold other arrays than they should.
+Damage is of three kinds. To bytes: files cut short, bits flipped, stretches overwritten, bytes put
+in. To meaning: JSON in which one value is another one or is gone, also inside the header of a
+safetensors file, with lengths that are right. To archives: npz files that hold other arrays than
+they should.
 """
 
 import copy
@@ -40,20 +41,26 @@ def folder(tmp_path_factory):
     folder, random = tmp_path_factory.mktemp("whole"), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps({
-        "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 50, "n_positions": 16,
-        "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}))
+    (folder / "model" / "config.json").write_text(
+        json.dumps({
+            "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 50,
+            "n_positions": 16, "n_inner": None, "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new"
+        }))
     gpt2 = models.GPT2(models.GPT2Config(2, 2, 8, 32, 50, 16))
     save_file({name: p.detach() for name, p in gpt2.named_parameters()},
               folder / "model" / "model.safetensors")
 
     (folder / "gemma").mkdir()
-    (folder / "gemma" / "config.json").write_text(json.dumps({
-        "model_type": "gemma2", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "hidden_size": 8, "head_dim": 4, "intermediate_size": 12, "vocab_size": 50, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 16, "sliding_window": 4, "query_pre_attn_scalar": 4,
-        "attn_logit_softcapping": 50.0, "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}))
+    (folder / "gemma" / "config.json").write_text(
+        json.dumps({
+            "model_type": "gemma2", "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "hidden_size": 8, "head_dim": 4, "intermediate_size": 12,
+            "vocab_size": 50, "rms_norm_eps": 1e-6, "max_position_embeddings": 16,
+            "sliding_window": 4, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 50.0,
+            "layer_types": ["sliding_attention", "full_attention"
+                            ], "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}
+        }))
     _, settings, layout = read_config(folder / "gemma" / "config.json")
     shapes = {f"model.{name}": p.shape[::-1] if name.endswith(layout.transposed) else p.shape
               for name, p in models.Gemma(models.GemmaConfig(**settings)).named_parameters()}
@@ -78,10 +85,15 @@ def folder(tmp_path_factory):
     np.savez(folder / "gemma-scope" / "params.npz", **arrays)
     np.savez_compressed(folder / "gemma-scope" / "small.npz", **arrays)
     (folder / "kissane").mkdir()
-    torch.save({name: t for name, t in tensors.items() if name != "threshold"}, folder / "kissane" / "x.pt")
-    (folder / "kissane" / "x_cfg.json").write_text(json.dumps({"act_size": 8, "dict_size": 24, "seed": 49}))
+    torch.save({name: t
+                for name, t in tensors.items() if name != "threshold"}, folder / "kissane" / "x.pt")
+    (folder / "kissane" / "x_cfg.json").write_text(
+        json.dumps({"act_size": 8, "dict_size": 24, "seed": 49}))
 
-    texts = [f"Page {i} of a long book: " + " ".join(f"word{i * j}" for j in range(60)) for i in range(60)]
+    texts = [
+        f"Page {i} of a long book: " + " ".join(f"word{i * j}" for j in range(60))
+        for i in range(60)
+    ]
     lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts)
     (folder / "c4.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "posts.jsonl").write_text(lines)
@@ -134,18 +146,20 @@ def load_checkpoint(path):
     T.train_step(learners[0], torch.zeros(64, 8), step, CHECKPOINTED)
 
 
-BYTES = {"model/config.json": load_model, "model/model.safetensors": load_model,
-         "gemma/config.json": load_model, "gemma/one.safetensors": load_model,
-         "gemma/model.safetensors.index.json": load_model,
-         "vocabulary/vocab.json": load_tokenizer, "own/sae.safetensors": load_sae,
-         "saelens/cfg.json": load_sae, "saelens/sae_weights.safetensors": load_sae,
-         "gemma-scope/params.npz": load_sae, "gemma-scope/small.npz": load_sae, "kissane/x.pt": load_sae,
-         "kissane/x_cfg.json": load_kissane, "c4.json.gz": load_text, "posts.jsonl": load_text,
-         "run/checkpoint.safetensors": load_checkpoint}
+BYTES = {
+    "model/config.json": load_model, "model/model.safetensors": load_model,
+    "gemma/config.json": load_model, "gemma/one.safetensors": load_model,
+    "gemma/model.safetensors.index.json": load_model, "vocabulary/vocab.json": load_tokenizer,
+    "own/sae.safetensors": load_sae, "saelens/cfg.json": load_sae,
+    "saelens/sae_weights.safetensors": load_sae, "gemma-scope/params.npz": load_sae,
+    "gemma-scope/small.npz": load_sae, "kissane/x.pt": load_sae, "kissane/x_cfg.json": load_kissane,
+    "c4.json.gz": load_text, "posts.jsonl": load_text, "run/checkpoint.safetensors": load_checkpoint
+}
 
 
 def damaged_bytes(whole, random, n):
-    """n ways to damage a file's bytes, the beginning more often than the rest: it holds the lengths."""
+    """n ways to damage a file's bytes, the beginning more often than the rest: it holds the
+    lengths."""
     yield b""
     yield b"<html>404</html>"
     for kind in range(n - 2):
@@ -161,15 +175,18 @@ def damaged_bytes(whole, random, n):
             yield whole[:at] + random.bytes(length) + whole[at:]
 
 
-WRONG = [None, True, 0, -1, 1, 10**6, 1.5, 1e-300, 1e300, 2**31, 2**62, 10**40, float("nan"), "", "gelu",
-         "\ud800", [], [[]], {}, {"a": 1}, "../../etc/passwd", [0, 2**62],
-         ["F8_E4M3"], "F8_E4M3", "I64", "BOOL"]
+WRONG = [
+    None, True, 0, -1, 1, 10**6, 1.5, 1e-300, 1e300, 2**31, 2**62, 10**40,
+    float("nan"), "", "gelu", "\ud800", [], [[]], {}, {"a": 1}, "../../etc/passwd", [0, 2**62],
+    ["F8_E4M3"], "F8_E4M3", "I64", "BOOL"
+]
 
 
 def damaged_values(value, random, n):
     """n copies of a JSON value in which something, anywhere in it, is another value or is gone."""
     def places(one, path=()):
-        items = one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ()
+        items = one.items() if isinstance(one,
+                                          dict) else enumerate(one) if isinstance(one, list) else ()
         for key, inner in items:
             yield path + (key,)
             yield from places(inner, path + (key,))
@@ -189,7 +206,8 @@ def damaged_values(value, random, n):
 
 
 def outcome(load, path):
-    """("refused", message), or ("whole", result); anything else is the failure that is looked for."""
+    """("refused", message), or ("whole", result); anything else is the failure that is looked
+    for."""
     def hangs(number, frame):
         raise Hangs(f"{path.name} was not read in {SECONDS} seconds")
 
@@ -206,7 +224,8 @@ def outcome(load, path):
 
 
 def check(load, path, contents, may_be_whole=lambda result: True):
-    """Write each of `contents` to `path`, load it, and put the whole file back -> how many were refused."""
+    """Write each of `contents` to `path`, load it, and put the whole file back -> how many were
+    refused."""
     original, refused = path.read_bytes(), 0
     try:
         for number, content in enumerate(contents):
@@ -214,8 +233,9 @@ def check(load, path, contents, may_be_whole=lambda result: True):
             try:
                 kind, result = outcome(load, path)
             except Exception as error:
-                raise AssertionError(f"{path.name}, damage {number}: {type(error).__name__}: {error}; the "
-                                     f"file begins {content[:300]!r}") from error
+                raise AssertionError(
+                    f"{path.name}, damage {number}: {type(error).__name__}: {error}; the "
+                    f"file begins {content[:300]!r}") from error
             refused += kind == "refused"
             assert kind == "refused" or may_be_whole(result), \
                 f"{path.name}, damage {number}: a part was returned"
@@ -226,7 +246,8 @@ def check(load, path, contents, may_be_whole=lambda result: True):
 
 @pytest.mark.parametrize("name", BYTES)
 def test_damaged_bytes(folder, name):
-    """24 of each of 16 kinds of file. What is checked by a sum (gz, npz) comes back whole or not at all."""
+    """24 of each of 16 kinds of file. What is checked by a sum (gz, npz) comes back whole or not at
+    all."""
     path, load = folder / name, BYTES[name]
     whole = load(path)
     random = np.random.default_rng(list(name.encode()))
@@ -246,14 +267,15 @@ def test_damaged_json(folder, name):
 
 @pytest.mark.parametrize("name", [name for name in BYTES if name.endswith(".safetensors")])
 def test_damaged_safetensors_header(folder, name):
-    """A header whose length is right and whose JSON says something else: a tensor's name, type, shape or
-    place, or the metadata."""
+    """A header whose length is right and whose JSON says something else: a tensor's name, type,
+    shape or place, or the metadata."""
     path, random = folder / name, np.random.default_rng(list(name.encode()))
     whole = path.read_bytes()
     n = int.from_bytes(whole[:8], "little")
     damaged = damaged_values(json.loads(whole[8:8 + n]), random, 40)
     headers = [json.dumps(header).encode() for header in damaged]
-    refused = check(BYTES[name], path, [len(h).to_bytes(8, "little") + h + whole[8 + n:] for h in headers])
+    refused = check(BYTES[name], path,
+                    [len(h).to_bytes(8, "little") + h + whole[8 + n:] for h in headers])
     assert refused >= 20
 
 
@@ -277,27 +299,43 @@ def test_archives_of_other_arrays(folder):
     header = lambda text: b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
     encrypted = bytearray(archive_of())
     encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
-    contents = [archive_of(W_enc=None), archive_of(extra=np.zeros(3)),
-                archive_of(b_enc=np.zeros(23, np.float32)),
-                archive_of(W_dec=np.zeros((8, 24), np.float32)), archive_of(W_dec=np.float32(1)),
-                archive_of(b_dec=np.array(["a"] * 8)), archive_of(b_dec=np.array([{}] * 8, dtype=object)),
-                archive_of(b_dec=np.full(8, np.nan, np.float32)), archive_of(threshold=np.full(24, np.inf)),
-                archive_of(b_dec=np.zeros(8, complex)), archive_of(b_dec=np.zeros(8, int)),
-                archive_of(b_dec=np.zeros(8, "datetime64[s]")),
-                archive_of(W_enc=np.zeros((0, 24), np.float32)),
-                raw(W_enc=b""), raw(W_enc=b"\x93NUMPY"), raw(W_enc=header(b"{'descr': '<f4',")),
-                raw(W_enc=header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }\n")),
-                raw(W_enc=header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 2), }\n")),
-                raw(W_enc=header(b"__import__('os').system('echo run')\n")), raw(W_enc=header(b"(" * 9000)),
-                raw(W_enc=b"plain text"), bytes(encrypted), archive_of()[::-1]]
+    contents = [
+        archive_of(W_enc=None),
+        archive_of(extra=np.zeros(3)),
+        archive_of(b_enc=np.zeros(23, np.float32)),
+        archive_of(W_dec=np.zeros((8, 24), np.float32)),
+        archive_of(W_dec=np.float32(1)),
+        archive_of(b_dec=np.array(["a"] * 8)),
+        archive_of(b_dec=np.array([{}] * 8, dtype=object)),
+        archive_of(b_dec=np.full(8, np.nan, np.float32)),
+        archive_of(threshold=np.full(24, np.inf)),
+        archive_of(b_dec=np.zeros(8, complex)),
+        archive_of(b_dec=np.zeros(8, int)),
+        archive_of(b_dec=np.zeros(8, "datetime64[s]")),
+        archive_of(W_enc=np.zeros((0, 24), np.float32)),
+        raw(W_enc=b""),
+        raw(W_enc=b"\x93NUMPY"),
+        raw(W_enc=header(b"{'descr': '<f4',")),
+        raw(W_enc=header(
+            b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }\n")),
+        raw(W_enc=header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 2), }\n")),
+        raw(W_enc=header(b"__import__('os').system('echo run')\n")),
+        raw(W_enc=header(b"(" * 9000)),
+        raw(W_enc=b"plain text"),
+        bytes(encrypted),
+        archive_of()[::-1]
+    ]
     assert check(load_sae, path, contents) == len(contents)
 
 
 def test_lines_that_are_not_what_they_should_be(folder):
-    lines = [b'{"text": "a"', b'{"text": 3}', b'{"txt": "a"}', b"[]", b"null", b'"text"', b'{"text": "\xff"}',
-             b"\x00" * 500, b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}"]
+    lines = [
+        b'{"text": "a"', b'{"text": 3}', b'{"txt": "a"}', b"[]", b"null", b'"text"',
+        b'{"text": "\xff"}', b"\x00" * 500, b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}"
+    ]
     whole = (folder / "posts.jsonl").read_bytes()
     contents = [whole + line + b"\n" + whole for line in lines]
     assert check(load_text, folder / "posts.jsonl", contents) == len(contents)
-    lone = [whole + b'{"text": "\\ud800 a lone surrogate"}\n']              # JSON can say it, UTF-8 cannot
+    # JSON can say it, UTF-8 cannot
+    lone = [whole + b'{"text": "\\ud800 a lone surrogate"}\n']
     assert check(load_text, folder / "posts.jsonl", lone) == 0

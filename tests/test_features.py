@@ -1,5 +1,5 @@
-"""features.py, data/keep.py and the dashboards: brute-force counts, and hand-wired heads and features whose
-families are known."""
+"""features.py, data/keep.py and the dashboards: brute-force counts, and hand-wired heads and
+features whose families are known."""
 
 import json
 import math
@@ -40,12 +40,14 @@ def test_sources_equal_those_of_dfa(collected):
             row, q, i = int(sample.row[n]), int(sample.q[n]), int(sample.feature[n])
             _, cache = model(tokens[row:row + 1].long(), keep=(layer,))
             v = cache[layer].v - model.value_bias(layer).unflatten(0, (4, -1))
-            moved = A.dfa(cache[layer].pattern, v, saes[layer].W_enc[:, i])[0, :, q]                # (H,k)
+            # (H,k)
+            moved = A.dfa(cache[layer].pattern, v, saes[layer].W_enc[:, i])[0, :, q]
             if q > 1:
-                assert int(reads.source[n]) == 1 + int(moved.sum(0)[1:q].argmax()), "BOS and q are no sources"
+                assert int(reads.source[n]) == 1 + int(moved.sum(0)[1:q].argmax()), \
+                    "BOS and q are no sources"
             assert reads.head_source[n].tolist() == (1 + moved[:, 1:q + 1].argmax(-1)).tolist()
-            torch.testing.assert_close(reads.head_value[n], moved[:, 1:q + 1].max(-1).values, atol=1e-5,
-                                       rtol=1e-4)
+            torch.testing.assert_close(reads.head_value[n], moved[:, 1:q + 1].max(-1).values,
+                                       atol=1e-5, rtol=1e-4)
 
 
 def test_what_a_dashboard_shows_sums_to_the_activation(collected):
@@ -53,7 +55,8 @@ def test_what_a_dashboard_shows_sums_to_the_activation(collected):
     for layer, sae in saes.items():
         top, shown = kept[layer].top, looked[layer][1]
         constant = A.feature_bias(sae) + model.value_bias(layer) @ sae.W_enc
-        torch.testing.assert_close(shown.total.sum(1) + constant[top.feature], top.f, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            shown.total.sum(1) + constant[top.feature], top.f, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(shown.window[:, F.BEFORE].float(), top.f, atol=1e-3, rtol=1e-3)
         few = (top.q < F.N_SOURCES).nonzero()[:, 0]     # all their sources are among those kept
         assert len(few) > 20
@@ -87,9 +90,11 @@ def test_the_context_needed_by_hand():
 def test_chance_is_what_the_same_distances_give_elsewhere():
     """Three places of a feature; sources 2 back. In the rows 0 and 1 the token 2 back is a copy."""
     classes = torch.tensor([[-1, 5, 6, 5], [-1, 7, 8, 7], [-1, 1, 2, 3]])
-    entries = Entries(torch.arange(3), torch.full((3,), 3), torch.zeros(3, dtype=torch.int64), torch.ones(3))
+    entries = Entries(torch.arange(3), torch.full((3,), 3), torch.zeros(3, dtype=torch.int64),
+                      torch.ones(3))
     copy = lambda row, q, k: F.is_copy(classes, row, q, k)
-    hits, tries = F.share_by_chance(entries, torch.ones(3, dtype=torch.int64), copy, 0, n_tries=4000)
+    hits, tries = F.share_by_chance(entries, torch.ones(3, dtype=torch.int64), copy, 0,
+                                    n_tries=4000)
     assert (tries == 4000).all()
     torch.testing.assert_close(hits, torch.tensor([0.5, 0.5, 1.0]), atol=0.03, rtol=0)
     _, tries = F.share_by_chance(entries.pick(slice(1)), torch.ones(1, dtype=torch.int64), copy, 0)
@@ -100,8 +105,8 @@ TOPIC, OTHER = range(0, 8), range(8, 40)
 
 
 def families_model():
-    """One layer of three heads with vectors of one-hot tokens: head 0 the token before, head 1 the token
-    itself, head 2 the mean over the context, in which BOS weighs as much as 12 tokens."""
+    """One layer of three heads with vectors of one-hot tokens: head 0 the token before, head 1 the
+    token itself, head 2 the mean over the context, in which BOS weighs as much as 12 tokens."""
     V, T, H = 42, 64, 3
     d_head = V + T + 1
     d, C, bos = H * d_head, 1000.0, 41
@@ -127,7 +132,8 @@ def families_model():
     sae = S.SAE(d, 4).requires_grad_(False)
     sae.W_enc.zero_(), sae.W_dec.fill_(1.0), S.normalise_decoder(sae)
     sae.W_enc[[10, d_head + 11], 0] = 1.0                       # 0: token 11 after token 10
-    sae.W_enc[2 * d_head + torch.tensor(TOPIC), 1] = 1.0        # 1: the topic's share of the context
+    # 1: the topic's share of the context
+    sae.W_enc[2 * d_head + torch.tensor(TOPIC), 1] = 1.0
     sae.W_enc[d_head + 20, 2] = 1.0                             # 2: token 20
     sae.b_enc[:] = torch.tensor([-1.5, -0.45, -0.5, -9.0])
     return model, sae
@@ -157,7 +163,8 @@ def test_a_bigram_is_short_range_a_topic_long_range_a_token_current_and_the_rest
 
 
 def test_gemma_goes_through_all_of_it(tmp_path):
-    """Rotary positions, shared keys and values, norms behind the layers, a window: sums still hold."""
+    """Rotary positions, shared keys and values, norms behind the layers, a window: sums still
+    hold."""
     random_gemma(tmp_path, **GEMMA_SHAPES["2"])
     model = models.load_model(tmp_path)
     g = torch.Generator().manual_seed(0)
@@ -181,9 +188,16 @@ def test_a_collection_is_stored_whole_and_read_back(collected, tmp_path):
     context = F.context_kept(model, saes, tokens)
     before = F.Collection(tokens, {layer: F.LayerCollection(kept[layer], *attributed[layer],
                                                             context[layer]) for layer in saes})
-    F.save_collection(before, tmp_path, {"seed": "0"})
-    after = F.load_collection(tmp_path, saes, {"seed": "0"})
-    assert F.load_collection(tmp_path, saes, {"seed": "1"}) is None, "made with other settings"
+    settings = {part: {"seed": "0", "sae": str(part)} for part in ("tokens", *saes)}
+    F.save_collection(before, tmp_path, settings)
+    after = F.load_collection(tmp_path, saes, settings)
+    other_text = settings | {"tokens": {"seed": "1"}}
+    assert F.load_collection(tmp_path, saes, other_text) is None, "made from another text"
+    first, *_, last = saes
+    other_sae = settings | {last: {"seed": "0", "sae": "retrained"}}
+    assert F.load_collection(tmp_path, saes, other_sae) is None, "made with another SAE"
+    alone = F.load_collection(tmp_path, {first: saes[first]}, other_sae)
+    assert list(alone.layers) == [first], "one layer's part does not depend on other layers' SAEs"
     assert torch.equal(before.tokens, after.tokens)
     for layer in saes:
         ours, read = F.flattened(before.layers[layer]), F.flattened(after.layers[layer])
@@ -198,8 +212,8 @@ def test_a_collection_is_stored_whole_and_read_back(collected, tmp_path):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    done = program("features", "--saes", "data/tiny", "--layers", "1,3", "--n-tokens", 20_000, "--sample", 4,
-                   "--out", out)
+    done = program("features", "--saes", "data/tiny", "--layers", "1,3", "--n-tokens", 20_000,
+                   "--sample", 4, "--out", out)
     assert done.returncode == 0, done.stderr
     return done.stdout, out / "tiny" / "features"
 
@@ -209,7 +223,8 @@ def page_data(page):
 
 
 def chunk(path):
-    layer, number, content = re.fullmatch(r"receive\((\d+),(\d+),(.*)\);\n", path.read_text()).groups()
+    layer, number, content = re.fullmatch(r"receive\((\d+),(\d+),(.*)\);\n",
+                                          path.read_text()).groups()
     return json.loads(content)
 
 
@@ -246,7 +261,8 @@ def test_the_page_lists_every_live_feature_and_finds_its_file(written):
 
 def test_a_token_is_text_whatever_it_holds(tmp_path):
     path = tmp_path / "page.html"
-    pages.fill("dashboard.html", {"vocab": ["</script><script>alert(1)</script>", "<b>", "\u2028"]}, path)
+    pages.fill("dashboard.html", {"vocab": ["</script><script>alert(1)</script>", "<b>", "\u2028"]},
+               path)
     page = path.read_text(encoding="utf8")
     assert page.count("<script") == 2 and page.count("</script>") == 2, "a token was not escaped"
     assert page_data(page)["vocab"][0] == "</script><script>alert(1)</script>"
@@ -254,10 +270,13 @@ def test_a_token_is_text_whatever_it_holds(tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--n-tokens", "100"], "--n-tokens must be"), (["--n-places", "2"], "--n-places must be"),
-    (["--layers", "9"], "layer 9"), (["--saes", "nowhere"], "--saes nowhere"),
+    (["--n-tokens", "100"], "--n-tokens must be"),
+    (["--n-places", "2"], "--n-places must be"),
+    (["--layers", "9"], "layer 9"),
+    (["--saes", "nowhere"], "--saes nowhere"),
     (["--sample", "-1"], "--sample"),
-    (["--model", "nobody"], "--model nobody"), (["--corpus", "nowhere.txt"], "--corpus nowhere.txt"),
+    (["--model", "nobody"], "--model nobody"),
+    (["--corpus", "nowhere.txt"], "--corpus nowhere.txt"),
     (["--out", "/dev/null/x"], "choose another --out"),
 ], ids=str)
 def test_mistakes_get_one_sentence(tmp_path, flags, words):

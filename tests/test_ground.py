@@ -29,9 +29,10 @@ class Flags:
 
 
 def test_flags_come_from_the_dataclass():
-    parsed = flags.parse_flags(Flags, "",
-                                ["--n-steps", "1e6", "--lr", "2e-4", "--layers", "0,2", "--l1", "1,0.5",
-                                 "--half", "--name", "y"])
+    parsed = flags.parse_flags(Flags, "", [
+        "--n-steps", "1e6", "--lr", "2e-4", "--layers", "0,2", "--l1", "1,0.5", "--half", "--name",
+        "y"
+    ])
     assert parsed == Flags(1_000_000, 2e-4, (0, 2), (1.0, 0.5), "y", True)
     assert flags.parse_flags(Flags, "", ["--no-half"]) == Flags()
 

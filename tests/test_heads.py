@@ -56,13 +56,15 @@ def test_a_wired_induction_heads_features_are_called_induction(wired):
     called = (share >= F.MIN_AFTER_COPY) & (share >= F.MIN_RATIO_TO_CHANCE * chance)
     assert called[mine].double().mean() > 0.9, "features of the induction head are induction"
     others = (weights[:, 1:3].amax(1) > 0.6) & (kept.n >= 100)
-    assert called[others].double().mean() < 0.1, "those of the heads that look back or at themselves are not"
+    assert called[others].double().mean() < 0.1, \
+        "those of the heads that look back or at themselves are not"
     reads_one = mine & (X_share > 0.8)
     assert reads_one.sum() >= 5, "an SAE of one-hot vectors has features of one token"
     z = torch.zeros(W.N, sae.d_in)
     z[torch.arange(W.N), torch.arange(W.N)] = 1.0       # head 0 has moved token t
     strongest = sae.encode(z).argmax(0)
-    assert (strongest[reads_one] == X[reads_one]).double().mean() > 0.9, "X is the token that was moved"
+    assert (strongest[reads_one] == X[reads_one]).double().mean() > 0.9, \
+        "X is the token that was moved"
 
 
 def test_the_census_names_the_jobs(wired):
@@ -71,8 +73,10 @@ def test_the_census_names_the_jobs(wired):
     census = heads.census_of_layer(model, sae, 1, of_layer, tokens, classes)
     for choice, key in (("top 25", "top"), ("50 drawn", "drawn")):
         one = [head["roles"][choice] for head in census]
-        assert one[0] < heads.POLYSEMANTIC_ABOVE and one[2] < heads.POLYSEMANTIC_ABOVE, f"{choice}: heads with one job are monosemantic"
-        assert one[3] > heads.POLYSEMANTIC_ABOVE, f"{choice}: two sets that share no token are two roles"
+        assert one[0] < heads.POLYSEMANTIC_ABOVE and one[2] < heads.POLYSEMANTIC_ABOVE, \
+            f"{choice}: heads with one job are monosemantic"
+        assert one[3] > heads.POLYSEMANTIC_ABOVE, \
+            f"{choice}: two sets that share no token are two roles"
         relations = np.array([head[key]["relations"] for head in census])
         assert relations[0].argmax() == heads.RELATIONS.index("a token after a copy") and relations[2, 0] > 0.9
         assert "read a token after a copy" in heads.summary(census[0][key], SimpleNamespace(decode=str))
@@ -80,7 +84,8 @@ def test_the_census_names_the_jobs(wired):
 
 
 def test_features_of_the_census_are_drawn_by_what_the_head_gathers(wired):
-    """A feature that a head gathers nothing for is never drawn, and those drawn have most of what it does."""
+    """A feature that a head gathers nothing for is never drawn, and those drawn have most of what
+    it does."""
     model, sae, tokens, classes, of_layer = wired
     kept, reads = of_layer.collected, of_layer.reads
     census = heads.census_of_layer(model, sae, 1, of_layer, tokens, classes)
@@ -88,7 +93,8 @@ def test_features_of_the_census_are_drawn_by_what_the_head_gathers(wired):
         mass = np.zeros(sae.d_sae)
         for place in range(len(kept.weight)):
             value = max(float(reads.head_value[place, one["head"]]), 0.0)
-            mass[kept.sample.feature[place]] += float(kept.weight[place] / kept.sample.f[place]) * value
+            mass[kept.sample.feature[place]] += float(
+                kept.weight[place] / kept.sample.f[place]) * value
         drawn = one["drawn"]["features"]
         assert len(set(drawn)) == heads.CHOICES[heads.DRAWN] and (mass[drawn] > 0).all()
         assert mass[drawn].sum() > 2 * np.sort(mass)[::-1][heads.CHOICES[heads.DRAWN]:].sum() / len(mass) * heads.CHOICES[heads.DRAWN]
@@ -98,14 +104,16 @@ def test_a_census_of_an_sae_that_is_all_but_dead_is_empty(wired):
     model, sae, tokens, classes, of_layer = wired
     kept, reads = of_layer.collected, of_layer.reads
     rare = kept._replace(n=kept.n.clamp_max(1))
-    census = heads.census_of_layer(model, sae, 1, of_layer._replace(collected=rare), tokens, classes)
+    census = heads.census_of_layer(model, sae, 1, of_layer._replace(collected=rare), tokens,
+                                   classes)
     assert all(one["features"] == one["drawn"]["features"] == [] for one in census)
     assert all(count is None for one in census for count in one["roles"].values())
     json.dumps(census, allow_nan=False)
 
 
 def test_similarity_and_roles_by_hand():
-    relations = torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0.6, 0], [0, 0, 0.6, 0], [0, 0, 0, 0]])
+    relations = torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0.6, 0], [0, 0, 0.6, 0],
+                              [0, 0, 0, 0]])
     e = torch.eye(3)
     p = heads.Profiles(relations, e[[0, 1, 0, 0, 0]], e[[0, 1, 0, 1, 0]], e[[0, 1, 0, 0, 0]])
     alike = heads.similarity(p)
@@ -127,7 +135,8 @@ def test_the_number_of_roles_does_not_grow_with_the_number_of_features(k):
         pairs = []
         for _ in range(400):
             kind = torch.randint(k, (n,), generator=g)
-            pairs.append(1 / heads.number_of_roles([(kind == i).nonzero()[:, 0].tolist() for i in range(k)]))
+            pairs.append(
+                1 / heads.number_of_roles([(kind == i).nonzero()[:, 0].tolist() for i in range(k)]))
         assert 1 / np.mean(pairs) == pytest.approx(k, rel=0.05)
 
 
@@ -139,7 +148,8 @@ def test_verdicts_are_counted_head_by_head():
               head(None, None, None, None)]
     by_choice, agreement = heads.count_polysemantic(census)
     assert by_choice["top 25"] == {"polysemantic": 2, "heads": 3}
-    assert by_choice["top 50"] == {"polysemantic": 2, "heads": 2}, "a head with too few has no verdict"
+    assert by_choice["top 50"] == {"polysemantic": 2, "heads": 2}, \
+        "a head with too few has no verdict"
     assert agreement == {"by every choice": 1, "by none": 1, "by some": 1}
 
 

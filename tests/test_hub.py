@@ -1,5 +1,5 @@
-"""data/hub.py against a local server that answers as the Hugging Face hub does: small files itself, with
-git's checksum; large ones by redirect to another host, with SHA-256."""
+"""data/hub.py against a local server that answers as the Hugging Face hub does: small files itself,
+with git's checksum; large ones by redirect to another host, with SHA-256."""
 
 import hashlib
 import http.server
@@ -20,7 +20,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves {"repo/name": folder}; `cdn` is the other host's server. `faults` changes what is sent."""
+    """Serves {"repo/name": folder}; `cdn` is the other host's server. `faults` changes what is
+    sent."""
 
     def __init__(self, repos, cdn=None):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -53,7 +54,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.answer(307, facts | {"Location": "/moved" + self.path})
             etag = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
             return self.send(body, facts | {"ETag": f'"{etag}"'})
-        facts |= {"X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Linked-Size": str(len(body))}
+        facts |= {
+            "X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"',
+            "X-Linked-Size": str(len(body))
+        }
         if server.cdn:
             return self.answer(302, facts | {"Location": f"{server.cdn.url}/{path}"})
         self.send(body, {} if server.faults.get("plain") else facts)
@@ -85,7 +89,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def gpt2(tmp_path, monkeypatch):
-    """A hub that has a small GPT-2 under the published name, and an empty cache -> (hub, cdn, cache)."""
+    """A hub that has a small GPT-2 under the published name, and an empty cache -> (hub, cdn,
+    cache)."""
     random_gpt2(tmp_path / "gpt2", **GPT2_SHAPES["small"])
     repos = {"openai-community/gpt2": tmp_path / "gpt2"}
     cdn = Hub(repos)
@@ -108,7 +113,8 @@ def files(cache):
 TOKENS = torch.arange(20)[None]
 
 
-def test_a_published_model_is_fetched_once_and_then_read_without_network(gpt2, tmp_path, monkeypatch):
+def test_a_published_model_is_fetched_once_and_then_read_without_network(
+        gpt2, tmp_path, monkeypatch):
     server, cdn, cache = gpt2
     expected = models.load_model(tmp_path / "gpt2")(TOKENS)[0]
     assert torch.equal(models.load_model("gpt2")(TOKENS)[0], expected)
@@ -124,14 +130,16 @@ def test_sharded_weights_are_fetched_by_their_index(gpt2, tmp_path):
     server.repos["google/gemma-2-2b"] = cdn.repos["google/gemma-2-2b"] = tmp_path / "gemma"
     with torch.no_grad():
         assert (models.load_model("gemma-2-2b")(TOKENS)[0] - theirs(TOKENS).logits).abs().max() < 1e-4
-    assert sum("model-0" in name for name in files(cache)) > 1, "this test should be of several shards"
+    assert sum("model-0" in name for name in files(cache)) > 1, \
+        "this test should be of several shards"
 
 
 def test_what_we_fetch_hugging_face_finds_and_the_other_way_round(gpt2, tmp_path, monkeypatch):
     theirs = pytest.importorskip("huggingface_hub")
     server, cdn, cache = gpt2
     ours = hub.fetch("openai-community/gpt2", "model.safetensors")
-    found = theirs.try_to_load_from_cache("openai-community/gpt2", "model.safetensors", cache_dir=cache)
+    found = theirs.try_to_load_from_cache("openai-community/gpt2", "model.safetensors",
+                                          cache_dir=cache)
     assert str(found) == str(ours)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "other"))
     path = theirs.hf_hub_download("openai-community/gpt2", "config.json", endpoint=server.url,
@@ -145,8 +153,10 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(gpt2, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     models.load_model("gpt2")
     assert {token for _, token in server.seen} == {"Bearer hf_secret"}
-    assert any(path.startswith("moved/") for path, _ in server.seen), "no redirect inside the hub was seen"
-    assert cdn.seen and {token for _, token in cdn.seen} == {None}, "the token followed to another host"
+    assert any(path.startswith("moved/") for path, _ in server.seen), \
+        "no redirect inside the hub was seen"
+    assert cdn.seen and {token for _, token in cdn.seen} == {None}, \
+        "the token followed to another host"
 
 
 @pytest.mark.parametrize("where, fault, words", [
@@ -179,7 +189,8 @@ def test_what_goes_wrong_is_one_sentence_and_leaves_nothing_behind(gpt2, where, 
 
 def test_no_network_is_one_sentence(gpt2, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="127.0.0.1:9.*cannot be reached.*hf download openai-community/gpt2"):
+    with pytest.raises(UserError,
+                       match="127.0.0.1:9.*cannot be reached.*hf download openai-community/gpt2"):
         models.load_model("gpt2")
     for address in ("nonsense", "http://[x", "file:///etc", "http://"):
         monkeypatch.setenv("HF_ENDPOINT", address)
@@ -198,7 +209,8 @@ def test_a_corpus_is_streamed_from_an_address(gpt2, tmp_path):
     server, cdn, cache = gpt2
     (tmp_path / "gpt2" / "book.txt").write_text("It was a dark and stormy night. " * 400)
     tokenizer = data.load_tokenizer("tiny")
-    rows = torch.cat(list(data.rows(f"{server.url}/openai-community/gpt2/resolve/main/book.txt", tokenizer)))
+    rows = torch.cat(
+        list(data.rows(f"{server.url}/openai-community/gpt2/resolve/main/book.txt", tokenizer)))
     assert rows.shape[1] == 128 and "stormy night" in tokenizer.decode(rows[0])
     with pytest.raises(UserError, match="404"):
         next(data.rows(f"{server.url}/openai-community/gpt2/resolve/main/none.txt", tokenizer))
@@ -210,7 +222,8 @@ def test_c4_is_streamed_file_by_file(gpt2, tmp_path):
     server, cdn, cache = gpt2
     folder = tmp_path / "c4" / "en"
     folder.mkdir(parents=True)
-    for name in ("c4-train.00000-of-01024", "c4-train.00001-of-01024", "c4-validation.00000-of-00008"):
+    for name in ("c4-train.00000-of-01024", "c4-train.00001-of-01024",
+                 "c4-validation.00000-of-00008"):
         with gzip.open(folder / f"{name}.json.gz", "wt") as file:
             for _ in range(130):
                 file.write(json.dumps({"text": f"{name} " * 400, "url": "x"}) + "\n")

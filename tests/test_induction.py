@@ -1,5 +1,5 @@
-"""induction.py: literal sequences with literal answers, and hand-wired transformers whose heads need one, two
-and three matching tokens."""
+"""induction.py: literal sequences with literal answers, and hand-wired transformers whose heads
+need one, two and three matching tokens."""
 
 import json
 
@@ -19,7 +19,8 @@ from data.tokens import fuzzy_classes
 
 
 def test_prefix_lengths_by_hand():
-    #                        0  1  2  3  4  5  6  7  8    (class -1 is BOS; 5 6 7 comes twice, then 5 7)
+    #                        0  1  2  3  4  5  6  7  8    (class -1 is BOS; 5 6 7 comes twice, then
+    # 5 7)
     classes = torch.tensor([[-1, 5, 6, 7, 9, 5, 6, 7, 5]])
     L = I.prefix_lengths(classes)[0]
     assert L[5, 2] == 1 and L[6, 3] == 2 and L[7, 4] == 3, "prefixes of one, two and three tokens"
@@ -49,9 +50,11 @@ def test_prefix_lengths_agree_with_a_loop():
 def test_the_proxy_by_hand():
     words = ["sk", " board", " Sk", "ate", " sk", "<bos>"]
     table = fuzzy_classes(Words(words))
-    tokens = torch.tensor([[5, 0, 1, 3, 2, 3, 4, 0]])                   # BOS sk board ate Sk ate _sk sk
-    board = lambda q: bool(I.followed_by(tokens, table[tokens], torch.tensor([0]), torch.tensor([q]),
-                                         torch.tensor([1])))
+    # BOS sk board ate Sk ate _sk sk
+    tokens = torch.tensor([[5, 0, 1, 3, 2, 3, 4, 0]])
+    board = lambda q: bool(
+        I.followed_by(tokens, table[tokens], torch.tensor([0]), torch.tensor([q]), torch.tensor([1])
+                      ))
     assert [board(q) for q in range(8)] == [False, False, False, False, True, False, True, True]
     everywhere = I.followed_everywhere(tokens, table[tokens], 1)
     assert everywhere.tolist() == [[False, False, False, True, False, True, True]]
@@ -59,7 +62,8 @@ def test_the_proxy_by_hand():
 
 def test_the_token_that_comes_by_following_itself():
     tokens = torch.tensor([[9, 3, 3, 3]])
-    assert I.followed_everywhere(tokens, tokens, 3).tolist() == [[False, True, True]], "k = q counts"
+    assert I.followed_everywhere(tokens, tokens, 3).tolist() == [[False, True, True]], \
+        "k = q counts"
 
 
 # ---- a hand-wired transformer ----
@@ -69,12 +73,14 @@ BOS = V - 1
 
 
 def wired(need=(1, 2, 3), sharpness=30.0, margin=(0.5, 0.1, 0.5)):
-    """Layer 0: heads that look 1, 2 and 3 tokens back and keep what they see beside the token. Layer 1: heads
-    that look for a key before which need[h] tokens match, and at BOS if there is none; they write GAIN times
-    the token there. LayerNorm is kept from doing anything by two large entries of opposite sign."""
+    """Layer 0: heads that look 1, 2 and 3 tokens back and keep what they see beside the token.
+    Layer 1: heads that look for a key before which need[h] tokens match, and at BOS if there is
+    none; they write GAIN times the token there. LayerNorm is kept from doing anything by two large
+    entries of opposite sign."""
     H, d_head = 3, 3 * V + 1
     d = H * d_head
-    made = models.GPT2(models.GPT2Config(2, H, d, 4, V, T, eps=1e-12)).double().requires_grad_(False)
+    made = models.GPT2(models.GPT2Config(2, H, d, 4, V, T,
+                                         eps=1e-12)).double().requires_grad_(False)
     token, back = torch.arange(V), [torch.arange(V) + V * (i + 1) for i in range(3)]
     place = torch.arange(T) + 4 * V
     dump, plus, minus = 4 * V + T, 4 * V + T + 1, 4 * V + T + 2
@@ -125,12 +131,15 @@ def test_curves_of_heads_that_need_one_two_and_three_tokens(model):
     curves = I.prefix_curves(model, BOS, TABLE, n=24)
     attention = curves.attention.mean(0)[:, 1]                          # layer 1: (lengths,H)
     expected = np.array([[p >= need for need in (1, 2, 3)] for p in I.LENGTHS]).astype(float)
-    np.testing.assert_allclose(attention, expected, atol=0.06)          # the second head's margin is small
+    # the second head's margin is small
+    np.testing.assert_allclose(attention, expected, atol=0.06)
     np.testing.assert_allclose(attention[:, [0, 2]], expected[:, [0, 2]], atol=1e-3)
     assert I.pick_heads(curves.attention) == ((1, 0), (1, 2))
-    # attending, a head writes GAIN to the token's logit, less the mean over V tokens; else it writes BOS's
+    # attending, a head writes GAIN to the token's logit, less the mean over V tokens; else it
+    # writes BOS's
     logit = curves.logit.mean(0)[:, 1][:, [0, 2]]
-    np.testing.assert_allclose(logit, np.where(expected[:, [0, 2]], GAIN * (1 - 1 / V), -GAIN / V), atol=1e-2)
+    np.testing.assert_allclose(logit, np.where(expected[:, [0, 2]], GAIN * (1 - 1 / V), -GAIN / V),
+                               atol=1e-2)
 
 
 def test_sequences_are_paired_and_differ_in_the_prefix_only():
@@ -178,9 +187,9 @@ def test_the_examples_of_a_head_are_those_it_attends_to(model):
 
 
 def test_examples_have_one_key_room_before_it_and_copies_that_do_not_overlap():
-    classes = torch.tensor([[-1, 1, 2, 3, 4, 1, 2, 9, 4, 8],            # 4 1 | 2: q = 6, k = 3 has L = 2
-                            [-1, 7, 7, 7, 7, 7, 7, 7, 7, 7],
-                            [-1, 1, 2, 5, 3, 4, 6, 5, 5, 8]])           # q = 8 looks at 4, not at itself
+    # 4 1 | 2: q = 6, k = 3 has L = 2
+    classes = torch.tensor([[-1, 1, 2, 3, 4, 1, 2, 9, 4, 8], [-1, 7, 7, 7, 7, 7, 7, 7, 7, 7],
+                            [-1, 1, 2, 5, 3, 4, 6, 5, 5, 8]])  # q = 8 looks at 4, not at itself
     found = I.find_examples(classes, classes)
     places = {(b, q, k): L for b, q, k, L in zip(*(column.tolist() for column in found))}
     # q = 5 has k = 2, too early; copies that overlap and queries with many keys do not count
@@ -212,7 +221,8 @@ def test_head_scores_on_repeated_tokens(model):
 
 
 def wired_sae():
-    """One feature for every token X that head 1.0 may see: f = 1 where it sees X, written back as it was."""
+    """One feature for every token X that head 1.0 may see: f = 1 where it sees X, written back as
+    it was."""
     d_in = 3 * (3 * V + 1)
     sae = S.SAE(d_in, V).double().requires_grad_(False)
     for parameter in sae.parameters():
@@ -240,7 +250,8 @@ def test_wired_induction_features_are_found_named_and_matter(model, monkeypatch)
     assert I.precision_and_recall(d)[0]["recall"] > 0.95
     after = I.downstream(model, sae, 1, X, X, tokens, d)
     assert after["rank_of_X"] == 1
-    # f = 0.5 where the head sees X, written times GAIN: that much of X's logit, less the mean over tokens
+    # f = 0.5 where the head sees X, written times GAIN: that much of X's logit, less the mean over
+    # tokens
     assert after["direct_logit"] == pytest.approx(0.5 * GAIN * (1 - 1 / V), abs=0.02)
     assert after["loss_if_X"] > 0.2
     assert after["loss_if_not_X"] < 0
@@ -274,19 +285,23 @@ def test_a_feature_of_the_current_token_is_no_induction_feature():
     names = I.name_next(naming, classes[:100], entries, 13)
     assert names[12] == 0 and (names[1:11] == 0).all() and names[11] == -1
     shares = I.sum_where_followed(OneHot(), {0: sae}, tokens, classes, {0: names})[0]
-    expected = I.expected_share(OneHot(), sae, 0, tokens, classes, every, names[every], tokens, classes)
-    torch.testing.assert_close(expected.double(), (shares.hit / shares.mass)[every], rtol=1e-4, atol=1e-6)
+    expected = I.expected_share(OneHot(), sae, 0, tokens, classes, every, names[every], tokens,
+                                classes)
+    torch.testing.assert_close(expected.double(), (shares.hit / shares.mass)[every], rtol=1e-4,
+                               atol=1e-6)
     found, _, _ = I.find_features(OneHot(), {0: sae}, tokens, classes)
     assert (shares.n[1:11] > I.MIN_ACTIVE).all() and (shares.hit / shares.mass)[1:11].max() > I.MIN_SHARE
-    assert [one["feature"] for one in found] == [12], "the proxy is one, the current token alone is not"
+    assert [one["feature"] for one in found] == [12], \
+        "the proxy is one, the current token alone is not"
     assert found[0]["share"] == 1.0
 
 
 def test_a_feature_is_named_after_the_token_with_the_most_activation():
     tokens = torch.tensor([[9, 1, 4, 1, 5, 1], [9, 2, 6, 2, 0, 0]])
-    entries = Entries(torch.tensor([0, 0, 1, 1]), torch.tensor([3, 5, 3, 1]), torch.tensor([0, 0, 0, 1]),
-                        torch.tensor([1.0, 1.0, 1.5, 3.0]))
-    # feature 0: after an earlier 1 came 4 (from both 1s: 2.0) and 5 (1.0); after an earlier 2 came 6 (1.5)
+    entries = Entries(torch.tensor([0, 0, 1, 1]), torch.tensor([3, 5, 3, 1]),
+                      torch.tensor([0, 0, 0, 1]), torch.tensor([1.0, 1.0, 1.5, 3.0]))
+    # feature 0: after an earlier 1 came 4 (from both 1s: 2.0) and 5 (1.0); after an earlier 2 came
+    # 6 (1.5)
     assert I.name_next(tokens, tokens, entries, 3).tolist() == [4, -1, -1]
 
 
@@ -294,8 +309,8 @@ def test_a_feature_is_named_after_the_token_with_the_most_activation():
 
 
 def test_the_program_writes_tables_json_and_figures(tmp_path):
-    done = program("induction", "--n-sequences", "6", "--n-examples", "10", "--n-rows", "80", "--feature", "3.1187", "--saes",
-               "data/tiny", "--out", str(tmp_path))
+    done = program("induction", "--n-sequences", "6", "--n-examples", "10", "--n-rows", "80",
+                   "--feature", "3.1187", "--saes", "data/tiny", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny" / "induction"
     for name in ("heads", "prefix", "intervention"):
@@ -310,7 +325,8 @@ def test_the_program_writes_tables_json_and_figures(tmp_path):
 def test_places_show_the_token_at_which_the_feature_is_active():
     words = [" a", " b", " c", " d", "<bos>"]
     tokens = torch.tensor([[4, 0, 1, 0, 2, 3, 3]])
-    d = I.OnText(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]), torch.tensor([[False, False, True, False, True]]),
+    d = I.OnText(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]),
+                 torch.tensor([[False, False, True, False, True]]),
                  torch.zeros(1, 5, dtype=torch.bool))
     shown = I.show_places(d, tokens, Words(words))
     texts = {kind: [place["text"] for place in places] for kind, places in shown.items()}

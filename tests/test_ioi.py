@@ -1,4 +1,5 @@
-"""ioi.py: where everything stands in a prompt, that patches do what they say, and that the parts add up."""
+"""ioi.py: where everything stands in a prompt, that patches do what they say, and that the parts
+add up."""
 
 import json
 import shutil
@@ -32,7 +33,8 @@ def words(tokenizer):
 @pytest.fixture(scope="module")
 def run(tiny, tokenizer, words):
     """(prompts, base) of the plain prompts, and the same of those with the other name at S2."""
-    prompts, source = ioi.tokenise(words, tokenizer), ioi.tokenise(ioi.other_giver(words), tokenizer)
+    prompts, source = ioi.tokenise(words, tokenizer), ioi.tokenise(ioi.other_giver(words),
+                                                                   tokenizer)
     return prompts, ioi.run_clean(tiny, prompts), source, ioi.run_clean(tiny, source)
 
 
@@ -48,7 +50,8 @@ def test_every_named_position_holds_what_its_name_says(words, tokenizer):
     for change in (list, ioi.flipped, ioi.other_giver, ioi.with_filler):
         changed = change(words)
         prompts = ioi.tokenise(changed, tokenizer)
-        token = lambda name, i, back=0: tokenizer.decode([prompts.tokens[i, prompts.pos[name][i] - back]])
+        token = lambda name, i, back=0: tokenizer.decode(
+            [prompts.tokens[i, prompts.pos[name][i] - back]])
         for i, one in enumerate(changed):
             assert prompts.tokens[i, 0] == tokenizer.bos
             assert token("S2", i) == token("S1", i) == " " + one.s and token("IO", i) == " " + one.io
@@ -102,7 +105,8 @@ def test_side_and_position_are_separated(words, tokenizer):
 
     base = at(words, "same")
     flip = at(ioi.flipped(words), "same")
-    assert torch.equal(base[0], flip[0]) and torch.equal(base[1], flip[1]), "side changes, position does not"
+    assert torch.equal(base[0], flip[0]) and torch.equal(base[1], flip[1]), \
+        "side changes, position does not"
     moved, both = at(words, "2 tokens"), at(ioi.flipped(words), "2 tokens")
     assert ((moved[0] - base[0]).abs() == 2).all() and ((moved[1] - base[1]).abs() == 2).all()
     assert torch.equal((both[0] - base[0]).abs(), (moved[0] - base[0]).abs())
@@ -135,7 +139,8 @@ def test_patching_every_layer_at_the_end_gives_the_sources_logits(tiny, run):
     patch = {layer: ioi.patch_at(ioi.z_at(source_run.z[layer], source, "end"), prompts.pos["end"])
              for layer in range(4)}
     # the same last token at the same place: all that differs at the end came through z_cat
-    torch.testing.assert_close(ioi.logit_diff_with(tiny, base, prompts, patch), -source_run.ld, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ioi.logit_diff_with(tiny, base, prompts, patch), -source_run.ld,
+                               rtol=1e-4, atol=1e-4)
 
 
 def test_an_edit_of_one_row_leaves_the_others_bit_equal(tiny, run):
@@ -164,7 +169,8 @@ def test_effects_of_heads_by_brute_force(tiny, run):
             z = z.clone()
             for i in range(N):
                 at = prompts.pos[place][i]
-                z[i, at, h * d:(h + 1) * d] = theirs[layer].z_cat[i, source.pos[place][i], h * d:(h + 1) * d]
+                z[i, at, h * d:(h + 1) * d] = theirs[layer].z_cat[i, source.pos[place][i],
+                                                                  h * d:(h + 1) * d]
             return z
 
         def freeze(later):
@@ -180,7 +186,8 @@ def test_effects_of_heads_by_brute_force(tiny, run):
             np.testing.assert_allclose(found[:, layer, h], patched - clean, atol=2e-4)
         frozen = {later: freeze(later) for later in range(layer + 1, 4)}
         np.testing.assert_allclose(c.direct[:, layer, h],
-                                   ld({layer: lambda z: patch(z, "end")} | frozen) - clean, atol=2e-4)
+                                   ld({layer: lambda z: patch(z, "end")} | frozen) - clean,
+                                   atol=2e-4)
     # heads, embeddings, MLPs and biases together, along the direction, are the logit difference
     final = cache[3].resid_pre + cache[3].attn_out + cache[3].mlp_out
     direction = tiny.logit_directions(prompts.io) - tiny.logit_directions(prompts.s)
@@ -200,15 +207,18 @@ def test_effects_of_heads_by_brute_force(tiny, run):
 
 def test_roles_follow_the_rule():
     none = np.zeros((2, 3))
-    attention = {f"{q} -> {k}": none.copy() for q, k in ioi.ATTENTION_PAIRS} | {ioi.PREVIOUS_TOKEN: none.copy()}
+    attention = {f"{q} -> {k}": none.copy()
+                 for q, k in ioi.ATTENTION_PAIRS} | {ioi.PREVIOUS_TOKEN: none.copy()}
     direct, at_end, at_S2 = none.copy(), none.copy(), none.copy()
     attention["end -> IO"][1] = 0.5
     direct[1] = (-0.3, 0.2, -0.01)          # moves, moves the other way, too little
     at_end[1] = direct[1]
     attention["end -> S2"][0, :2] = 0.4
     at_end[0] = (-0.2, -0.2, -0.2)
-    direct[0] = (-0.1, -0.18, 0)            # through later heads, mostly directly, does not look at S2
-    attention["S2 -> S1"][0, 0] = attention["S2 -> S1+1"][0, 1] = attention["S1+1 -> S1"][0, 2] = 0.3
+    # through later heads, mostly directly, does not look at S2
+    direct[0] = (-0.1, -0.18, 0)
+    attention["S2 -> S1"][0, 0] = attention["S2 -> S1+1"][0, 1] = attention["S1+1 -> S1"][0,
+                                                                                          2] = 0.3
     attention[ioi.PREVIOUS_TOKEN][0, 2] = 0.4
     attention["S1+1 -> S1"][0, 1] = 0.7     # but it does not look at the token before elsewhere
     at_S2[0, 0], at_S2[0, 1] = -0.06, 0.07
@@ -248,8 +258,10 @@ def test_removing_the_error_leaves_the_reconstruction(tiny, run, saes):
 
 def test_ranking_counts_prompts_without_the_feature_as_no_effect():
     words = [SimpleNamespace(order=order, template=0) for order in ("ABBA", "BABA", "ABBA", "BABA")]
-    effects = {2: ioi.FeatureEffects(torch.tensor([0, 2, 1]), torch.tensor([7, 7, 5]), torch.ones(3),
-                                     torch.tensor([-1.0, -3.0, 0.5]))}
+    effects = {
+        2: ioi.FeatureEffects(torch.tensor([0, 2, 1]), torch.tensor([7, 7, 5]), torch.ones(3),
+                              torch.tensor([-1.0, -3.0, 0.5]))
+    }
     first, second = ioi.rank_features(effects, words, 5)
     assert (first["feature"], first["effect"], first["ABBA"], first["BABA"]) == (7, -1.0, -2.0, 0.0)
     assert (second["feature"], second["effect"], second["n_active"]) == (5, 0.125, 1)
@@ -266,7 +278,8 @@ def test_what_a_feature_reads_sums_to_the_feature_and_so_do_its_writers(tiny, ru
         sums = {}
         for (role, _), share in by_writer[order].items():
             sums[role] = sums.get(role, 0) + share
-        assert sums == pytest.approx(by_role[order], abs=1e-3), "DFA by role is the sum over writers"
+        assert sums == pytest.approx(by_role[order], abs=1e-3), \
+            "DFA by role is the sum over writers"
 
 
 def test_the_pairs_of_a_contrast_sum_to_the_score(tiny, run, saes):
@@ -277,7 +290,8 @@ def test_the_pairs_of_a_contrast_sum_to_the_score(tiny, run, saes):
     rows = torch.arange(3)
     log = cache[3].pattern[rows, 0, prompts.pos["end"][:3]].log()
     expected = (log[rows, prompts.pos["IO"][:3]] - log[rows, prompts.pos["S1"][:3]]).mean()
-    assert score == pytest.approx(float(expected), abs=1e-3), "a difference of scores is one of log attention"
+    assert score == pytest.approx(float(expected), abs=1e-3), \
+        "a difference of scores is one of log attention"
 
 
 # ---- the signal ----
@@ -309,7 +323,8 @@ def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(t
         return z
 
     torch.testing.assert_close(found["zero"], brute(zero), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found["zero everywhere"], brute(torch.zeros_like), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["zero everywhere"], brute(torch.zeros_like), rtol=1e-4,
+                               atol=1e-4)
 
     def mean(z):
         z, values = z.clone(), torch.stack([z[i, S2[i]] for i in range(N)]).mean(0)
@@ -352,7 +367,8 @@ def test_a_model_that_cannot_do_the_task_is_said_to_be_so(tmp_path):
     for layer in range(2):
         (folder / f"L{layer}").mkdir()
         S.SAE(16, 24).save(folder / f"L{layer}" / "sae.safetensors")
-    done = program("ioi", "--model", str(folder), "--saes", str(folder), "--n-prompts", "20", "--out", str(tmp_path))
+    done = program("ioi", "--model", str(folder), "--saes", str(folder), "--n-prompts", "20",
+                   "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "does not do the task" in done.stdout and "nan" not in done.stdout
 

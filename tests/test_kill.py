@@ -1,4 +1,5 @@
-"""kill -9 at any moment, then --resume: the SAEs end with the same bytes as those of a run left alone.
+"""kill -9 at any moment, then --resume: the SAEs end with the same bytes as those of a run left
+alone.
 
     python tests/test_kill.py 20        20 kills, at moments drawn over a run's whole time; tests do 3
 """
@@ -11,8 +12,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ("--layers 0,2 --d-sae 256 --n-tokens 80000 --batch-size 256 --warmup 20 --resample-every 40 "
-         "--n-eval-rows 8 --block-mib 32 --half").split()
+FLAGS = (
+    "--layers 0,2 --d-sae 256 --n-tokens 80000 --batch-size 256 --warmup 20 --resample-every 40 "
+    "--n-eval-rows 8 --block-mib 32 --half").split()
 # A checkpoint every five steps, so that some kills fall inside the writing of one.
 PROGRAM = "import train; train.CHECKPOINT_EVERY = 5; train.run(train.main)"
 
@@ -20,8 +22,8 @@ PROGRAM = "import train; train.CHECKPOINT_EVERY = 5; train.run(train.main)"
 def start(out):
     """The run, begun or gone on with, in a process of its own."""
     resume = ["--resume"] if (out / "tiny" / "checkpoint.safetensors").is_file() else []
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *FLAGS, "--out", out, *resume], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *FLAGS, "--out", out, *resume],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def bytes_of(process, out):
@@ -38,8 +40,8 @@ def bytes_of(process, out):
 
 
 def kill_often(out, kills, seed, say=lambda text: None):
-    """Kill the run at drawn moments and go on, from the start again where it ended first; all ends must be
-    alike -> how often it was killed, and how often a process went on with --resume."""
+    """Kill the run at drawn moments and go on, from the start again where it ended first; all ends
+    must be alike -> how often it was killed, and how often a process went on with --resume."""
     begun = time.monotonic()
     whole = bytes_of(start(out), out)
     seconds, draw, killed, resumed = time.monotonic() - begun, random.Random(seed), 0, 0
@@ -59,13 +61,15 @@ def kill_often(out, kills, seed, say=lambda text: None):
             assert bytes_of(process, out) == whole, "other bytes after kills"
             say("ended before it was killed, with the same bytes; again from the start")
     assert bytes_of(start(out), out) == whole, "other bytes after kills"
-    say(f"{killed} kills, {resumed} of them or of the ends after --resume, and every end has the same bytes")
+    say(f"{killed} kills, {resumed} of them or of the ends after --resume, and every end has the same bytes"
+        )
     return killed, resumed
 
 
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path):
     killed, resumed = kill_often(tmp_path, kills=3, seed=0)
-    assert killed >= 3 and resumed >= 1, "no kill fell between a checkpoint and the end: nothing was resumed"
+    assert killed >= 3 and resumed >= 1, \
+        "no kill fell between a checkpoint and the end: nothing was resumed"
 
 
 if __name__ == "__main__":

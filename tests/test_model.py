@@ -104,7 +104,8 @@ def test_logit_directions_give_every_logit_less_the_mean(pair):
     constant = 0
     if hasattr(model, "ln_f"):
         constant = model.ln_f.bias @ (model.wte.weight - model.wte.weight.mean(0)).T
-    torch.testing.assert_close(found + constant, logits - logits.mean(-1, keepdim=True), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found + constant, logits - logits.mean(-1, keepdim=True), rtol=1e-9,
+                               atol=1e-9)
 
 
 def test_identity_edit_changes_nothing_bit_for_bit(pair):
@@ -124,7 +125,8 @@ def test_edit_leaves_earlier_layers_bit_equal_and_later_edits_see_it(pair):
                     keep=everything)
     for layer in range(last - 1):
         assert all(torch.equal(a, b) for a,
-                   b in zip(before[layer][:8], after[layer][:8])), f"an edit reached back to layer {layer}"
+                   b in zip(before[layer][:8], after[layer][:8])), \
+            f"an edit reached back to layer {layer}"
     assert torch.equal(after[last - 1].pattern, before[last - 1].pattern)
     assert torch.equal(after[last - 1].z_cat, 2 * before[last - 1].z_cat)
     assert not torch.allclose(seen[0], before[last].z_cat), \
@@ -142,11 +144,12 @@ def test_zeroing_a_slice_of_z_cat_removes_that_head(pair):
         z[..., mine] = 0
         return z
 
-    projection = (theirs.model.layers[layer].self_attn.o_proj.weight.T if isinstance(ours, models.Gemma)
-                  else theirs.transformer.h[layer].attn.c_proj.weight)
+    projection = (theirs.model.layers[layer].self_attn.o_proj.weight.T if isinstance(
+        ours, models.Gemma) else theirs.transformer.h[layer].attn.c_proj.weight)
     kept = projection.detach().clone()
     with torch.no_grad():
-        projection[mine] = 0                                            # rows of W_O that read the head
+        # rows of W_O that read the head
+        projection[mine] = 0
         reference = theirs(tokens).logits
         projection.copy_(kept)
     assert (ours(tokens, edit_z={layer: zero_head})[0]
@@ -154,7 +157,8 @@ def test_zeroing_a_slice_of_z_cat_removes_that_head(pair):
 
 
 def test_head_matrices_give_q_k_v_and_attn_out(pair):
-    """Per head, from resid_pre to attn_out with nothing but the matrices, the scales and the pattern."""
+    """Per head, from resid_pre to attn_out with nothing but the matrices, the scales and the
+    pattern."""
     ours, _ = pair
     _, cache = ours(random_tokens(ours), keep=range(ours.config.n_layers))
     for layer, one in cache.items():
@@ -167,13 +171,15 @@ def test_head_matrices_give_q_k_v_and_attn_out(pair):
                 f"{name} of layer {layer}: is the norm's gain, bias or centring missing?"
         z = one.z_cat.unflatten(-1, (ours.config.n_heads, -1))
         attn_out = (torch.einsum("bthd,hdm->btm", z, m.W_O) + m.b_O) / one.scales.get("attn_out", 1)
-        assert torch.allclose(attn_out, one.attn_out, atol=1e-4), "W_O: is the post-norm's gain missing?"
+        assert torch.allclose(attn_out, one.attn_out, atol=1e-4), \
+            "W_O: is the post-norm's gain missing?"
 
 
 def test_the_cached_q_and_k_give_the_pattern(pair):
     ours, _ = pair
     _, cache = ours(random_tokens(ours), keep=range(ours.config.n_layers))
-    cap, windows = getattr(ours.config, "score_softcap", None), getattr(ours.config, "windows", None)
+    cap, windows = getattr(ours.config, "score_softcap",
+                           None), getattr(ours.config, "windows", None)
     for layer, one in cache.items():
         T = one.q.shape[1]
         for q in (0, 5, T - 1):
@@ -188,7 +194,8 @@ def test_the_cached_q_and_k_give_the_pattern(pair):
 
 def test_value_bias_is_z_of_a_stream_without_direction(pair):
     ours, _ = pair
-    # a constant vector is 0 after LayerNorm's centring; RMSNorm has none, so there the stream itself is 0
+    # a constant vector is 0 after LayerNorm's centring; RMSNorm has none, so there the stream
+    # itself is 0
     constant = 0.0 if isinstance(ours, models.Gemma) else 7.0
     nothing = ours.blocks[0].heads(torch.full((1, 5, ours.config.d_model), constant)).z_cat
     assert torch.allclose(nothing, ours.value_bias(0).expand_as(nothing), atol=1e-5)
@@ -232,7 +239,8 @@ def test_the_original_layout_without_prefix_and_with_masks_loads_the_same(saved)
 
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop("transformer.h.1.ln_1.bias"), ["missing", "h.1.ln_1.bias"]),
-    (lambda t: t.update({"transformer.h.7.ln_1.bias": torch.zeros(32)}), ["h.7.ln_1.bias", "not part"]),
+    (lambda t: t.update({"transformer.h.7.ln_1.bias": torch.zeros(32)}),
+     ["h.7.ln_1.bias", "not part"]),
     (lambda t: t.update({"transformer.wpe.weight": torch.zeros(39, 32)}),
      ["wpe.weight", "(39, 32)", "(40, 32)"]),
 ], ids=["missing", "unknown", "shape"])
@@ -260,9 +268,9 @@ def test_missing_weights_and_missing_model_are_named(saved):
         models.load_model(saved)
 
 
-@pytest.mark.parametrize("values", [{"activation_function": "relu"}, {"model_type": "llama"}, {"n_embd": 33},
-                                    {"n_layer": "3"},
-                                    {"scale_attn_by_inverse_layer_idx": True}, {"n_head": 0}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{"activation_function": "relu"}, {"model_type": "llama"}, {"n_embd": 33},
+               {"n_layer": "3"}, {"scale_attn_by_inverse_layer_idx": True}, {"n_head": 0}], ids=str)
 def test_options_that_are_not_implemented_are_refused_by_name(saved, values):
     change_config(saved, **values)
     with pytest.raises(UserError, match=next(iter(values))):
@@ -274,9 +282,11 @@ def test_config_files_of_earlier_years_load_the_same(tmp_path):
     understood."""
     tokens = torch.arange(30)[None]
     for name, changes in {
-            "1, one key for all": {"rope_theta": 10000.0, "hidden_act": "gelu", "hidden_activation": None},
-            "2": {"rope_theta": 10000.0},
-            "3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}}.items():
+            "1, one key for all": {
+                "rope_theta": 10000.0, "hidden_act": "gelu", "hidden_activation": None
+            }, "2": {"rope_theta": 10000.0},
+            "3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
+    }.items():
         folder = tmp_path / name
         random_gemma(folder, **GEMMA_SHAPES[name])
         before = models.load_model(folder)(tokens)[0]
@@ -308,7 +318,8 @@ def test_sharded_weights_load_the_same_and_a_missing_shard_is_named(tmp_path, na
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(shards) > 2
     tokens = torch.arange(30)[None]
-    in_shards, whole = (models.load_model(tmp_path / kind)(tokens)[0] for kind in ("shards", "whole"))
+    in_shards, whole = (models.load_model(tmp_path / kind)(tokens)[0]
+                        for kind in ("shards", "whole"))
     assert torch.equal(in_shards, whole)
     shards[1].unlink()
     with pytest.raises(UserError, match=shards[1].name):
@@ -332,13 +343,16 @@ def test_weights_are_loaded_in_the_type_asked_for(pair, tmp_path, dtype):
     assert (logits.float() - reference).norm() < tolerance * reference.norm()
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells peak memory")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK),
+                    reason="Linux tells peak memory")
 def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_path):
-    """Measured in a process of its own, on 200 MB of Gemma in bfloat16 shards that become float32."""
+    """Measured in a process of its own, on 200 MB of Gemma in bfloat16 shards that become
+    float32."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(
-        "gemma2", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, vocab_size=30_000, max_position_embeddings=128)
+    config = transformers.AutoConfig.for_model("gemma2", hidden_size=512, intermediate_size=2048,
+                                               num_hidden_layers=8, num_attention_heads=8,
+                                               num_key_value_heads=4, head_dim=64,
+                                               vocab_size=30_000, max_position_embeddings=128)
     theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     theirs.save_pretrained(tmp_path, max_shard_size="40MB")
     size = sum(p.numel() * 4 for p in theirs.parameters())
@@ -354,7 +368,8 @@ before = peak()
 loaded = model.load_model(sys.argv[1])
 print(peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < size + largest, \
         f"{int(done.stdout) >> 20} MiB for a model of {size >> 20} with a tensor of {largest >> 20}"

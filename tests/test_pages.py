@@ -1,5 +1,5 @@
-"""The dashboards in a browser, opened from file://: search, sort, open, hover. Takes Chromium, its driver and
-`pip install selenium`; skipped without them."""
+"""The dashboards in a browser, opened from file://: search, sort, open, hover. Takes Chromium, its
+driver and `pip install selenium`; skipped without them."""
 
 import shutil
 import subprocess
@@ -26,7 +26,8 @@ def browser(tmp_path_factory):
     for program in ("features.py", "heads.py"):
         subprocess.run([sys.executable, program, *flags], cwd=ROOT, check=True, capture_output=True)
     path = out / "tiny" / "features" / "index.html"
-    content = path.read_text(encoding="utf8")           # a token that would be markup if it were not text
+    # a token that would be markup if it were not text
+    content = path.read_text(encoding="utf8")
     hurting = '"vocab":["\\u003cscript>window.hurt=1\\u003c/script>"'
     path.write_text(content.replace('"vocab":["!"', hurting, 1), encoding="utf8")
     options = webdriver.ChromeOptions()
@@ -59,7 +60,8 @@ def open_hash(page, hash):
 
 
 def wait(page, test):
-    drawn_anew = [StaleElementReferenceException]       # while it is, elements that were found are no more
+    # while it is, elements that were found are no more
+    drawn_anew = [StaleElementReferenceException]
     return WebDriverWait(page, 10, ignored_exceptions=drawn_anew).until(lambda _: test())
 
 
@@ -103,7 +105,8 @@ def test_a_feature_opens_and_a_source_is_found_in_the_text_on_hover(page):
     page.execute_script("arguments[0].scrollIntoView()", underlined)
     assert not page.find_elements(By.CSS_SELECTOR, ".lit")
     ActionChains(page).move_to_element(underlined).perform()
-    assert len(page.find_elements(By.CSS_SELECTOR, ".lit")) == 2, "the token and its line in the list"
+    assert len(page.find_elements(By.CSS_SELECTOR, ".lit")) == 2, \
+        "the token and its line in the list"
     assert "3.0: " in page.find_element(By.CSS_SELECTOR, ".source.lit").get_attribute("title")
 
 

@@ -1,5 +1,5 @@
-"""docs/results.py: the pages say what the stored outputs say, a number that drifted is noticed, and the
-walk-through's code prints what stands below it."""
+"""docs/results.py: the pages say what the stored outputs say, a number that drifted is noticed, and
+the walk-through's code prints what stands below it."""
 
 import json
 import re
@@ -34,7 +34,8 @@ def test_every_command_has_its_output_and_every_output_is_used():
     assert {path.stem for path in results.OUTPUTS.glob("*.txt")} == set(results.COMMANDS)
     assert set(results.COMMANDS) <= named
     for name in results.COMMANDS:
-        assert results.output(name)[0] == f"python {results.COMMANDS[name]}", f"{name}: another command's"
+        assert results.output(name)[0] == f"python {results.COMMANDS[name]}", \
+            f"{name}: another command's"
 
 
 def test_a_number_that_drifted_is_noticed():
@@ -53,7 +54,8 @@ def test_a_number_that_drifted_is_noticed():
 
 def test_numbers_stand_for_what_they_round():
     known = {(0.8476, "%"), (3.14159, ""), (1234.0, ""), (0.0305, "any")}
-    for number in ("85%", "84.8%", "-84.8%", "3.14", "+3.1", "1,234", "3.1%", "0.031", "7", "2.13.0"):
+    for number in ("85%", "84.8%", "-84.8%", "3.14", "+3.1", "1,234", "3.1%", "0.031", "7",
+                   "2.13.0"):
         assert results.stands(number, known), number
     for number in ("84.9%", "3.15", "1,235", "0.9", "17", "0.848", "314%"):
         assert not results.stands(number, known), number
@@ -75,4 +77,5 @@ def test_the_walk_through_prints_what_it_says(monkeypatch, tmp_path):
     number = r"[+-]?\d+(?:\.\d+)?"
     assert re.sub(number, "#", got) == re.sub(number, "#", page)
     for a, b in zip(re.findall(number, got), re.findall(number, page)):
-        assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.02), f"{a}, and the page says {b}"
+        assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.02), \
+            f"{a}, and the page says {b}"

@@ -1,5 +1,5 @@
-"""sae.py: the hand-worked gradient against autograd, the sparse step against the dense one, a dictionary that
-is known."""
+"""sae.py: the hand-worked gradient against autograd, the sparse step against the dense one, a
+dictionary that is known."""
 
 import pytest
 import torch
@@ -27,7 +27,8 @@ def random_z(B=64, d_in=24, seed=1, dtype=torch.float32):
 
 
 def autograd_step(sae, z, l1):
-    """The loss as the paper states it, differentiated by torch; nothing is taken from the code under test."""
+    """The loss as the paper states it, differentiated by torch; nothing is taken from the code
+    under test."""
     named = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
     pre = (z - named["b_dec"]) @ named["W_enc"] + named["b_enc"]
     f = torch.where(pre > sae.threshold, pre, torch.zeros_like(pre))
@@ -40,7 +41,8 @@ def autograd_step(sae, z, l1):
 @pytest.mark.parametrize("step", [S.dense_step, P.sparse_step], ids=["dense", "sparse"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5], ids=["ReLU", "JumpReLU"])
 def test_gradients_equal_autograd_in_float64(step, threshold):
-    sae, z, l1 = random_sae(dtype=torch.float64, threshold=threshold), random_z(dtype=torch.float64), 0.3
+    sae, z, l1 = random_sae(dtype=torch.float64,
+                            threshold=threshold), random_z(dtype=torch.float64), 0.3
     loss, gradients, fired = autograd_step(sae, z, l1)
     result = step(sae, z, l1)
     assert abs(result.mse + l1 * result.sparsity
@@ -78,7 +80,8 @@ def test_decoder_gradient_has_no_part_along_the_row_and_rows_stay_unit():
 
 
 def test_fused_adam_moves_parameters_as_plain_adam_does():
-    """The fused optimiser walks through memory in order: a parameter and its gradient must be laid out alike.
+    """The fused optimiser walks through memory in order: a parameter and its gradient must be laid
+    out alike.
     """
     moved = []
     for fused in (False, True):
@@ -98,16 +101,16 @@ def test_fused_adam_moves_parameters_as_plain_adam_does():
 def planted(n, d_in=32, n_features=64, seed=0):
     """Activations from a known dictionary: 3 of 64 features at a time, of sizes 1 to 2."""
     g = torch.Generator().manual_seed(seed)
-    dictionary = F.normalize(torch.randn(n_features, d_in, generator=torch.Generator().manual_seed(99)),
-                             dim=1)
+    dictionary = F.normalize(
+        torch.randn(n_features, d_in, generator=torch.Generator().manual_seed(99)), dim=1)
     which = torch.rand(n, n_features, generator=g).argsort(1)[:, :3]
     f = torch.zeros(n, n_features).scatter_(1, which, 1 + torch.rand(n, 3, generator=g))
     return f @ dictionary, dictionary
 
 
 def test_a_planted_dictionary_is_recovered():
-    """64 directions in 32 dimensions, found from their sums alone: mean over the directions of the best
-    cosine >= 0.95."""
+    """64 directions in 32 dimensions, found from their sums alone: mean over the directions of the
+    best cosine >= 0.95."""
     sae = S.SAE(32, 96, torch.Generator().manual_seed(0))
     with torch.no_grad():
         sae.W_enc *= 0.5
@@ -146,7 +149,8 @@ def gradient_step(sae, optimizer, seed, mute=None):
     S.project_decoder_gradient(sae, result.gradients["W_dec"])
     for name, gradient in result.gradients.items():
         if mute is not None and name != "b_dec":
-            (gradient.T if name == "W_enc" else gradient)[mute] = 0     # as if these features did not fire
+            # as if these features did not fire
+            (gradient.T if name == "W_enc" else gradient)[mute] = 0
         getattr(sae, name).grad = gradient
     optimizer.step()
     S.normalise_decoder(sae)
@@ -174,7 +178,8 @@ def test_resampling_prefers_inputs_that_are_badly_reconstructed():
     """With squared errors in the ratio 1 : 3, inputs are drawn in the ratio 1 : 9."""
     sae = S.SAE(2, 2001, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        sae.b_enc.fill_(-100.0)                                         # z_hat = 0, so the error is |z|^2
+        # z_hat = 0, so the error is |z|^2
+        sae.b_enc.fill_(-100.0)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
     for p in sae.parameters():
         optimizer.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.ones_like(p)}
@@ -188,8 +193,8 @@ def test_resampling_prefers_inputs_that_are_badly_reconstructed():
 
 @pytest.mark.parametrize("silent_steps", [0, 1000])
 def test_a_resampled_row_never_jumps(silent_steps):
-    """Its first update is at most 10 lr per element, right away or when it first fires a thousand steps
-    later."""
+    """Its first update is at most 10 lr per element, right away or when it first fires a thousand
+    steps later."""
     sae, optimizer, dead = trained()
     S.resample(sae, optimizer, dead, planted(500, seed=7)[0], torch.Generator().manual_seed(0))
     for step in range(silent_steps):
@@ -259,9 +264,9 @@ def test_rescale_makes_an_sae_of_scaled_activations_read_plain_ones():
 
 @pytest.mark.parametrize("damage", [
     lambda t: t.pop("b_enc"), lambda t: t.update(extra=torch.zeros(1)),
-    lambda t: t.update(W_enc=t["W_enc"].T.contiguous()),
-    lambda t: t["W_dec"].__setitem__((0, 0), float("nan")), lambda t: t.update(W_dec=t["W_dec"][0])],
-    ids=["missing", "unknown", "transposed", "NaN", "one-dimensional"])
+    lambda t: t.update(W_enc=t["W_enc"].T.contiguous()), lambda t: t["W_dec"].__setitem__(
+        (0, 0), float("nan")), lambda t: t.update(W_dec=t["W_dec"][0])
+], ids=["missing", "unknown", "transposed", "NaN", "one-dimensional"])
 def test_files_that_are_not_an_sae_are_refused(tmp_path, damage):
     path = tmp_path / "sae.safetensors"
     random_sae().save(path)

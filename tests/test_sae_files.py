@@ -20,11 +20,14 @@ D_IN, D_SAE = 32, 70
 
 
 def random_tensors(seed=0, d_in=D_IN, d_sae=D_SAE):
-    """Weights as a trainer would leave them: decoder rows not of unit norm, thresholds of both signs."""
+    """Weights as a trainer would leave them: decoder rows not of unit norm, thresholds of both
+    signs."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g)
-    return {"W_enc": normal(d_in, d_sae) / 4, "b_enc": normal(d_sae) / 4, "W_dec": normal(d_sae, d_in),
-            "b_dec": normal(d_in) / 2, "threshold": normal(d_sae) / 2}
+    return {
+        "W_enc": normal(d_in, d_sae) / 4, "b_enc": normal(d_sae) / 4, "W_dec": normal(d_sae, d_in),
+        "b_dec": normal(d_in) / 2, "threshold": normal(d_sae) / 2
+    }
 
 
 def random_z(n=50, d_in=D_IN):
@@ -32,7 +35,8 @@ def random_z(n=50, d_in=D_IN):
 
 
 def by_hand(t, z, subtract, scale=1.0):
-    """Features and reconstructions one number at a time, in float64, from the format's own definition."""
+    """Features and reconstructions one number at a time, in float64, from the format's own
+    definition."""
     t = {name: tensor.double().numpy() for name, tensor in t.items()}
     threshold = t.get("threshold", np.zeros(D_SAE))
     f = np.zeros((len(z), D_SAE))
@@ -55,8 +59,10 @@ def write_kissane(folder, tensors, **config):
     path = folder / "gpt2-small_L1_Hcat_z_v9.pt"
     torch.save({name: one for name, one in tensors.items() if name != "threshold"}, path)
     d_sae, d_in = tensors["W_dec"].shape
-    cfg = {"act_size": d_in, "dict_size": d_sae, "act_name": "blocks.1.attn.hook_z", "l1_coeff": 0.8,
-           "layer": 1, "seq_len": 128, "enc_dtype": "fp32"}
+    cfg = {
+        "act_size": d_in, "dict_size": d_sae, "act_name": "blocks.1.attn.hook_z", "l1_coeff": 0.8,
+        "layer": 1, "seq_len": 128, "enc_dtype": "fp32"
+    }
     (folder / "gpt2-small_L1_Hcat_z_v9_cfg.json").write_text(json.dumps(cfg | config))
     return path
 
@@ -79,8 +85,11 @@ def saelens_folder(folder, tensors, factor=None, **config):
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "sae_weights.safetensors")
     d_sae, d_in = tensors["W_dec"].shape
-    cfg = {"architecture": "jumprelu" if "threshold" in tensors else "standard", "d_in": d_in, "d_sae": d_sae,
-           "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none"}
+    cfg = {
+        "architecture": "jumprelu" if "threshold" in tensors else "standard", "d_in": d_in,
+        "d_sae": d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+        "normalize_activations": "none"
+    }
     (folder / "cfg.json").write_text(json.dumps(cfg | config))
     if factor:
         (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": factor}))
@@ -99,9 +108,11 @@ def test_saelens_folders(tmp_path, jump, subtract):
 
 def test_a_training_scale_goes_into_the_biases(tmp_path):
     t, z = random_tensors(), random_z()
-    folder = saelens_folder(tmp_path / "sae", t, factor=2.5, normalize_activations="expected_average_only_in")
+    folder = saelens_folder(tmp_path / "sae", t, factor=2.5,
+                            normalize_activations="expected_average_only_in")
     f, z_hat = by_hand(t, z, subtract=1, scale=2.5)
-    assert_equal(S.SAE.load(folder), f, z_hat, z, "it read 2.5 z, features are 2.5 times ours", scale=2.5)
+    assert_equal(S.SAE.load(folder), f, z_hat, z, "it read 2.5 z, features are 2.5 times ours",
+                 scale=2.5)
 
 
 def test_our_own_files_and_folders_load(tmp_path):
@@ -115,8 +126,8 @@ def test_our_own_files_and_folders_load(tmp_path):
 
 
 def test_an_sae_of_folded_z_reads_plain_weights_after_the_shift(tmp_path):
-    """TransformerLens folds ln_1's bias and b_V into b_O; its z is ours less the constant c. Here the folding
-    is done by hand on the weights of a random GPT-2, whose output must not change."""
+    """TransformerLens folds ln_1's bias and b_V into b_O; its z is ours less the constant c. Here
+    the folding is done by hand on the weights of a random GPT-2, whose output must not change."""
     theirs = random_gpt2(tmp_path / "plain", **GPT2_SHAPES["small"])
     plain, layer = models.load_model(tmp_path / "plain"), 1
     with torch.no_grad():
@@ -125,7 +136,8 @@ def test_an_sae_of_folded_z_reads_plain_weights_after_the_shift(tmp_path):
             W_V, b_V = attn.c_attn.weight[:, 2 * D:], attn.c_attn.bias[2 * D:]
             c = block.ln_1.bias @ W_V + b_V
             attn.c_proj.bias += c @ attn.c_proj.weight
-            attn.c_attn.bias[2 * D:] = -block.ln_1.bias @ W_V           # cancels ln_1's bias in the values
+            # cancels ln_1's bias in the values
+            attn.c_attn.bias[2 * D:] = -block.ln_1.bias @ W_V
     theirs.save_pretrained(tmp_path / "folded")
     folded, tokens = models.load_model(tmp_path / "folded"), torch.arange(30)[None]
     logits, kept = plain(tokens, keep=(layer,))
@@ -164,7 +176,8 @@ def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
     expected = random_tensors(2)["b_dec"] + model.value_bias(1)
     assert torch.allclose(saes[1].b_dec, expected), "the paper's SAEs read z of folded weights"
     by_hand = S.load_saes(_folder_of(tmp_path / "fetched", 1, asked, tmp_path), model)
-    assert torch.equal(by_hand[1].b_dec, saes[1].b_dec), "the same file in a folder is to be shifted as well"
+    assert torch.equal(by_hand[1].b_dec, saes[1].b_dec), \
+        "the same file in a folder is to be shifted as well"
     random_gemma(tmp_path / "gemma", **GEMMA_SHAPES["2, no caps"] | {"num_hidden_layers": 26})
     gemma = models.load_model(tmp_path / "gemma")
     with pytest.raises(UserError, match="12 layers, and this one has 26"):
@@ -199,7 +212,8 @@ def test_saes_that_do_not_fit_or_are_not_there(tmp_path, tiny):
 def run_saelens(script, tmp_path):
     """sae-lens in a process of its own: it brings its own versions and takes seconds to import."""
     pytest.importorskip("sae_lens", reason="tests/requirements-peers.txt is not installed")
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -264,7 +278,9 @@ def test_options_of_saelens_that_we_lack_are_named(tmp_path, option):
 
 
 def test_saes_of_folded_weights_are_refused(tmp_path):
-    metadata = {"hook_name": "blocks.5.attn.hook_z", "model_from_pretrained_kwargs": {"fold_ln": True}}
+    metadata = {
+        "hook_name": "blocks.5.attn.hook_z", "model_from_pretrained_kwargs": {"fold_ln": True}
+    }
     with pytest.raises(UserError, match="fold_ln True is not supported"):
         read_sae(saelens_folder(tmp_path / "sae", random_tensors(), metadata=metadata))
 

@@ -24,14 +24,15 @@ def test_sparse_step_equals_dense_step_in_float32(either_processor):
     # a pre-activation of 1e-8 may round either way
     assert (sparse.fired - dense.fired).abs().sum() <= 2, "active entries were lost"
     for name, expected in dense.gradients.items():
-        assert (sparse.gradients[name] - expected).norm() < 1e-5 * expected.norm(), f"gradient of {name}"
+        assert (sparse.gradients[name] - expected).norm() < 1e-5 * expected.norm(), \
+            f"gradient of {name}"
         assert sparse.gradients[name].is_contiguous()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_no_active_entry_is_lost_among_a_million_near_zero(scale, either_processor):
-    """Biases put every pre-activation within rounding distance of the threshold: candidates must still hold
-    every active entry."""
+    """Biases put every pre-activation within rounding distance of the threshold: candidates must
+    still hold every active entry."""
     sae, z = random_sae(64, 1000), scale * random_z(1000, 64)
     with torch.no_grad():
         sae.b_dec *= scale
@@ -44,19 +45,22 @@ def test_no_active_entry_is_lost_among_a_million_near_zero(scale, either_process
     found[P.candidates(z - sae.b_dec, sae.W_enc.T, sae.b_enc)] = True
     assert not (active & ~found).any(), \
         "an active entry is missing from the candidates: the margin is too small"
-    assert found.sum() < 1.1 * active.sum() + 1000, "far more candidates than the rounding error needs"
+    assert found.sum() < 1.1 * active.sum() + 1000, \
+        "far more candidates than the rounding error needs"
 
 
 def test_the_margin_covers_the_worst_rounding():
-    """Numbers that bfloat16 rounds by half a step each, so that all errors go one way: by hand, the exact
-    pre-activation is 2^-16."""
+    """Numbers that bfloat16 rounds by half a step each, so that all errors go one way: by hand, the
+    exact pre-activation is 2^-16."""
     u = 2.0**-8
     x, w = torch.tensor([[1 + u, 1 + 3 * u]]), torch.tensor([[1 + u, -1 - 3 * u]])
     bias = torch.tensor([2.0**-6 + 9 * 2.0**-16])
     assert (x.double() @ w.double().T + bias.double()).item() == 2.0**-16
-    assert P.candidates(x, w, bias)[1].tolist() == [0], "an active entry is lost: the margin is too small"
+    assert P.candidates(x, w, bias)[1].tolist() == [0], \
+        "an active entry is lost: the margin is too small"
     rng = torch.Generator().manual_seed(0)
-    step = torch.randint(1, 64, (300, 16), generator=rng) * 2.0**-7     # halfway between two bfloat16 numbers
+    # halfway between two bfloat16 numbers
+    step = torch.randint(1, 64, (300, 16), generator=rng) * 2.0**-7
     sign = 1 - 2 * torch.randint(2, (300, 16), generator=rng)
     x, w = 1 + step[:, :16] + u, (1 + step.roll(1, 0) + u) * sign
     exact = x.double() @ w.double().T

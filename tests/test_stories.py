@@ -16,11 +16,13 @@ def test_held_out_names_and_verbs_never_give():
     for i in range(20_000):
         words = stories.story(random.Random(f"test {i}"))
         seen.update(name for name in held_out if name in words)
-        for giver, phrase, receiver in re.findall(r"(\w+) ((?:[a-z]+ ){1,6}?(?:a|an|the|another|that) (?:\w+ "
-                                                  r")?\w+) to ([A-Z]\w+)", words):
+        for giver, phrase, receiver in re.findall(
+                r"(\w+) ((?:[a-z]+ ){1,6}?(?:a|an|the|another|that) (?:\w+ "
+                r")?\w+) to ([A-Z]\w+)", words):
             assert receiver not in held_out and giver not in held_out, words
             assert not any(phrase.startswith(verb + " ") for verb in stories.HELD_OUT_VERBS), words
-    assert min(seen[name] for name in held_out) > 100, "every held-out name is to occur in ordinary stories"
+    assert min(seen[name] for name in held_out) > 100, \
+        "every held-out name is to occur in ordinary stories"
 
 
 def test_forms_of_training_and_of_held_out_prompts_are_disjoint(monkeypatch):
@@ -52,6 +54,8 @@ def test_prompts_are_what_they_say():
 
 def test_every_word_of_the_stories_that_studies_swap_is_one_token():
     tokenizer = data.load_tokenizer("tiny")
-    for word in [*stories.NAMES, *stories.HELD_OUT_NAMES, *stories.PLACES, *stories.OBJECTS, "and", "with",
-                 "or", "alongside", "plus", "but"]:
+    for word in [
+            *stories.NAMES, *stories.HELD_OUT_NAMES, *stories.PLACES, *stories.OBJECTS, "and",
+            "with", "or", "alongside", "plus", "but"
+    ]:
         assert len(tokenizer.encode(" " + word)) == 1, f"{word} is more than one token"

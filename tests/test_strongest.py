@@ -13,7 +13,8 @@ from data.strongest import Entries
 def random_entries(n, d_sae, seed=0):
     g = torch.Generator().manual_seed(seed)
     return Entries(torch.randint(500, (n,), generator=g), torch.randint(1, 50, (n,), generator=g),
-                   torch.randint(d_sae, (n,), generator=g), torch.rand(n, generator=g).pow(4) + 1e-4)
+                   torch.randint(d_sae, (n,), generator=g),
+                   torch.rand(n, generator=g).pow(4) + 1e-4)
 
 
 def test_a_keeper_of_a_stream_keeps_what_sorting_everything_keeps():
@@ -83,7 +84,8 @@ def test_examples_come_from_every_tenth_of_the_range():
 
 
 def test_shares_by_priority_sampling_are_right_on_average():
-    """A property that half of the places have, more so the strong ones; 30 places of about 1,000 are kept."""
+    """A property that half of the places have, more so the strong ones; 30 places of about 1,000
+    are kept."""
     every = random_entries(2000, 2)
     has = (every.f > 0.3) | (every.q < 5)
     true = torch.bincount(every.feature, every.f * has) / torch.bincount(every.feature, every.f)
@@ -107,6 +109,7 @@ def test_a_feature_with_few_places_has_them_all():
 
 
 def test_mass_of_features_and_tokens_by_hand():
-    pair, mass = keep.feature_token_mass(torch.tensor([1, 0, 1, 1, 0]), torch.tensor([5, 9, 5, 2, 3]),
+    pair, mass = keep.feature_token_mass(torch.tensor([1, 0, 1, 1, 0]),
+                                         torch.tensor([5, 9, 5, 2, 3]),
                                          torch.tensor([1.0, 2.0, 1.5, 4.0, 1.0]))
     assert pair.tolist() == [[0, 9], [0, 3], [1, 2], [1, 5]] and mass.tolist() == [2.0, 1.0, 4.0, 2.5]

@@ -11,7 +11,8 @@ from conftest import ROOT
 
 TOP = sorted(path.stem for path in ROOT.glob("*.py"))
 GROUND = sorted(ROOT.glob("data/**/*.py"))
-PROGRAM = ROOT / "data" / "tiny" / "make.py"                # may use what is above; nobody imports it
+# may use what is above; nobody imports it
+PROGRAM = ROOT / "data" / "tiny" / "make.py"
 STUDIES = {"train", "features", "heads", "induction", "ioi"}
 OPTIONAL = {"tokenizers", "huggingface_hub"}
 RUNTIME = {"torch", "numpy", "tiktoken", "safetensors", "matplotlib"}

@@ -34,7 +34,8 @@ def test_packing_drops_nothing():
     documents = text.python_pages()["held-out"][:40]
     packed = list(text.packed(iter(documents), tokenizer, 32))
     ids = np.concatenate([row[1:] for row in packed])
-    expected = list(itertools.chain.from_iterable(tokenizer.encode(d) + [tokenizer.bos] for d in documents))
+    expected = list(
+        itertools.chain.from_iterable(tokenizer.encode(d) + [tokenizer.bos] for d in documents))
     assert ids.tolist() == expected[: len(ids)] and len(expected) - len(ids) < 31
 
 

@@ -15,7 +15,8 @@ from data.weights import TINY
 def test_induction_score_equals_a_loop_over_queries_and_keys(tmp_path):
     random_gpt2(tmp_path, **GPT2_SHAPES["small"])
     model = models.load_model(tmp_path)
-    tokens = torch.randint(1, 7, (3, 30), generator=torch.Generator().manual_seed(0))   # few: they repeat
+    # few: they repeat
+    tokens = torch.randint(1, 7, (3, 30), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 0
     _, cache = model(tokens, keep=range(3))
     for matched in (1, 2, 3):
@@ -34,8 +35,8 @@ def test_induction_score_equals_a_loop_over_queries_and_keys(tmp_path):
 
 
 def test_a_short_run_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    config = make_tiny.TinyConfig(out=str(tmp_path), n_layers=1, n_heads=2, d_model=32, n_ctx=64, n_steps=12,
-                                  batch_size=4, warmup=2, device="cpu")
+    config = make_tiny.TinyConfig(out=str(tmp_path), n_layers=1, n_heads=2, d_model=32, n_ctx=64,
+                                  n_steps=12, batch_size=4, warmup=2, device="cpu")
     tokenizer = data.load_tokenizer("tiny")
     monkeypatch.setattr(make_tiny, "CHECKPOINT_EVERY", 8)
     monkeypatch.setattr(make_tiny, "quick_report", lambda model, tokenizer: {})
@@ -57,14 +58,17 @@ def test_a_short_run_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     make_tiny.write_model(whole, tmp_path)
     loaded = models.load_model(tmp_path)
     tokens = torch.randint(4096, (2, 64))
-    assert torch.allclose(loaded(tokens)[0], whole(tokens)[0].detach(), atol=0.02), "float16 on disk, no more"
+    assert torch.allclose(loaded(tokens)[0], whole(tokens)[0].detach(), atol=0.02), \
+        "float16 on disk, no more"
 
 
 def test_the_shipped_model_does_what_its_report_says(tiny):
-    """What the specimen is for: induction heads, also on real text, and indirect objects in both orders."""
+    """What the specimen is for: induction heads, also on real text, and indirect objects in both
+    orders."""
     report = json.loads((TINY / "report.json").read_text())
     tokenizer = data.load_tokenizer("tiny")
-    random, _ = make_tiny.repeat_scores(tiny, make_tiny.repeated_random_rows(tiny, 32), tokenizer.bos)
+    random, _ = make_tiny.repeat_scores(tiny, make_tiny.repeated_random_rows(tiny, 32),
+                                        tokenizer.bos)
     assert (random >= 0.6).sum() >= 2
     for head, score in report["induction_repeated_random"].items():
         layer, number = map(int, head.split("."))

@@ -98,10 +98,12 @@ def test_a_name_of_two_tokens_is_refused_by_name():
 # ---- tokenizers of other models ----
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="GPT-2's files would be downloaded; set "
-                    "TIKTOKEN_CACHE_DIR to a folder that has them")
+@pytest.mark.skipif(
+    "TIKTOKEN_CACHE_DIR" not in os.environ, reason="GPT-2's files would be downloaded; set "
+    "TIKTOKEN_CACHE_DIR to a folder that has them")
 def test_gpt2_text_goes_through_tiktoken(tmp_path, monkeypatch):
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})              # what an earlier call has cached
+    # what an earlier call has cached
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     random_gpt2(tmp_path, n_layer=1, n_head=1, n_embd=4, vocab_size=50257, n_positions=8)
     for name in ("gpt2", tmp_path):
         tokenizer = data.load_tokenizer(name)
@@ -114,7 +116,8 @@ def test_gpt2_text_without_tiktokens_files_or_network_is_one_sentence(tmp_path, 
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="GPT-2 tokenizer could not be downloaded.*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(UserError,
+                       match="GPT-2 tokenizer could not be downloaded.*TIKTOKEN_CACHE_DIR"):
         data.load_tokenizer("gpt2")
 
 

@@ -1,5 +1,5 @@
-"""One edit of `SAE.activate`, to TopK: training, evaluation, features.py and ablation all agree with a
-loop over single numbers, and no other line of the project is touched."""
+"""One edit of `SAE.activate`, to TopK: training, evaluation, features.py and ablation all agree
+with a loop over single numbers, and no other line of the project is touched."""
 
 import contextlib
 import io
@@ -114,7 +114,8 @@ def test_features_finds_the_places_that_the_loop_finds(trained, tiny):
     for n, (row, q, i) in enumerate(zip(*(c.tolist() for c in collected[2].top[:3]))):
         for t in range(max(1, q - features.BEFORE), min(25, q + features.AFTER + 1)):
             shown = float(top.window[n, t - q + features.BEFORE])
-            assert shown == pytest.approx(expected.get((row, t, i), 0.0), abs=2e-3), "half precision"
+            assert shown == pytest.approx(expected.get((row, t, i), 0.0), abs=2e-3), \
+                "half precision"
 
 
 def test_ablation_takes_out_what_the_loop_finds(trained, tiny):
@@ -134,4 +135,5 @@ def test_ablation_takes_out_what_the_loop_finds(trained, tiny):
             for t in range(20):
                 removed = f[b, t].get(feature, 0.0) * sae.W_dec[feature] if where[b, t] else 0.0
                 torch.testing.assert_close(ablated[b, t], z[b, t] - removed, atol=1e-5, rtol=1e-5)
-    assert runner_up not in f[1, 9] and float(pre[runner_up]) > 0, "this test should tell the two apart"
+    assert runner_up not in f[1, 9] and float(pre[runner_up]) > 0, \
+        "this test should tell the two apart"

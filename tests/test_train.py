@@ -1,5 +1,5 @@
-"""train.py: a short run from start to end, its evaluation against a loop, its exact resumption, and what it
-says to bad input."""
+"""train.py: a short run from start to end, its evaluation against a loop, its exact resumption, and
+what it says to bad input."""
 
 import dataclasses
 import json
@@ -24,8 +24,8 @@ from data.errors import UserError
 from data.team import Team
 from data.weights import TINY
 
-SHORT = T.TrainConfig(layers=(0, 2), d_sae=128, n_tokens=12_000, batch_size=256, lr=2.4e-3, warmup=10,
-                      resample_every=10, n_eval_rows=8, block_mib=8)
+SHORT = T.TrainConfig(layers=(0, 2), d_sae=128, n_tokens=12_000, batch_size=256, lr=2.4e-3,
+                      warmup=10, resample_every=10, n_eval_rows=8, block_mib=8)
 
 
 def run_short(folder, **changes):
@@ -46,7 +46,8 @@ def test_a_run_writes_what_the_design_promises(finished):
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
         "L0/config.json", "L0/metrics.json", "L0/sae.safetensors", "L2/config.json", "L2/metrics.json",
         "L2/sae.safetensors",
-        "log.jsonl", "training.png"], "a file is missing, or a temporary one was left behind"
+        "log.jsonl", "training.png"], \
+        "a file is missing, or a temporary one was left behind"
     for layer in (0, 2):
         written = json.loads((folder / f"L{layer}" / "metrics.json").read_text())
         assert written == metrics[layer]
@@ -87,15 +88,18 @@ def test_a_batch_is_a_copy_that_no_refill_overwrites(tiny):
     batches = [(z[0], z[0].clone()) for _, z in buffer.batches(0)]
     assert len(batches) > 2 * buffer.steps_per_block, "this test needs several blocks"
     for kept, copy in batches:
-        assert torch.equal(kept, copy), "the block was refilled under a batch that had been handed out"
+        assert torch.equal(kept, copy), \
+            "the block was refilled under a batch that had been handed out"
 
 
 def test_every_activation_of_a_block_is_used_once_and_bos_never(tiny):
     config = dataclasses.replace(SHORT, batch_size=127, n_tokens=127 * 64, block_mib=1000)
-    buffer = T.ActivationBuffer(tiny, data.load_tokenizer("tiny"), config, (0,), torch.device("cpu"))
+    buffer = T.ActivationBuffer(tiny, data.load_tokenizer("tiny"), config, (0,),
+                                torch.device("cpu"))
     got = torch.cat([z[0] for _, z in buffer.batches(0)])
     rows = next(data.rows("python", data.load_tokenizer("tiny"), "train", 128, buffer.n_rows, 0))
-    expected = torch.cat([tiny.z_cat_bfloat16(part, [0])[0][:, 1:].flatten(0, 1) for part in rows.split(64)])
+    expected = torch.cat(
+        [tiny.z_cat_bfloat16(part, [0])[0][:, 1:].flatten(0, 1) for part in rows.split(64)])
     assert len(got) == len(expected)
     direction = torch.randn(256, generator=torch.Generator().manual_seed(0)).double()
     order = lambda z: z[(z.double() @ direction).argsort()]
@@ -103,9 +107,20 @@ def test_every_activation_of_a_block_is_used_once_and_bos_never(tiny):
     assert not torch.allclose(got, expected), "the block was not shuffled"
 
 
+def test_every_process_of_a_team_has_part_of_a_batch_that_fits_one_row(tiny):
+    config = dataclasses.replace(SHORT, batch_size=64, n_tokens=64)
+    shares = []
+    for rank in range(2):
+        buffer = T.ActivationBuffer(tiny, data.load_tokenizer("tiny"), config, (0,),
+                                    torch.device("cpu"), Team(rank, 2))
+        [(_, z)] = buffer.batches(0)
+        shares.append(len(z[0]))
+    assert min(shares) > 0 and sum(shares) == 64
+
+
 def test_learning_rate_rises_again_after_each_resampling_and_falls_at_the_end():
-    config = dataclasses.replace(SHORT, n_tokens=256 * 1000, warmup=50, resample_every=200, resample_times=4,
-                                 lr=1.0, decay=0.2)
+    config = dataclasses.replace(SHORT, n_tokens=256 * 1000, warmup=50, resample_every=200,
+                                 resample_times=4, lr=1.0, decay=0.2)
     assert T.resampling_steps(config) == [200, 400], "none in the last half of the run"
     rates = [T.learning_rate(step, config) for step in range(1000)]
     for start in (0, 200, 400):
@@ -128,8 +143,8 @@ def test_evaluation_equals_a_loop_over_positions(tmp_path):
     got = T.evaluate(ours, {layer: sae}, rows, {layer: mean})[layer]
 
     def cross_entropy(replace):
-        """transformers, with z_cat of one layer replaced at positions 1 and up by a pre-hook on its output
-        projection."""
+        """transformers, with z_cat of one layer replaced at positions 1 and up by a pre-hook on its
+        output projection."""
         def hook(module, args):
             z = args[0].clone()
             for b in range(z.shape[0]):
@@ -185,9 +200,11 @@ def test_where_z_cat_does_not_matter_recovered_is_not_given():
 
     def metrics(zero, mean):
         ones = np.ones(50)
-        return T.summarise({"l0": ones, "ce_clean": 3 * ones, "ce_sae": 3 * ones, "ce_zero": 3 + zero,
-                            "ce_mean": 3 + mean,
-                            "error": ones, "power": 9 * ones, "z_sum": np.ones((50, 2))}, 10)
+        return T.summarise(
+            {
+                "l0": ones, "ce_clean": 3 * ones, "ce_sae": 3 * ones, "ce_zero": 3 + zero,
+                "ce_mean": 3 + mean, "error": ones, "power": 9 * ones, "z_sum": np.ones((50, 2))
+            }, 10)
 
     small = metrics(0.04 * np.ones(50), 0.2 * np.ones(50))
     assert small["ce_recovered_zero"] is None and small["ce_recovered_mean"] == pytest.approx(1)
@@ -221,7 +238,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(finished, tmp_path, mon
         assert (finished[0] / f"L{layer}"
                 / "sae.safetensors").read_bytes() == (tmp_path / "tiny" / f"L{layer}"
                                                       / "sae.safetensors").read_bytes()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "tiny" / "log.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "tiny" / "log.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(set(steps)) and steps[0] == 1 and steps[-1] == 46, \
         "log.jsonl has gaps or doubles after going on"
 
@@ -270,8 +290,8 @@ def test_train_runs_in_a_thread(finished, tmp_path):
 
 
 def test_training_curves_of_the_sparse_and_the_dense_step_overlay(tmp_path, monkeypatch):
-    """The same run by one step throughout; both count what resampling needs. Nothing is resampled: a draw
-    turns the last bit of an error into another feature."""
+    """The same run by one step throughout; both count what resampling needs. Nothing is resampled:
+    a draw turns the last bit of an error into another feature."""
     curves, dead = [], []
     for step in (T.sparse_step, T.dense_step):
         monkeypatch.setattr(T.Learner, "step_function", lambda learner, device: step)
@@ -313,9 +333,9 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--out", tmp_path, "--d-sae", "256",
-                                "--layers", "0"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--out", tmp_path, "--d-sae", "256", "--layers", "0"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "tokens" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
@@ -344,7 +364,8 @@ def test_a_disk_that_is_full_is_one_sentence(tmp_path):
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
             "from data.errors import run\n"
             "run(lambda: sae.SAE(32, 64).save(sys.argv[1] + '/sae.safetensors'))")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert not list(tmp_path.iterdir()), "a part of a file was left behind"
@@ -356,7 +377,8 @@ def test_a_disk_that_is_full_is_one_sentence(tmp_path):
 def test_a_text_that_ends_stops_the_run_with_a_checkpoint(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"This is line {i} of a book about {i % 17} owls.\n"
                                                for i in range(4000)))
-    with pytest.raises(UserError, match="book.txt ended after [0-9,]+ of 1,000,000 activations") as e:
+    with pytest.raises(UserError,
+                       match="book.txt ended after [0-9,]+ of 1,000,000 activations") as e:
         run_short(tmp_path, corpus=str(tmp_path / "book.txt"), n_tokens=1_000_000)
     enough = int(str(e.value).split("--n-tokens ")[1].split()[0])
     assert 20_000 < enough < 100_000
@@ -368,7 +390,8 @@ def test_a_text_that_ends_stops_the_run_with_a_checkpoint(tmp_path):
         run_short(tmp_path, corpus=str(tmp_path / "book.txt"), n_tokens=1_000_000, resume=True)
     assert int(str(later.value).split("--n-tokens ")[1].split()[0]) > enough
     metrics = run_short(tmp_path / "again", corpus=str(tmp_path / "book.txt"), n_tokens=enough)
-    assert metrics[0]["n_train_tokens"] == enough, "the number that the message advises does not work"
+    assert metrics[0]["n_train_tokens"] == enough, \
+        "the number that the message advises does not work"
 
 
 def test_saes_of_a_folder_are_measured_without_training(finished, tmp_path):
@@ -423,10 +446,10 @@ def test_gemma_trains_from_a_directory(tmp_path):
     random_gemma(tmp_path / "gemma", **GEMMA_SHAPES["2"])
     made.save(str(tmp_path / "gemma" / "tokenizer.json"))
     rng = np.random.default_rng(0)
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 200))}) + "\n"
-                                                 for _ in range(300)))
-    metrics = run_short(tmp_path, model=str(tmp_path / "gemma"), corpus=str(tmp_path / "text.jsonl"),
-                        n_ctx=32, layers=(1, 3), d_sae=64)
+    (tmp_path / "text.jsonl").write_text("".join(
+        json.dumps({"text": " ".join(rng.choice(words, 200))}) + "\n" for _ in range(300)))
+    metrics = run_short(tmp_path, model=str(tmp_path / "gemma"),
+                        corpus=str(tmp_path / "text.jsonl"), n_ctx=32, layers=(1, 3), d_sae=64)
     assert metrics.keys() == {1, 3} and metrics[3]["n_train_tokens"] == 12_000 // 256 * 256
     assert S.SAE.load(tmp_path / "gemma" / "L1").d_in == 64, "H*d_head, which is not d_model here"
 
@@ -468,12 +491,13 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words)
 
 def test_two_processes_give_the_result_of_one(tmp_path):
     """At the same number of threads: the model's bfloat16 products depend on it."""
-    flags = ("--layers 0,2 --d-sae 128 --n-tokens 12000 --batch-size 256 --warmup 10 --resample-every 10 "
-             "--n-eval-rows 8 --block-mib 8 --out").split()
+    flags = (
+        "--layers 0,2 --d-sae 128 --n-tokens 12000 --batch-size 256 --warmup 10 --resample-every 10 "
+        "--n-eval-rows 8 --block-mib 8 --out").split()
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     for folder, start in (("one", []), ("two", torchrun)):
-        done = subprocess.run([sys.executable, *start, "train.py", *flags, tmp_path / folder], cwd=ROOT,
-                              capture_output=True, text=True, timeout=300,
+        done = subprocess.run([sys.executable, *start, "train.py", *flags, tmp_path / folder],
+                              cwd=ROOT, capture_output=True, text=True, timeout=300,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("written to") == 1, "one process speaks"
@@ -495,7 +519,8 @@ def test_shares_of_a_batch_are_disjoint_and_whole():
 
 
 def test_activations_of_low_rank_can_be_started_from(monkeypatch):
-    """Where eigh does not converge in float32, as it may for one-hot activations, float64 serves."""
+    """Where eigh does not converge in float32, as it may for one-hot activations, float64
+    serves."""
     eigh = torch.linalg.eigh
 
     def stubborn(matrix):
@@ -508,5 +533,6 @@ def test_activations_of_low_rank_can_be_started_from(monkeypatch):
     learner = T.make_learner(40, 64, 0.2, 1e-3)
     T.initialise(learner, z, True, torch.Generator().manual_seed(0))
     sae = learner.sae
-    assert sae.W_dec[:, 10:].abs().max() < 1e-4, "directions outside the space that activations fill"
+    assert sae.W_dec[:, 10:].abs().max() < 1e-4, \
+        "directions outside the space that activations fill"
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))

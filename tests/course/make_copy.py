@@ -3,9 +3,10 @@
     python tests/course/make_copy.py my-copy        then in that folder:
     python -m pytest tests/course -x
 
-Each exercise is one idea of the paper, a few lines long; its docstring, its shapes and everything around it
-stay. `tests/course/test_exercises.py` grades them in order: a test may use what earlier exercises made, and nothing
-of later ones. Its messages say what kind of mistake an answer looks like.
+Each exercise is one idea of the paper, a few lines long; its docstring, its shapes and everything
+around it stay. `tests/course/test_exercises.py` grades them in order: a test may use what earlier
+exercises made, and nothing of later ones. Its messages say what kind of mistake an answer looks
+like.
 """
 
 import ast
@@ -34,45 +35,55 @@ class Exercise(NamedTuple):
 
 
 EXERCISES = (
-    Exercise("an attention layer up to z_cat", "model.py", ("attend",),
-             "the top of model.py; Attention.heads and Attention.out, the two halves around the seam"),
-    Exercise("what the sparse autoencoder computes", "sae.py", ("SAE.pre_activations", "SAE.activate", "SAE.decode"),
+    Exercise(
+        "an attention layer up to z_cat", "model.py", ("attend",),
+        "the top of model.py; Attention.heads and Attention.out, the two halves around the seam"),
+    Exercise("what the sparse autoencoder computes", "sae.py",
+             ("SAE.pre_activations", "SAE.activate", "SAE.decode"),
              "the top of sae.py; the paper, section 2"),
     Exercise("its loss, and the gradient by hand", "sae.py", ("dense_step",),
              "sae.LossAndGradients; the chain rule; note that b_dec enters twice"),
-    Exercise("decoder rows of unit norm", "sae.py", ("project_decoder_gradient", "normalise_decoder"),
+    Exercise("decoder rows of unit norm", "sae.py",
+             ("project_decoder_gradient", "normalise_decoder"),
              "train.train_step, for the order: project, step, normalise"),
     Exercise("resampling of dead features", "sae.py", ("resample", "reset_adam"),
              "Bricken et al. 2023, Towards Monosemanticity; the docstrings"),
     Exercise("cross-entropy recovered", "train.py", ("row_ce", "ce_recovered"),
              "train.evaluate, for what is replaced where"),
-    Exercise("which heads a feature lies in", "attribution.py", ("head_weights",), "the paper, section 2"),
+    Exercise("which heads a feature lies in", "attribution.py", ("head_weights",),
+             "the paper, section 2"),
     Exercise("direct feature attribution", "attribution.py", ("dfa", "feature_bias"),
              "model.Heads, for pattern and v; the paper, section 2"),
-    Exercise("one step of recursive DFA", "attribution.py", ("decompose",),
-             "attribution.Components, TracedPrompt and Contributions; model.HeadMatrices and LayerCache"),
+    Exercise(
+        "one step of recursive DFA", "attribution.py", ("decompose",),
+        "attribution.Components, TracedPrompt and Contributions; model.HeadMatrices and LayerCache"
+    ),
     Exercise("the length of a prefix that matches", "induction.py", ("prefix_lengths",),
              "the top of induction.py"),
-    Exercise("a feature removed where it matters", "sae.py", ("ablate",), "sae.splice; ioi.ablate_features"),
+    Exercise("a feature removed where it matters", "sae.py", ("ablate",),
+             "sae.splice; ioi.ablate_features"),
     Exercise("how much of the logit difference is recovered", "ioi.py", ("recovered",),
              "the top of ioi.py; data.stats.bootstrap and mean_with_ci"),
 )
 
 
 def blank(source, names, number):
-    """The source with the bodies of these functions replaced by an error that says what to do; their
-    docstrings stay. Comments that give the derivatives away go."""
+    """The source with the bodies of these functions replaced by an error that says what to do;
+    their docstrings stay. Comments that give the derivatives away go."""
     lines = source.splitlines(keepends=True)
     found = {f"{above}{node.name}": node for above, node in _functions(ast.parse(source))}
-    for name in sorted(names, key=lambda name: -found[name].lineno):    # from the end: lines above stay
+    # from the end: lines above stay
+    for name in sorted(names, key=lambda name: -found[name].lineno):
         body = found[name].body
         first = body[0].end_lineno if ast.get_docstring(found[name]) else body[0].lineno - 1
         indent = " " * body[0].col_offset
         lines[first:body[-1].end_lineno] = [
             f"{indent}raise NotImplementedError(\n",
             f'{indent}    "exercise {number}, {EXERCISES[number - 1].title}: write {name} in "\n',
-            f'{indent}    "{EXERCISES[number - 1].file}; its docstring says what it is to return")\n']
-    return re.sub(r"carrying 1/B:\n(#     +dL/.*\n)+", "carrying 1/B, work out dL/dW_dec and the others.\n",
+            f'{indent}    "{EXERCISES[number - 1].file}; its docstring says what it is to return")\n'
+        ]
+    # the gradient is an exercise: its formulas go too
+    return re.sub(r"(#     dL/.*\n)+", "#     (dL/dW_dec and the others: yours to work out)\n",
                   "".join(lines))
 
 
@@ -95,11 +106,12 @@ def blanked(file, exercises=range(1, len(EXERCISES) + 1)):
 
 
 def student_copy(folder):
-    """Copy the project into a new folder, with every exercise blank. Raises UserError if the folder is there
-    and holds something."""
+    """Copy the project into a new folder, with every exercise blank. Raises UserError if the folder
+    is there and holds something."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; name a new folder, so that nobody's answers are lost.")
+        raise UserError(
+            f"{folder} is there already; name a new folder, so that nobody's answers are lost.")
     files = sorted({path for pattern in COPIED for path in ROOT.glob(pattern)
                     if path.is_file() and "__pycache__" not in path.parts
                     and path.relative_to(ROOT).as_posix() not in NOT_COPIED})
@@ -111,7 +123,8 @@ def student_copy(folder):
         for file in {exercise.file for exercise in EXERCISES}:
             (folder / file).write_text(blanked(file), encoding="utf8")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder.") from error
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; name another folder.") from error
 
 
 def main():

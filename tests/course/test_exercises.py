@@ -1,7 +1,8 @@
-"""The twelve exercises of tests/course/make_copy.py, graded in order; in the project itself they are tests like others.
+"""The twelve exercises of tests/course/make_copy.py, graded in order; in the project itself they
+are tests like others.
 
-References are loops over single numbers, autograd, or numbers worked out on paper: nothing is compared with
-the code under test. A message says what kind of mistake an answer looks like.
+References are loops over single numbers, autograd, or numbers worked out on paper: nothing is
+compared with the code under test. A message says what kind of mistake an answer looks like.
 """
 
 import math
@@ -21,7 +22,8 @@ import train
 
 def near(got, expected, atol=1e-9):
     expected = torch.as_tensor(expected)
-    assert got.shape == expected.shape, f"the shape is {tuple(got.shape)}, not {tuple(expected.shape)}"
+    assert got.shape == expected.shape, \
+        f"the shape is {tuple(got.shape)}, not {tuple(expected.shape)}"
     return torch.allclose(got.to(expected.dtype), expected, atol=atol, rtol=1e-6)
 
 
@@ -52,7 +54,8 @@ def slow_attention(q, k, v, scale, window=None, cap=None):
                 scores = [cap * math.tanh(s / cap) for s in scores] if cap else scores
                 for key, s in zip(keys, scores):
                     pattern[b, h, at, key] = math.exp(s) / sum(map(math.exp, scores))
-                    z_cat[b, at, h * d_head:(h + 1) * d_head] += pattern[b, h, at, key] * v[b, key, h]
+                    z_cat[b, at,
+                          h * d_head:(h + 1) * d_head] += pattern[b, h, at, key] * v[b, key, h]
     return pattern, z_cat
 
 
@@ -65,7 +68,8 @@ def test_01_attention():
         assert heads.pattern.isfinite().all(), \
             "NaN: put -inf where a key is not seen, before the softmax; and every query sees itself"
         ahead = torch.ones(5, 5, dtype=torch.bool).triu(1)
-        assert (heads.pattern[..., ahead] == 0).all(), "a query sees keys that stand after it: causal mask?"
+        assert (heads.pattern[..., ahead] == 0).all(), \
+            "a query sees keys that stand after it: causal mask?"
         assert near(heads.pattern.sum(-1), torch.ones(2, 3, 5).double()), \
             "a query's weights should sum to 1: softmax over the keys, the last dimension, after the mask?"
         seen = "" if window is None or near(heads.pattern > 0, pattern > 0) else \
@@ -74,7 +78,8 @@ def test_01_attention():
             f"wrong pattern (window {window}, cap {cap}): scale times q . k, then cap * tanh(score / cap), " \
             f"then the mask{seen}"
         assert heads.z_cat.shape == z_cat.shape, "z_cat is (B,q,D): heads side by side"
-        assert near(heads.z_cat, z_cat), "wrong z_cat: z_h = sum_k pattern[q,k] v[k], then [z_0 | z_1 | ...]"
+        assert near(heads.z_cat, z_cat), \
+            "wrong z_cat: z_h = sum_k pattern[q,k] v[k], then [z_0 | z_1 | ...]"
         for name, given in (("q", q), ("k", k), ("v", v)):
             assert getattr(heads, name) is given or near(getattr(heads, name), given), \
                 f"{name} goes along as it came: it is read by attribution"
@@ -98,7 +103,8 @@ def test_02_encode_and_decode():
     assert near(pre, torch.tensor([[2, -1, 2.5]])), \
         f"the pre-activations are {pre.tolist()}, and should be [[2, -1, 2.5]]: b_enc?"
     f = sae.encode(z)
-    assert not near(f, torch.tensor([[2, -1, 2.5]])), "features are never negative: did you forget the ReLU?"
+    assert not near(f, torch.tensor([[2, -1, 2.5]])), \
+        "features are never negative: did you forget the ReLU?"
     assert near(f, torch.tensor([[2, 0, 2.5]])), f"f is {f.tolist()}, and should be [[2, 0, 2.5]]"
     sae.threshold.copy_(torch.tensor([2.2, 0, 2.2]))
     assert near(sae.encode(z), torch.tensor([[0, 0, 2.5]])), \
@@ -124,14 +130,17 @@ def test_03_loss():
     sae, z = small_sae(), random(32, 6, seed=3)
     mse, sparsity, fired, _ = by_autograd(sae, z, 0.5)
     step = S.dense_step(sae, z, 0.5)
-    assert abs(float(step.mse) - mse / 6) > 1e-9, "mse is a sum over d_in, and a mean over the batch only"
+    assert abs(float(step.mse) - mse / 6) > 1e-9, \
+        "mse is a sum over d_in, and a mean over the batch only"
     assert abs(float(step.mse) - mse * 32) > 1e-9, "mse is a mean over the batch"
     assert float(step.mse) == pytest.approx(mse), "mse: sum_d (z_hat - z)^2, mean over the batch"
     assert abs(float(step.sparsity) - 0.5 * sparsity) > 1e-9, \
         "sparsity without l1: the loss is mse + l1 * sparsity"
-    assert float(step.sparsity) == pytest.approx(sparsity), "sparsity: sum_i f_i, mean over the batch"
+    assert float(step.sparsity) == pytest.approx(sparsity), \
+        "sparsity: sum_i f_i, mean over the batch"
     assert step.fired.tolist() == fired.tolist(), "fired: on how many inputs each feature is active"
-    assert not step.fired.is_floating_point(), "fired is a count: whole numbers, as train.py adds it up"
+    assert not step.fired.is_floating_point(), \
+        "fired is a count: whole numbers, as train.py adds it up"
 
 
 def test_03_gradient():
@@ -146,7 +155,8 @@ def test_03_gradient():
     assert near(got["W_dec"], expected["W_dec"]), "dL/dW_dec = f^T (2 (z_hat - z) / B)"
     assert near(got["b_enc"], expected["b_enc"]), \
         "dL/db_enc: the gradient at a pre-activation is 0 where the feature is not active; l1 / B counts"
-    assert near(got["W_enc"], expected["W_enc"]), "dL/dW_enc = (z - b_dec)^T dL/dpre: b_dec is in there too"
+    assert near(got["W_enc"], expected["W_enc"]), \
+        "dL/dW_enc = (z - b_dec)^T dL/dpre: b_dec is in there too"
     assert near(got["b_dec"], expected["b_dec"]), \
         "b_dec enters twice: it is added to z_hat, and subtracted from z before W_enc"
 
@@ -160,7 +170,8 @@ def test_04_decoder_rows():
     sae.W_dec.copy_(torch.tensor([[0.6, 0.8], [1.0, 0.0]]))
     gradient = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     S.project_decoder_gradient(sae, gradient)
-    assert not torch.equal(gradient, torch.tensor([[1.0, 0.0], [3.0, 4.0]])), "it is changed in place"
+    assert not torch.equal(gradient, torch.tensor([[1.0, 0.0], [3.0, 4.0]])), \
+        "it is changed in place"
     assert near(gradient, torch.tensor([[0.64, -0.48], [0.0, 4.0]]), 1e-6), \
         "take from each row of the gradient its part along W_dec's row: g - (g . w) w, row by row"
     sae.W_dec.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
@@ -196,7 +207,8 @@ def test_05_resampling():
     moments = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in sae.named_parameters()}
     for nobody in (torch.zeros_like(dead), torch.ones_like(dead)):
         S.resample(sae, optimizer, nobody, z, torch.Generator().manual_seed(0))
-        assert torch.equal(sae.W_dec, live["W_dec"]), "nothing is done if no feature is dead, or all are"
+        assert torch.equal(sae.W_dec, live["W_dec"]), \
+            "nothing is done if no feature is dead, or all are"
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     S.resample(sae, optimizer, dead, z, generator)
@@ -211,13 +223,15 @@ def test_05_resampling():
     assert ((rows[:, 0] > 0.99) | (rows[:, 1] > 0.99)).all(), \
         "a new row is an input less b_dec, normalised; an input without error is never drawn"
     assert abs(share - 2 / 3) > 0.04, "the probability goes with the square of the squared error"
-    assert abs(share - 4 / 5) < 0.04, "an input with twice the squared error is drawn 4 times as often"
+    assert abs(share - 4 / 5) < 0.04, \
+        "an input with twice the squared error is drawn 4 times as often"
     assert near(sae.W_enc[:, 4:], 0.2 * 2.5 * rows.T, 1e-5), \
         "W_enc's column: the same direction at 0.2 times the mean norm of live columns, which is 2.5"
     assert (sae.b_enc[4:] == 0).all(), "b_enc of a new feature is 0"
     for name, feature_dim in (("W_enc", 1), ("W_dec", 0), ("b_enc", 0)):
         state = optimizer.state[getattr(sae, name)]
-        first, second = state["exp_avg"].movedim(feature_dim, 0), state["exp_avg_sq"].movedim(feature_dim, 0)
+        first, second = state["exp_avg"].movedim(feature_dim,
+                                                 0), state["exp_avg_sq"].movedim(feature_dim, 0)
         assert (first[4:] == 0).all(), f"Adam's first moment of {name} is 0 for new features"
         assert not (second[4:] == 0).any(), \
             f"Adam's second moment of {name}: 0 would make the first update huge; take the mean of live ones"
@@ -230,9 +244,11 @@ def test_05_resampling():
 
 
 def test_06_cross_entropy_recovered():
-    logits, tokens = random(3, 6, 9), torch.randint(9, (3, 6), generator=torch.Generator().manual_seed(0))
-    each = [[float(torch.logsumexp(logits[b, t], 0) - logits[b, t, tokens[b, t + 1]]) for t in range(5)]
-            for b in range(3)]
+    logits, tokens = random(3, 6, 9), torch.randint(9, (3, 6),
+                                                    generator=torch.Generator().manual_seed(0))
+    each = [[
+        float(torch.logsumexp(logits[b, t], 0) - logits[b, t, tokens[b, t + 1]]) for t in range(5)
+    ] for b in range(3)]
     got = train.row_ce(logits, tokens)
     mean = lambda first: torch.tensor([sum(row[first:]) / len(row[first:]) for row in each])
     assert not near(got, mean(0), 1e-5), \
@@ -287,7 +303,8 @@ def test_09_one_step_of_recursive_attribution():
     layer, q, i = 1, 4, 3
     kept, m, sae = run.cache[layer], run.matrices[layer], saes[layer]
     found = attribution.decompose(run, layer, q, i)
-    got = {(int(h), int(p)): float(value) for h, p, value in zip(found.head, found.component, found.value)}
+    got = {(int(h), int(p)): float(value)
+           for h, p, value in zip(found.head, found.component, found.value)}
     assert len(got) == len(found.value), "a (head, component) stands in the list twice"
     parts, before = run.components, run.n_before[layer]
     assert max(p for _, p in got) < before, \
@@ -319,7 +336,8 @@ def test_10_prefix_lengths():
     classes = torch.tensor([[-1, 1, 2, 3, -1, 1, 2, 3, 2]])
     got = induction.prefix_lengths(classes)
     assert got.shape == (1, 9, 9), "L[q,k] for every query and key"
-    assert got[0, 7, 4] in (3, 4), "compare the query's token with the one before key k, not with k's"
+    assert got[0, 7, 4] in (3, 4), \
+        "compare the query's token with the one before key k, not with k's"
     assert (got[0, :, 1] == 0).all(), "BOS matches nothing: class -1 is no class"
     assert got[0, 7, 4] == 3, "a b c stands before key 4, and up to the second c: 3"
     assert got[0, 6, 3] == 2 and got[0, 5, 2] == 1
@@ -358,7 +376,8 @@ def test_11_ablation_at_own_positions():
     assert int(changed.sum()) == 1, \
         "where the feature is not active, f is 0 and z stays: did you forget the ReLU?"
     sae.threshold[2] = 100.0
-    assert torch.equal(S.ablate(sae, 2, where)(z), z), "f is 0 up to the threshold, which is not always 0"
+    assert torch.equal(S.ablate(sae, 2, where)(z), z), \
+        "f is 0 up to the threshold, which is not always 0"
     each = S.ablate(sae, torch.tensor([2, 7]), where)(z)
     assert near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), \
         "with a feature for each row, each loses its own"

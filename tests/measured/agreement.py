@@ -3,8 +3,8 @@
     python tests/measured/agreement.py          the shipped model, over held-out text
 
 Two tables, also written to <out>/<model>/agreement/agreement.json: weight-based head attribution
-against DFA by head; and one step of recursive DFA against what happens when a feature is removed from
-the model.
+against DFA by head; and one step of recursive DFA against what happens when a feature is removed
+from the model.
 
 Shapes: R rows, T positions, H heads, D = H*d_head, d_sae.
 """
@@ -36,10 +36,10 @@ class AgreementConfig(StudyConfig):
 def head_agreement(model, sae, layer, rows):                # (R,T) -> dict
     """Weight-based head attribution against DFA by head, over the features that fire in `rows`.
 
-    DFA by head of a feature is summed over the positions where it fires: z_h . w^h less the constant,
-    which is DFA of attribution.values_minus_bias summed over sources. rank: mean over features of
-    Spearman's correlation over heads; top1: how often both name the same head; with intervals over
-    features; None where there is nothing to compare.
+    DFA by head of a feature is summed over the positions where it fires: z_h . w^h less the
+    constant, which is DFA of attribution.values_minus_bias summed over sources. rank: mean over
+    features of Spearman's correlation over heads; top1: how often both name the same head; with
+    intervals over features; None where there is nothing to compare.
     """
     H = model.config.n_heads
     weights = head_weights(sae.W_dec, H)
@@ -66,15 +66,16 @@ def head_agreement(model, sae, layer, rows):                # (R,T) -> dict
 
 
 @torch.no_grad()
-def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10, seed=0):   # -> dict
+# -> dict
+def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10, seed=0):
     """One step of recursive DFA against removal, nothing frozen.
 
-    For features of the last layer that has an SAE, at positions drawn at random, the n_strong earlier
-    features of largest direct attribution and n_random others are removed one at a time, each where
-    it fired, and the model run anew. rank: mean over roots of Spearman's correlation of attribution
-    (summed over heads) with the fall of the pre-activation. sign: how often their signs agree among
-    the strong ones. slope: fall per unit attributed (least squares through 0, over all). Intervals
-    over roots.
+    For features of the last layer that has an SAE, at positions drawn at random, the n_strong
+    earlier features of largest direct attribution and n_random others are removed one at a time,
+    each where it fired, and the model run anew. rank: mean over roots of Spearman's correlation of
+    attribution (summed over heads) with the fall of the pre-activation. sign: how often their signs
+    agree among the strong ones. slope: fall per unit attributed (least squares through 0, over
+    all). Intervals over roots.
     """
     rng = np.random.default_rng(seed)
     layer = max(saes)

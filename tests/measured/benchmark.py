@@ -3,9 +3,10 @@
     pip install torch==2.13.0 && pip install -r tests/requirements-peers.txt
     python tests/measured/benchmark.py [steps, 50 if not given]
 
-Every line is measured in a process of its own. Steps start from the same weights and see the same batches: a
-planted dictionary, of which each input is a sum of 25 rows, and a bias at which about 25 features are active,
-as late in training. "peak" is the most memory that the work had above what there was before (Linux only).
+Every line is measured in a process of its own. Steps start from the same weights and see the same
+batches: a planted dictionary, of which each input is a sum of 25 rows, and a bias at which about 25
+features are active, as late in training. "peak" is the most memory that the work had above what
+there was before (Linux only).
 """
 
 import multiprocessing
@@ -18,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 
 def mebibytes(what):
-    """Of this process: VmRSS, what it has now, or VmHWM, the most it has had since `forget_peak`."""
+    """Of this process: VmRSS, what it has now, or VmHWM, the most it has had since
+    `forget_peak`."""
     if not Path("/proc/self/status").exists():
         return 0.0
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(what))
     return int(line.split()[1]) / 1024
 
 
@@ -50,9 +53,11 @@ def planted(d_in, d_sae, batch_size, n_batches=4):
     for _ in range(n_batches):
         which = torch.randint(d_sae, (batch_size, 25), generator=generator)
         size = 0.5 + torch.rand(batch_size, 25, generator=generator)
-        batches.append(torch.nn.functional.embedding_bag(which, W, per_sample_weights=size, mode="sum"))
+        batches.append(
+            torch.nn.functional.embedding_bag(which, W, per_sample_weights=size, mode="sum"))
     pre = batches[0] @ W.T
-    return W, -pre.flatten()[:2**24].kthvalue(int((1 - 25 / d_sae) * min(pre.numel(), 2**24))).values, batches
+    return W, -pre.flatten()[:2**24].kthvalue(int(
+        (1 - 25 / d_sae) * min(pre.numel(), 2**24))).values, batches
 
 
 def ours(d_in, d_sae, batch_size, steps):
@@ -72,8 +77,9 @@ def ours(d_in, d_sae, batch_size, steps):
 
 
 def saelens(d_in, d_sae, batch_size, steps, autocast, constrained=False):
-    """constrained: with what our step does and theirs does not (decoder rows of unit norm, their gradient
-    projected), and without what theirs does and ours does not (clipping the gradient): the same algorithm."""
+    """constrained: with what our step does and theirs does not (decoder rows of unit norm, their
+    gradient projected), and without what theirs does and ours does not (clipping the gradient): the
+    same algorithm."""
     import torch
     from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -83,12 +89,14 @@ def saelens(d_in, d_sae, batch_size, steps, autocast, constrained=False):
     W, bias, batches = planted(d_in, d_sae, batch_size)
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=L1))
     begin_with(sae, W, bias)
-    config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=batch_size, lr=LR,
-                              lr_end=LR, adam_beta1=0.0, adam_beta2=0.9999, autocast=autocast)
+    config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=batch_size,
+                              lr=LR, lr_end=LR, adam_beta1=0.0, adam_beta2=0.9999,
+                              autocast=autocast)
     trainer, last = SAETrainer(config, sae, iter(())), []
     if constrained:
         torch.nn.utils.clip_grad_norm_ = lambda parameters, most: None
-        sae.W_dec.register_post_accumulate_grad_hook(lambda W_dec: project_decoder_gradient(sae, W_dec.grad))
+        sae.W_dec.register_post_accumulate_grad_hook(
+            lambda W_dec: project_decoder_gradient(sae, W_dec.grad))
 
     def step(i):
         last[:] = [trainer.step(batches[i % len(batches)])]
@@ -110,7 +118,8 @@ def begin_with(sae, W, bias):
 
 
 def timed(step, steps, loss):
-    """Seconds per step after two steps to warm up, the last loss, peak memory above what there was before."""
+    """Seconds per step after two steps to warm up, the last loss, peak memory above what there was
+    before."""
     forget_peak()
     begun_with = mebibytes("VmRSS")
     for i in range(2):
@@ -133,8 +142,9 @@ def encoder_product(d_in, d_sae, batch_size, steps):
 
 def compare_steps(d_in, d_sae, batch_size, steps):
     """-> seconds of a step: ours, sae-lens float32, sae-lens bfloat16."""
-    print(f"\n{f'step {d_in} -> {d_sae}, batch {batch_size}, {steps} steps':44} {'s/step':>9} {'ratio':>7}   "
-          f"{'loss':>9} {'peak':>9}")
+    print(
+        f"\n{f'step {d_in} -> {d_sae}, batch {batch_size}, {steps} steps':44} {'s/step':>9} {'ratio':>7}   "
+        f"{'loss':>9} {'peak':>9}")
     size = (d_in, d_sae, batch_size, steps)
     same = "sae-lens, float32, the same algorithm"
     rows = {"ours": in_a_process(ours, *size),
@@ -145,7 +155,8 @@ def compare_steps(d_in, d_sae, batch_size, steps):
     first, loss_of_first = rows["ours"][:2]
     for name, (seconds, loss, memory) in rows.items():
         shown = f"{loss:9.4f}" if loss else "         "
-        print(f"{name:44} {seconds:9.4f} {seconds / first:7.2f} x {shown} {memory:9,.0f} MiB", flush=True)
+        print(f"{name:44} {seconds:9.4f} {seconds / first:7.2f} x {shown} {memory:9,.0f} MiB",
+              flush=True)
     print("the same algorithm: decoder rows of unit norm, gradient not clipped; its loss differs "
           f"from ours by {abs(rows[same][1] / loss_of_first - 1):.3%}")
     return [seconds for seconds, _, _ in rows.values()][:3]
@@ -161,10 +172,10 @@ def curve(dense):
     import data
     import model as models
     import train
-    config = train.TrainConfig(layers=(2,), batch_size=1024, lr=2.4e-3, warmup=200, n_tokens=400 * 1024,
-                               block_mib=128, resample_every=100)
-    buffer = train.ActivationBuffer(models.load_model("tiny"), data.load_tokenizer("tiny"), config, (2,),
-                                    torch.device("cpu"))
+    config = train.TrainConfig(layers=(2,), batch_size=1024, lr=2.4e-3, warmup=200,
+                               n_tokens=400 * 1024, block_mib=128, resample_every=100)
+    buffer = train.ActivationBuffer(models.load_model("tiny"), data.load_tokenizer("tiny"), config,
+                                    (2,), torch.device("cpu"))
     one_step = train.dense_step if dense else train.sparse_step
     train.Learner.step_function = lambda learner, device: one_step
     learners = train.make_learners(config, (2,), buffer.D, torch.device("cpu"))
@@ -180,9 +191,10 @@ def curve(dense):
 def compare_curves():
     sparse, dense = in_a_process(curve, False), in_a_process(curve, True)
     apart = [abs(a / b - 1) for a, b in zip(sparse, dense)]
-    print(f"\ntraining curves, sparse against dense float32 step, tiny's layer 2, {len(sparse)} steps: the "
-          f"loss falls from {dense[0]:.3f} to {dense[-1]:.3f}, the two differ by {max(apart):.3%} at most",
-          flush=True)
+    print(
+        f"\ntraining curves, sparse against dense float32 step, tiny's layer 2, {len(sparse)} steps: the "
+        f"loss falls from {dense[0]:.3f} to {dense[-1]:.3f}, the two differ by {max(apart):.3%} at most",
+        flush=True)
 
 
 # ---- z_cat of a model of GPT-2 Small's size, layer 5 ----
@@ -213,7 +225,8 @@ def z_cat_transformers(bfloat16):
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().requires_grad_(False)
     model = model.to(torch.bfloat16) if bfloat16 else model
     kept = []
-    model.transformer.h[LAYER].attn.c_proj.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    model.transformer.h[LAYER].attn.c_proj.register_forward_pre_hook(
+        lambda _, args: kept.append(args[0]))
     tokens = torch.randint(50257, (ROWS, 128), generator=torch.Generator().manual_seed(0))
     return timed(lambda i: (kept.clear(), model(tokens)), TIMES, lambda: 0.0)
 
@@ -234,8 +247,8 @@ def z_cat_transformer_lens(stop, bfloat16=False):
 
 
 def compare_z_cat():
-    """-> tokens/s of ours in bfloat16, and of transformer-lens at its default, stopped, and stopped in
-    bfloat16."""
+    """-> tokens/s of ours in bfloat16, and of transformer-lens at its default, stopped, and stopped
+    in bfloat16."""
     what = f"z_cat of layer {LAYER}, GPT-2 Small's size, {ROWS} rows"
     print(f"\n{what:48} {'tokens/s':>10} {'ratio':>7}   {'peak':>9}")
     rows = {"ours, float32": in_a_process(z_cat_ours, False),
@@ -248,7 +261,8 @@ def compare_z_cat():
     speeds = {name: ROWS * 128 / seconds for name, (seconds, _, _) in rows.items()}
     for name, speed in speeds.items():
         against = speeds["ours, float32" if "bfloat16" not in name else "ours, bfloat16"]
-        print(f"{name:48} {speed:10,.0f} {against / speed:7.2f} x {rows[name][2]:9,.0f} MiB", flush=True)
+        print(f"{name:48} {speed:10,.0f} {against / speed:7.2f} x {rows[name][2]:9,.0f} MiB",
+              flush=True)
     return speeds["ours, bfloat16"], *list(speeds.values())[4:]
 
 
@@ -266,7 +280,8 @@ def dfa_through_the_large_tensor():
     pattern, v, w = attention()
 
     def work(i):
-        moved = pattern[..., None] * v.permute(0, 2, 1, 3)[:, :, None]                  # (B,H,q,k,d_head)
+        # (B,H,q,k,d_head)
+        moved = pattern[..., None] * v.permute(0, 2, 1, 3)[:, :, None]
         return (moved * w.unflatten(0, (12, 64))[:, None, None]).sum(-1)
 
     return timed(work, 1, lambda: 0.0)
@@ -304,8 +319,9 @@ def main():
              "both at their defaults (float32)": (speeds[1], default),
              "stopped at the layer; bfloat16 autocast": (speeds[2], autocast),
              "the same, and the model's weights in bfloat16": (speeds[3], autocast)}
-    print(f"\n{'GPT-2-sized model to layer 5 + SAE 24576':48} {'s/batch':>9} {'ratio':>7}   (sums of the "
-          f"above)")
+    print(
+        f"\n{'GPT-2-sized model to layer 5 + SAE 24576':48} {'s/batch':>9} {'ratio':>7}   (sums of the "
+        f"above)")
     whole = {name: 4096 / speed + step for name, (speed, step) in whole.items()}
     for name, total in whole.items():
         print(f"{name:48} {total:9.2f} {total / whole['ours, bfloat16 products']:7.2f} x")

@@ -2,12 +2,13 @@
 
     python tests/measured/calibrate.py [number of hand-wired models, 24 if not given]
 
-Each model (tests/wired.py) has four heads that do one, two or four jobs, and an SAE trained on their z_cat. A
-feature's true role in a head is the job of the tokens at which the head gathers most of its activation; the
-true number of roles among the features that lie in a head most follows from these as the measured one does
-from the roles found. The threshold of similarity is chosen on one half of the models and judged on the other;
-a head is wrong if it is polysemantic (heads.POLYSEMANTIC_ABOVE) by one of the two numbers and not by the other.
-heads.py has the threshold chosen here (SIMILARITY_THRESHOLD).
+Each model (tests/wired.py) has four heads that do one, two or four jobs, and an SAE trained on
+their z_cat. A feature's true role in a head is the job of the tokens at which the head gathers most
+of its activation; the true number of roles among the features that lie in a head most follows from
+these as the measured one does from the roles found. The threshold of similarity is chosen on one
+half of the models and judged on the other; a head is wrong if it is polysemantic
+(heads.POLYSEMANTIC_ABOVE) by one of the two numbers and not by the other. heads.py has the
+threshold chosen here (SIMILARITY_THRESHOLD).
 """
 
 import math
@@ -33,7 +34,8 @@ THRESHOLDS = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8]  
 class Head(NamedTuple):
     """One hand-wired head."""
     n_jobs: int
-    true: dict              # {choice: number of roles among its features of that choice, by the jobs wired}
+    # {choice: number of roles among its features of that choice, by the jobs wired}
+    true: dict
     found: dict             # {choice: {similarity: the number found}}
 
 
@@ -82,13 +84,15 @@ def true_job(jobs, feature, places, tokens):
 
 def wrong(heads, choice, least):                        # -> (one role called many, many called one)
     """Numbers of heads on the wrong side, of each kind."""
-    called = [(one.true[choice] > H.POLYSEMANTIC_ABOVE, one.found[choice][least] > H.POLYSEMANTIC_ABOVE) for one in heads]
-    return sum(got and not true for true, got in called), sum(true and not got for true, got in called)
+    called = [(one.true[choice] > H.POLYSEMANTIC_ABOVE, one.found[choice][least]
+               > H.POLYSEMANTIC_ABOVE) for one in heads]
+    return sum(got and not true for true, got in called), sum(
+        true and not got for true, got in called)
 
 
 def distance(heads, choice, least):
-    """Median factor between the number of roles found and the true one; where no two share a role, a hundred
-    stands for infinitely many."""
+    """Median factor between the number of roles found and the true one; where no two share a role,
+    a hundred stands for infinitely many."""
     pairs = [(min(one.found[choice][least], 100), min(one.true[choice], 100)) for one in heads]
     return 2 ** float(np.median([abs(math.log2(found / true)) for found, true in pairs]))
 
@@ -108,20 +112,23 @@ def main():
     best = fewest[(len(fewest) - 1) // 2]
     for least, number in zip(THRESHOLDS, n_wrong):
         print(f"{least:10.2f} {number:7d} {distance(chosen_on, choice, least):12.2f}")
-    print(f"chosen: {best}, in the middle of those with the fewest\n\non the other {len(judged_on)} heads; "
-          "intervals as if the heads of one model were independent\n"
-          "features   similarity   one role called many   "
-          "many called one       wrong [95% interval]   median factor")
+    print(
+        f"chosen: {best}, in the middle of those with the fewest\n\non the other {len(judged_on)} heads; "
+        "intervals as if the heads of one model were independent\n"
+        "features   similarity   one role called many   "
+        "many called one       wrong [95% interval]   median factor")
     for choice in H.CHOICES:
         for least in THRESHOLDS:
             one, many = wrong(judged_on, choice, least)
             n_one = sum(head.true[choice] <= H.POLYSEMANTIC_ABOVE for head in judged_on)
-            share = format_ci((one + many) / len(judged_on), wilson(one + many, len(judged_on)), ".1%")
+            share = format_ci((one + many) / len(judged_on), wilson(one + many, len(judged_on)),
+                              ".1%")
             print(f"{choice:9} {least:11.2f} {one:16d} of {n_one:2d} {many:14d} of "
                   f"{len(judged_on) - n_one:2d} {share:>26} "
                   f"{distance(judged_on, choice, least):10.2f}")
-    print("\nheads with several jobs whose features of a choice are nearly all of one job, so that no "
-          "judgement of these could tell:")
+    print(
+        "\nheads with several jobs whose features of a choice are nearly all of one job, so that no "
+        "judgement of these could tell:")
     for choice in H.CHOICES:
         several = [one for one in chosen_on + judged_on if one.n_jobs > 1]
         hidden = sum(one.true[choice] <= H.POLYSEMANTIC_ABOVE for one in several)

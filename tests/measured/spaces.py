@@ -1,12 +1,13 @@
-"""Do SAEs on z_cat and on z_cat @ W_O find the same features? (The paper takes z_cat, so that heads can be
-told apart, and assumes that they do.)
+"""Do SAEs on z_cat and on z_cat @ W_O find the same features? (The paper takes z_cat, so that heads
+can be told apart, and assumes that they do.)
 
     python tests/measured/spaces.py
 
-For every layer four SAEs see the same batches: one on z_cat, one on z_cat @ W_O, and another of each from
-other initial weights, since two SAEs of the same activations differ too. On held-out text a feature's match
-in another SAE is the feature whose activation correlates most with its own. The settings are the same for
-all; L0 and the number of features that are alive are what comes of them, and stand beside the result.
+For every layer four SAEs see the same batches: one on z_cat, one on z_cat @ W_O, and another of
+each from other initial weights, since two SAEs of the same activations differ too. On held-out text
+a feature's match in another SAE is the feature whose activation correlates most with its own. The
+settings are the same for all; L0 and the number of features that are alive are what comes of them,
+and stand beside the result.
 
 Shapes: B batch, N held-out activations, D = H*d_head, d_sae.
 """
@@ -30,7 +31,8 @@ from data.stats import format_ci, mean_with_ci  # noqa: E402
 from data.tokens import check_fits  # noqa: E402
 from model import load_model  # noqa: E402
 
-MATCHED, MIN_PLACES = 0.7, 20       # least correlation of a match, least places of a feature compared
+# least correlation of a match, least places of a feature compared
+MATCHED, MIN_PLACES = 0.7, 20
 Z, OUT, Z2, OUT2 = SPACES = "z_cat", "z_cat @ W_O", "z_cat, other start", "z_cat @ W_O, other start"
 PAIRS = (Z, OUT), (Z, Z2), (OUT, Z), (OUT, OUT2)
 
@@ -70,22 +72,31 @@ def best_matches(f, g, chunk=512):                      # (N,m), (N,n) -> (m,), 
 
 
 @torch.no_grad()
-def compare(saes, z, W_O):                              # {name: SAE}, (N,D), (D,d_model) -> {pair: {...}}
-    """Every SAE's features against their matches in another's: mean correlation, share of matches, mean
-    cosine of the directions written to the residual stream; with 95% intervals over features."""
+# {name: SAE}, (N,D), (D,d_model) -> {pair: {...}}
+def compare(saes, z, W_O):
+    """Every SAE's features against their matches in another's: mean correlation, share of matches,
+    mean cosine of the directions written to the residual stream; with 95% intervals over
+    features."""
     f = {name: sae.encode(read_by(name, z, W_O)) for name, sae in saes.items()}
     usual = {name: ((one > 0).sum(0) >= MIN_PLACES).nonzero()[:, 0] for name, one in f.items()}
-    written = {name: sae.W_dec if name in (OUT, OUT2) else sae.W_dec @ W_O for name, sae in saes.items()}
+    written = {
+        name: sae.W_dec if name in (OUT, OUT2) else sae.W_dec @ W_O
+        for name, sae in saes.items()
+    }
     results = {}
     for a, b in PAIRS:
         match, correlation = best_matches(f[a][:, usual[a]], f[b][:, usual[b]])
         cosine = torch.cosine_similarity(written[a][usual[a]], written[b][usual[b]][match])
-        values = torch.stack([correlation, (correlation >= MATCHED).float(), cosine], 1).cpu().numpy()
+        values = torch.stack([correlation, (correlation >= MATCHED).float(), cosine],
+                             1).cpu().numpy()
         mean, interval = mean_with_ci(values)
         names = ("correlation", "matched", "cosine")
-        results[f"{a} in {b}"] = {"n_features": len(values), "l0": float((f[a] > 0).sum(1).float().mean()),
-                                  **dict(zip(names, mean)),
-                                  **{f"{name}_ci": list(pair) for name, pair in zip(names, zip(*interval))}}
+        results[f"{a} in {b}"] = {
+            "n_features": len(values), "l0": float(
+                (f[a] > 0).sum(1).float().mean()), **dict(zip(names, mean)),
+            **{f"{name}_ci": list(pair)
+               for name, pair in zip(names, zip(*interval))}
+        }
     return results
 
 

@@ -1,5 +1,5 @@
-"""tests/course/make_copy.py: in the copy every exercise fails and says what to write, and passes when it is written, in
-order; and typical mistakes are called what they are."""
+"""tests/course/make_copy.py: in the copy every exercise fails and says what to write, and passes
+when it is written, in order; and typical mistakes are called what they are."""
 
 import json
 import os
@@ -9,11 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-
 import make_copy as course
 from data.errors import UserError
 
-# The tests of every state of the files, in one process: torch is imported once, the project anew each time.
+# The tests of every state of the files, in one process: torch is imported once, the project anew
+# each time.
 RUNNER = """
 import importlib, json, os, sys, pytest
 states, folder = json.load(sys.stdin), os.getcwd()
@@ -49,14 +49,16 @@ MISTAKES = [
     (2, "return pre * (pre > self.threshold)\n", "return pre\n", "ReLU"),
     (2, "return (z - self.b_dec) @ self.W_enc + self.b_enc\n",
      "return z @ self.W_enc + self.b_enc\n", "b_dec is subtracted"),
-    (3, "LossAndGradients(e.square().sum() / B, f.sum()", "LossAndGradients(e.square().mean(), f.sum()",
-     "sum over d_in"),
+    (3, "LossAndGradients(e.square().sum() / B, f.sum()",
+     "LossAndGradients(e.square().mean(), f.sum()", "sum over d_in"),
     (3, '"b_dec": g.sum(0) - sae.W_enc @ d_b_enc}', '"b_dec": g.sum(0)}', "b_dec enters twice"),
     (4, "sae.W_dec.norm(dim=-1, keepdim=True)", "sae.W_dec.norm(dim=0, keepdim=True)", "each row"),
-    (5, "torch.multinomial(error.square(),", "torch.multinomial(error,", "square of the squared error"),
+    (5, "torch.multinomial(error.square(),", "torch.multinomial(error,",
+     "square of the squared error"),
     (5, 'state["exp_avg_sq"][index] = mean.expand_as(state["exp_avg_sq"][index])',
      'state["exp_avg_sq"][index] = 0', "first update huge"),
-    (6, "losses.unflatten(0, tokens.shape)[:, 1:-1]", "losses.unflatten(0, tokens.shape)[:, :-1]", "BOS"),
+    (6, "losses.unflatten(0, tokens.shape)[:, 1:-1]", "losses.unflatten(0, tokens.shape)[:, :-1]",
+     "BOS"),
     (6, "return (ablated - sae).mean() / (ablated - clean).mean()",
      "return ((ablated - sae) / (ablated - clean)).mean()", "not a mean of ratios"),
     (7, "(n_heads, -1)).norm(dim=-1)", "(n_heads, -1)).square().sum(-1)", "not their squares"),
@@ -69,7 +71,8 @@ MISTAKES = [
      "edited[:, where.any(0)] -= (f_i * sae.W_dec[i]).to(z.dtype)[:1]", "own positions"),
     (11, "f = sae.encode(z[where].to(sae.b_dec.dtype))",
      "f = sae.pre_activations(z[where].to(sae.b_dec.dtype))", "ReLU"),
-    (3, "active = f != 0\n    e = sae.decode(f)", "active = sae.pre_activations(z) > 0\n    f = sae.pre_activations(z) * active\n    e = sae.decode(f)",
+    (3, "active = f != 0\n    e = sae.decode(f)",
+     "active = sae.pre_activations(z) > 0\n    f = sae.pre_activations(z) * active\n    e = sae.decode(f)",
      "sae.threshold"),
     (12, "return (patched[drawn] - zero[drawn]).mean() / (clean[drawn] - zero[drawn]).mean()",
      "return ((patched[drawn] - zero[drawn]) / (clean[drawn] - zero[drawn])).mean()",
@@ -83,9 +86,10 @@ def number(test):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """The outcome of every test of the exercises, when the first 0, 1 ... 12 are written, and with each
-    mistake."""
-    folder, files = tmp_path_factory.mktemp("course") / "copy", {one.file for one in course.EXERCISES}
+    """The outcome of every test of the exercises, when the first 0, 1 ... 12 are written, and with
+    each mistake."""
+    folder = tmp_path_factory.mktemp("course") / "copy"
+    files = {one.file for one in course.EXERCISES}
     course.student_copy(folder)
     n = len(course.EXERCISES)
     states = [{file: course.blanked(file, range(written + 1, n + 1)) for file in files}
@@ -96,8 +100,8 @@ def answers(tmp_path_factory):
         sources = {name: (ROOT / name).read_text() for name in files}
         assert sources[file].count(right) == 1, f"{file} no longer has {right!r}"
         states.append(sources | {file: sources[file].replace(right, wrong)})
-    done = subprocess.run([sys.executable, "-B", "-c", RUNNER], cwd=folder, input=json.dumps(states),
-                          text=True, capture_output=True, timeout=600,
+    done = subprocess.run([sys.executable, "-B", "-c", RUNNER], cwd=folder,
+                          input=json.dumps(states), text=True, capture_output=True, timeout=600,
                           env=os.environ | {"PYTEST_ADDOPTS": ""})
     assert (folder / "answers.json").is_file(), done.stdout + done.stderr
     return json.loads((folder / "answers.json").read_text())
@@ -108,10 +112,12 @@ def test_exercises_fail_one_by_one_and_pass_as_they_are_written(answers):
     for written, outcome in enumerate(answers[:n + 1]):
         assert {number(test) for test in outcome} == set(range(1, n + 1)), "an exercise has no test"
         for test, (passed, message) in outcome.items():
-            assert passed == (number(test) <= written), f"{test} with {written} exercises written: {message}"
+            assert passed == (number(test) <= written), \
+                f"{test} with {written} exercises written: {message}"
             one = course.EXERCISES[number(test) - 1]
             if not passed and number(test) == written + 1:
-                assert f"exercise {number(test)}, {one.title}" in message and one.file in message, message
+                assert f"exercise {number(test)}, {one.title}" in message and one.file in message, \
+                    message
 
 
 @pytest.mark.parametrize("i", range(len(MISTAKES)),
@@ -122,7 +128,8 @@ def test_a_mistake_is_called_what_it_is(answers, i):
     failed = {test: message for test, (passed, message) in outcome.items() if not passed}
     first = failed.get(min(failed, key=number, default=None), "")
     assert failed and number(min(failed, key=number)) == exercise, f"{wrong!r} is not noticed"
-    assert any(word in message for test, message in failed.items() if number(test) == exercise), first
+    assert any(word in message for test, message in failed.items() if number(test) == exercise), \
+        first
 
 
 def test_the_readme_lists_the_exercises():
@@ -143,7 +150,16 @@ def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
     assert "return pre * (pre > self.threshold" not in sae
     assert "The reconstruction." in sae
     assert (tmp_path / "new" / "data" / "tiny" / "model.safetensors").is_file()
-    assert (tmp_path / "new" / "pytest.ini").is_file(), "a copy inside the project runs its own tests only"
-    assert not (tmp_path / "new" / "tests" / "measured" / "test_course.py").exists(), "it fails on answers in other words"
+    assert (tmp_path / "new" / "pytest.ini").is_file(), \
+        "a copy inside the project runs its own tests only"
+    assert not (tmp_path / "new" / "tests" / "measured" / "test_course.py").exists(), \
+        "it fails on answers in other words"
     for one in course.EXERCISES:
         compile((tmp_path / "new" / one.file).read_text(), one.file, "exec")
+
+
+def test_the_copy_does_not_give_the_gradient_away():
+    source = (ROOT / "sae.py").read_text(encoding="utf8")
+    names = course.EXERCISES[2].functions
+    assert "dense_step" in names and "dL/dW_enc = " in source
+    assert "dL/dW_enc = " not in course.blank(source, names, number=3)

@@ -27,8 +27,10 @@ def test_an_sae_seen_through_an_orthogonal_map_has_the_same_features():
     one = S.SAE(16, 40, generator=g).requires_grad_(False)
     one.b_enc -= 0.5
     W_O = torch.linalg.qr(torch.randn(16, 16, generator=g)).Q
-    mapped, unlike = S.SAE(16, 40).requires_grad_(False), S.SAE(16, 40, generator=g).requires_grad_(False)
-    mapped.W_enc.copy_(W_O.T @ one.W_enc), mapped.W_dec.copy_(one.W_dec @ W_O), mapped.b_enc.copy_(one.b_enc)
+    mapped, unlike = S.SAE(16, 40).requires_grad_(False), S.SAE(16, 40,
+                                                                generator=g).requires_grad_(False)
+    mapped.W_enc.copy_(W_O.T @ one.W_enc), mapped.W_dec.copy_(one.W_dec @ W_O), mapped.b_enc.copy_(
+        one.b_enc)
     z = torch.randn(3000, 16, generator=g)
     four = dict(zip(spaces.SPACES, (one, mapped, unlike, unlike)))
     found = spaces.compare(four, z, W_O)
@@ -41,8 +43,8 @@ def test_an_sae_seen_through_an_orthogonal_map_has_the_same_features():
 
 def test_the_program_writes_its_table(tmp_path):
     small = ["--layers", "1", "--d-sae", "64", "--n-tokens", "4096", "--n-eval-rows", "8"]
-    done = subprocess.run([sys.executable, "tests/measured/spaces.py", *small, "--out", tmp_path], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "tests/measured/spaces.py", *small, "--out", tmp_path],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "z_cat @ W_O in z_cat" in done.stdout
     assert list(json.loads((tmp_path / "tiny" / "spaces.json").read_text())["layers"]) == ["L1"]
