@@ -169,12 +169,12 @@ def trace_prompt(model, saes, tokens):                      # (T,) or (1,T) -> T
 
 
 def check_one_dtype(model, saes):
-    """Raise UserError where a model and its SAEs are in different types."""
+    """Raise UserError where a model and its SAEs are in different types, or in narrow ones."""
     dtypes = {p.dtype for module in (model, *saes.values()) for p in module.parameters()}
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise UserError(f"the model and its SAEs are in {' and '.join(sorted(map(str, dtypes)))}; "
-                        f"attribution takes both in one type, such as load_model(..., "
-                        f"dtype=torch.float32).")
+                        f"attribution takes float32 or float64, the same for both, such as "
+                        f"load_model(..., dtype=torch.float32).")
 
 
 def component(kind, layer, positions, vectors, features=None):      # -> Components
@@ -194,11 +194,11 @@ def attention_components(layer, kept, sae, f, matrices):    # -> list of Compone
     if "attn_out" in kept.scales:
         scale = kept.scales["attn_out"][0]
     active_at, active = f.nonzero(as_tuple=True)
-    features = f[active_at, active, None] * (sae.W_dec[active] @ W_O) / scale[active_at]
+    by_feature = f[active_at, active, None] * (sae.W_dec[active] @ W_O) / scale[active_at]
     bias = (sae.b_dec @ W_O + matrices.b_O) / scale
     error = (kept.z_cat[0] - sae.decode(f)) @ W_O / scale
     return [component(ATTENTION, layer, position[:1], attn_out[:1]),
-            component(FEATURE, layer, active_at, features, active),
+            component(FEATURE, layer, active_at, by_feature, active),
             component(BIAS, layer, position[1:], bias[1:]),
             component(ERROR, layer, position[1:], error[1:])]
 
@@ -282,8 +282,8 @@ def ablation_effects(traced, upstream, layer, position, feature):   # (n,) -> (n
     T = len(traced.tokens)
     at = torch.arange(T, device=upstream.device) == chosen.position[:, None]        # (n,T)
     edits = {}
-    # row n of the batch loses the n-th upstream feature, by the edit of that feature's layer; the
-    # masks of the other layers' edits are empty in row n, so the 0 that stands for it is not used
+    # Each row of the batch loses one upstream feature, by the edit of that feature's layer. In the
+    # edits of other layers its mask is empty, and the feature 0 that stands there a dummy.
     for source in chosen.layer.unique().tolist():
         of_source = chosen.layer == source
         features = torch.where(of_source, chosen.feature, 0)
@@ -301,12 +301,13 @@ class Node(NamedTuple):
     layer: int              # where it was written; -1 for embeddings and constants
     position: int           # where it was written; -1 for constants
     feature: int            # -1 if it is none
-    head: int               # the head, in the parent's layer, that reads it; -1: root, or a bias
+    head: int               # in the parent's layer, which reads it; -1: the root, or its own bias
     value: float            # what it contributes to the root; the root's is its pre-activation
     children: tuple = ()    # strongest first; none for a leaf and where the depth ends
     pruned: float = 0.0     # sum of the values, with their signs, of the children left out
     n_pruned: int = 0       # how many were left out that contribute something
-    error: float = 0.0      # share of this node read from SAE errors, shown or not; 0 for a leaf
+    error: float = 0.0      # share of its value that its own children of kind error contribute,
+                            # pruned ones included; 0 for a leaf
     mlp: float = 0.0        # the same of MLP outputs
 
 
@@ -316,6 +317,7 @@ def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, br
     A child is shown if it contributes at least `share` of the root (and not 0) and is among the
     `breadth` strongest of its parent; features are taken apart down to `depth` levels. share=0 and
     breadth=None prune nothing: then the values of a node's children, if it has any, sum to its own.
+
     Raises
     UserError for a layer without SAE and for numbers out of range.
     """
@@ -335,7 +337,7 @@ def expand(traced, node, terms, least, depth, breadth):     # -> the node with i
     """The children of a node, from the terms of its pre-activation.
 
     The terms sum to the node's own pre-activation; times node.value / pre they sum to what it
-    contributes to the root. For the root this is 1, also where its pre is 0.
+    contributes to the root. For the root that factor is 1, also where its pre is 0.
     """
     is_root = node.head < 0
     values = terms.value * (1.0 if is_root else ratio(node.value, terms.pre))

@@ -16,17 +16,18 @@ token, position 0 (BOS) left out, with the largest DFA. The first of these that 
 feature's family:
 
     too rare        active at fewer than 20 places
-    after a copy    places that hold at least half of the activation have a source that stands right
-                    after an earlier copy of the current token; and this share of the activation is
+    after a copy    at least half of the activation is at places whose source stands right after an
+                    earlier copy of the current token; and this share of the activation is
                     at least three times what chance gives (`share_by_chance`). These are the
                     paper's induction features, recognised by what they read; induction.py
                     finds "X is next" by text instead
 
-The others go by context: the smallest n such that BOS and the last n tokens, the current one
-included, keep half of the activation, and so does every larger n:
+The others go by the context they need: what is left of the activation if only BOS and the last n
+tokens, the current one included, can be read? n is the length after the longest that keeps less
+than half:
 
     too rare        active at fewer than 20 of the places where this was measured, for every n
-    unstable        an n below that smallest one keeps half too, with one between that does not
+    unstable        some shorter length had kept half
     current token   n = 1
     short-range     n = 2 to 8
     long-range      n > 8, or more than was tried
@@ -176,8 +177,8 @@ def attribute_row(sae, pattern, v, z_cat, sample, top, spread, row):
 
 
 def strongest_sources(moved, q):                            # (m,H,k), (m,) -> Reads
-    """The strongest source of each place, and of each head; BOS is none. A place's source is an
-    earlier token, because "after a copy" asks what was fetched. A head may also read the current
+    """The strongest source of each place, and of each head; position 0 is none. A place's source is
+    an earlier token, because "after a copy" asks what was fetched. A head may also read the current
     token, because heads.py asks what it reads."""
     k = torch.arange(moved.shape[2], device=q.device)
     before_q = (k > 0) & (k < q[:, None])                               # (m,k)
@@ -189,8 +190,8 @@ def strongest_sources(moved, q):                            # (m,H,k), (m,) -> R
 
 
 def example_dfa(moved, activations, q):                     # (m,H,k), (m,T), (m,) -> ExampleDfa
-    """The activations around q, and the strongest sources. BOS may be among these: what it adds
-    belongs to the sum."""
+    """The activations around q, and the strongest sources. BOS may be among these, since `total`
+    includes it."""
     T = activations.shape[1]
     around = q[:, None] + torch.arange(-BEFORE, AFTER + 1, device=q.device)
     window = activations.gather(1, around.clamp(0, T - 1))
@@ -280,7 +281,7 @@ class Collection(NamedTuple):
 
     @property
     def n_tokens(self):
-        """Tokens of text, BOS left out."""
+        """Tokens of text, position 0 left out."""
         return self.tokens[:, 1:].numel()
 
 
@@ -457,12 +458,14 @@ def classify(after_copy, chance, context, n_in_text):       # -> (d_sae,) index 
 
 
 def context_needed(share):                                  # (d_sae,contexts) -> (d_sae,) x 2
-    """needed: index into CONTEXTS of the smallest n from which on at least MIN_KEPT is always kept;
-    len(CONTEXTS) where even the largest n keeps less. unstable: whether some n below `needed` keeps
-    as much too. NaN, not measured, counts as kept."""
+    """needed: one past the last index of CONTEXTS at which less than MIN_KEPT is kept; 0 if there
+    is none. unstable: whether some index below `needed` keeps that much. An n that was not measured
+    (NaN) counts as the one before it."""
     lost = share < MIN_KEPT
+    for i in range(1, len(CONTEXTS)):
+        lost[:, i] |= lost[:, i - 1] & share[:, i].isnan()
     index = torch.arange(len(CONTEXTS))
-    needed = (lost * (index + 1)).amax(1)                   # just after the last n that loses it
+    needed = (lost * (index + 1)).amax(1)
     unstable = (~lost & (index < needed[:, None])).any(1)
     return needed, unstable
 
@@ -520,7 +523,7 @@ def share_by_chance(places, source, test, seed, n_tries=8):     # -> (n,) share 
     hits = torch.zeros(len(feature))
     tries = torch.zeros(len(feature))
     for _ in range(n_tries):
-        # 1 to count - 1 further in the feature's list of places, and round at its end: another one
+        # 1 to count - 1 further in the feature's list, which wraps: never the place itself
         step = 1 + (torch.rand(len(feature), generator=generator) * (count - 1)).long()
         other = start + (index - start + step) % count
         row, q = places.row[other], places.q[other]
@@ -550,6 +553,7 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
     raised, lowered = logit_effects(model, sae, layer, live)
     weights = head_weights(sae.W_dec, model.config.n_heads)
     needed, _ = context_needed(families.context.share)
+    was_measured = families.context.n_active.amax(1) > 0
     fires_on = commonest_tokens(collected, tokens)
     n_tokens = tokens[:, 1:].numel()
     records = []
@@ -565,7 +569,8 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
             "chance": plain(families.chance[i]),
             "X": int(families.X[i]),
             "X_share": plain(families.X_share[i]),
-            "context_index": int(needed[i]),                # into CONTEXTS; its length: more
+            # into CONTEXTS; its length: more than was tried
+            "context_index": int(needed[i]) if was_measured[i] else None,
             "context_kept": [plain(x) for x in families.context.share[i]],
             "head_weights": [plain(x) for x in weights[i]],
             "fires_on": fires_on[i], "raises": raised[index], "lowers": lowered[index]})

@@ -17,7 +17,7 @@ different parts.
 
 Weights are (d_in, d_out) and activations are rows, `y = x @ W + b`, as in GPT-2's own checkpoint;
 Gemma's are transposed once, at load. Parameters keep the checkpoint's names, with one exception in
-Gemma 1 (Radford et al. 2019; Gemma Team 2024, 2025).
+Gemma 1. The models are those of Radford et al. 2019 and of the Gemma Team 2024, 2025.
 
 Shapes: B batch, T positions (q query/destination, k key/source), H heads, d_head, D = H*d_head.
 """
@@ -196,11 +196,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def value_bias(self, layer):                            # -> (D,)
-        """c = ln_1.bias @ W_V + b_V, the constant part of z_cat: a head's pattern sums to 1 over
-        the keys, so what all its values have in common reaches every z. Gemma's is 0.
-
-        (ln_1.bias, W_V and b_V are the checkpoint's. HeadMatrices.b_V is this sum.)
-        """
+        """HeadMatrices.b_V for all heads, the constant part of z_cat: a head's pattern sums to 1
+        over the keys, so what all its values have in common reaches every z. In GPT-2 it is
+        ln_1.bias @ W_V and the checkpoint's own bias of the values; in Gemma it is 0."""
         return self.head_matrices(layer).b_V.flatten()
 
     def check_layers(self, layers):
@@ -213,7 +211,9 @@ class Transformer(nn.Module):
 
     def check_length(self, T):
         """Raise UserError for a prompt that is empty or longer than the model was trained for."""
-        if not 1 <= T <= self.config.n_ctx:
+        if T < 1:
+            raise UserError("the prompt is empty; give one token or more.")
+        if T > self.config.n_ctx:
             raise UserError(f"a prompt of {T} tokens does not fit this model, which takes 1 to "
                             f"{self.config.n_ctx}; shorten it.")
 
@@ -397,9 +397,9 @@ class GPT2(Transformer):
 
     @torch.no_grad()
     def head_matrices(self, layer):                         # -> HeadMatrices
-        """Centring is a matrix too: x - mean x = x @ C, where C = I - J / d_model and J is all
-        ones. So with the gain ((x @ C) * gain) @ W = x @ (C @ (gain[:, None] * W)), and C @ M is M
-        less its column means."""
+        """Fold ln_1 into W_Q, W_K and W_V: multiply row i of W by gain[i], then subtract from each
+        column its mean. For x - mean x = x @ C, where C = I - J / d_model and J is all ones, and so
+        ((x @ C) * gain) @ W = x @ (C @ (gain[:, None] * W))."""
         self.check_layers([layer])
         H = self.config.n_heads
         norm = self.h[layer].ln_1

@@ -29,9 +29,9 @@ class SAE(nn.Module):
     """f = encode(z), z_hat = decode(f).
 
     Parameters: W_enc (d_in,d_sae), b_enc (d_sae,), W_dec (d_sae,d_in), b_dec (d_in,), and the
-    constant threshold (d_sae,). `reads` names the input it was trained on: "z_cat", or what the
-    config.json beside its file says. The paper's SAEs were trained on a z_cat without value biases
-    and have "z_cat less value_bias"; `load_saes` converts them.
+    constant threshold (d_sae,). `reads` names the input it takes: "z_cat", or what the config.json
+    beside its file says. The paper's SAEs were trained on a z_cat without value biases and take
+    "z_cat less value_bias", until `load_saes` converts them.
     """
 
     def __init__(self, d_in, d_sae, generator=None):
@@ -62,8 +62,9 @@ class SAE(nn.Module):
         To try another activation function, such as TopK, change this function and nothing else, by
         these rules. Each entry of the result is the entry of `pre`, or 0: the gradient below passes
         where the result is not 0. An entry at or below its threshold must give 0 and must not
-        affect the others, for sparse.py may leave such entries out: TopK chooses among those above
-        the threshold. Each row (one z) is treated alone, since rows come in blocks of any size.
+        affect the others: sparse.py does not compute such entries, and puts some other value at or
+        below the threshold in their place. So TopK chooses among those above the threshold. Each
+        row (one z) is treated alone, since rows come in blocks of any size.
         """
         return pre * (pre > self.threshold)
 
@@ -80,7 +81,8 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def shift(self, c):
-        """Convert an SAE trained on z - c to take z. In place; returns self."""
+        """Convert an SAE trained on z - c to take z. In place; returns self. `reads` is left to the
+        caller."""
         self.b_dec += c
         return self
 
@@ -210,10 +212,10 @@ def reset_adam(state, dead, feature_dim):
     """Adam's moments of new features: the first is 0, the second the element-wise mean over live
     features.
 
-    Why the second is not 0 too: Adam divides it by 1 - beta2^step, to make up for its start at 0;
-    but step counts from the start of the run. If it began at 0 again, the first update would be
-    sqrt((1 - beta2^step) / (1 - beta2)) times the learning rate (for beta1 = 0): with train.py's
-    beta2 of 0.9999, 16 times at step 250, and up to 100 times late in a long run.
+    Why the second is not 0 too: Adam divides it by 1 - beta2^step, to make up for its start at 0.
+    Late in a run that is nearly 1, so a moment that starts at 0 again would be far too small, and
+    the first update too large: sqrt((1 - beta2^step) / (1 - beta2)) times the learning rate. With
+    train.py's beta1 = 0 and beta2 = 0.9999 these are 16 times at step 250, and up to 100 times.
     """
     live = (~dead).nonzero()[:, 0]
     index = (slice(None), dead) if feature_dim == 1 else dead
@@ -287,7 +289,7 @@ def load_saes(where, model, layers=None, device="cpu"):
 def check_feature(saes, layer, feature):
     """Raise UserError where there is no such SAE or feature."""
     if layer not in saes:
-        raise UserError(f"layer {layer} has no SAE; it has one on layers "
+        raise UserError(f"layer {layer} has no SAE; there are SAEs for layers "
                         f"{', '.join(map(str, saes))}.")
     last = saes[layer].d_sae - 1
     if not 0 <= feature <= last:

@@ -76,8 +76,8 @@ class TrainConfig:
     lr: float = field(3.4e-3, "Adam's peak learning rate (paper: 1.2e-3)")
     n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
     batch_size: int = field(2048, "activations per step (paper: 4096)")
-    warmup: int = field(100, "steps from 0.1 to 1 x lr, again after each resampling; in the first "
-                        "l1 rises too, linearly from 0 (paper: 1000)")
+    warmup: int = field(100, "steps from 0.1 to 1 x lr, at the start and after each resampling; at "
+                        "the start l1 rises too, linearly from 0 (paper: 1000)")
     decay: float = field(0.2, "last part of the run in which lr falls to 0 (paper: 0)")
     resample_every: int = field(250, "steps between resamplings of dead features, none in the last "
                                 "half of the run (paper: 25000)")
@@ -104,7 +104,7 @@ class TrainConfig:
 
 def as_tuple(setting):
     """l1 or d_sae as a tuple; in a notebook one writes TrainConfig(d_sae=4096)."""
-    return setting if isinstance(setting, tuple) else (setting,)
+    return tuple(setting) if isinstance(setting, (tuple, list)) else (setting,)
 
 
 def per_layer(setting, layers):
@@ -161,7 +161,7 @@ def check(config, model, tokenizer, layers, folder, team):
         ("--d-sae", len(d_sae) in (1, n_layers), wrong_number(d_sae)),
         (f"--n-ctx {config.n_ctx}", 3 <= config.n_ctx <= longest,
          f"does not fit this model, which takes 3 to {longest} tokens."),
-        ("--d-sae", min(d_sae) >= 1, at_least_1),
+        ("--d-sae", all(n >= 1 for n in d_sae), at_least_1),
         ("--batch-size", config.batch_size >= 1, at_least_1),
         ("--n-eval-rows", config.n_eval_rows >= 1, at_least_1),
         ("--block-mib", config.block_mib >= 1, at_least_1),
@@ -169,7 +169,7 @@ def check(config, model, tokenizer, layers, folder, team):
         ("--warmup", config.warmup >= 1, at_least_1),
         ("--seed", config.seed >= 0, "must be at least 0."),
         ("--lr", config.lr > 0, "must be above 0."),
-        ("--l1", min(l1) >= 0, "must be at least 0."),
+        ("--l1", all(weight >= 0 for weight in l1), "must be at least 0."),
         ("--decay", 0 <= config.decay <= 1, "must be between 0 and 1."),
         (f"--batch-size {config.batch_size}", team.size == 1 or config.batch_size >= 32 * team.size,
          f"is too small for {team.size} processes; give {32 * team.size} or more."),
@@ -337,7 +337,8 @@ def learning_rate(step, config):
 
 
 def resampling_steps(config):
-    """The steps before which dead features are resampled: none in the second half of the run."""
+    """The steps before which dead features are resampled, and with which lr starts anew: none in
+    the second half of the run."""
     steps = [i * config.resample_every for i in range(1, config.resample_times + 1)]
     return [step for step in steps if step <= config.n_steps // 2]
 
@@ -379,7 +380,7 @@ def choose_sparse_step(learners, device):
 
 class ActivationBuffer:
     """Batches of all layers' activations: a block of whole rows is run through the model, shuffled,
-    and drained batch by batch. BOS (position 0) is left out.
+    and drained batch by batch. Position 0 (BOS) is left out.
 
     One forward pass serves all layers. With the same settings, a block depends on its number alone.
     In a team, each process has the activations of its own rows of a block, and its share of each
@@ -401,7 +402,7 @@ class ActivationBuffer:
         wanted_steps = math.ceil(config.n_steps / n_blocks)
         self.n_rows = math.ceil(wanted_steps * config.batch_size / self.per_row)
         self.n_rows = max(self.n_rows, team.size)           # a row for each process at least
-        # a row may be longer than a batch; then the rounded-up rows hold more steps than wanted
+        # from n_rows again: where rows are longer than a batch, rounding up has added steps
         self.steps_per_block = self.n_rows * self.per_row // config.batch_size
         self.z_by_row = None        # {layer: (rows,T-1,D)} of this process's rows of the block
         self.z = None               # {layer: (N,D)} the same, a view of it
@@ -424,7 +425,8 @@ class ActivationBuffer:
             random = generator(self.config.seed, "block", number)
             order = torch.randperm(self.n_filled, generator=random)
             for i in range(first_batch, self.n_filled // B):
-                # indices into self.z[layer] of this process's share of the batch
+                # Indices into self.z[layer] of this process's share of the batch. Rows are dealt
+                # out to processes, and per_row says which row an activation is from.
                 _, mine = self.team.share(order[i * B:(i + 1) * B], self.per_row)
                 mine = mine.to(self.device)
                 yield step, {layer: self.z[layer][mine] for layer in self.layers}
@@ -439,7 +441,7 @@ class ActivationBuffer:
                          self.n_rows, self.config.seed, start=first_number * self.n_rows)
 
     def fill(self, tokens, number):                         # (R,T), fewer rows where the text ends
-        """Run the model on a block and keep its z_cat, but not BOS's."""
+        """Run the model on a block and keep its z_cat, but not that of position 0."""
         self.n_filled = len(tokens) * self.per_row
         self.block_number = number
         tokens = tokens[self.team.rank::self.team.size]
@@ -521,10 +523,10 @@ def initialise(learner, z, normalise, random):              # z (N,D)
     """
     sae = learner.sae
     learner.mean = z.mean(0)
-    centred = z[::max(1, len(z) // 8192)] - learner.mean    # some 8192 of them are enough
+    centred = z[::max(1, len(z) // 8192)] - learner.mean    # 8192 to 16383 of them are enough
     if normalise:
         learner.scale = centred.norm(dim=-1).mean()
-    # N times the covariance; F.normalize below takes the factor out again
+    # their number times the covariance; F.normalize below takes the factor out again
     variances, directions = eigenvectors((centred.T @ centred).cpu())
     noise = torch.randn(sae.d_sae, sae.d_in, generator=random)
     drawn = (noise * variances.clamp_min(0).sqrt()) @ directions.T
@@ -736,8 +738,8 @@ def ce_recovered(ablated, sae, clean):                      # numpy (R,) each ->
 
 def summarise(row, n_positions):                            # {name: (R,...) float64} -> metrics
     """Per-row numbers -> one layer's metrics with intervals: rows are drawn, then ratios of means
-    taken. n_positions: of a row, BOS left out. `drawn` below are row indices, in a bootstrap sample
-    some of them more than once."""
+    taken. n_positions: of a row, position 0 left out. `drawn` below are row indices, in a bootstrap
+    sample some of them more than once."""
 
     def explained_variance(drawn):
         n = len(drawn) * n_positions

@@ -443,6 +443,9 @@ def test_a_model_of_another_type_than_its_saes_is_named(folder):
     saes = {layer: sae.float() for layer, sae in random_saes(model).items()}
     with pytest.raises(UserError, match="bfloat16 and torch.float32"):
         A.trace_prompt(model, saes, PROMPT)
+    saes = {layer: sae.bfloat16() for layer, sae in saes.items()}
+    with pytest.raises(UserError, match="takes float32 or float64"):
+        A.trace_prompt(model, saes, PROMPT)
 
 
 # ---- the program ----
@@ -496,5 +499,5 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words)
 
 def test_a_layer_without_an_sae_is_named(tiny):
     saes = {0: S.SAE.load(ROOT / "data" / "tiny" / "L0")}
-    with pytest.raises(UserError, match="layer 1 has no SAE; it has one on layers 0"):
+    with pytest.raises(UserError, match="layer 1 has no SAE; there are SAEs for layers 0"):
         A.trace(tiny, saes, torch.arange(5), 1, 3, 0)

@@ -76,6 +76,8 @@ def test_the_context_needed_by_hand():
     needed, unstable = F.context_needed(cut)
     assert needed.tolist() == [0, 2, 6, 2, 3, 4]
     assert unstable.tolist() == [False, False, False, True, False, False]
+    short_rows = torch.tensor([[0.1, 0.1, 0.1, 0.1, math.nan, math.nan]])
+    assert F.context_needed(short_rows)[0].tolist() == [6], "more than was tried"
     n = torch.full((6,), 100)
     context = F.ContextKept(cut, torch.full((6, 6), 100.0))
     after_copy = torch.tensor([0.1, 0.1, 0.9, 0.4, 0.6, 0.6])
