@@ -423,8 +423,10 @@ def name_next(tokens, classes, entries, d_sae):             # (B,T) x 2 -> (d_sa
         position.append(k + 1)
     owner, position = torch.cat(owner), torch.cat(position)
     followed = tokens[entries.row[owner], position]
-    vote = torch.stack([owner, followed], 1).unique(dim=0)  # a token once for each entry
-    owner, X = vote[:, 0], vote[:, 1]
+    # a token once for each entry; a pair is one number, since `unique` is slow on rows
+    n_tokens = int(tokens.max()) + 1
+    vote = (owner * n_tokens + followed).unique()
+    owner, X = vote // n_tokens, vote % n_tokens
     pair, _ = feature_token_mass(entries.feature[owner], X, entries.f[owner])
     heaviest = pair[rank_in_group(pair[:, 0]) == 0]
     named = torch.full((d_sae,), -1)

@@ -389,8 +389,9 @@ def test_a_damaged_file_leaves_a_loaded_model_as_it_is(tmp_path):
 
 
 def test_prompt_and_layer_out_of_range(tiny):
-    for T in (0, tiny.config.n_ctx + 1):
-        with pytest.raises(UserError, match=f"{T} tokens"):
+    too_long = tiny.config.n_ctx + 1
+    for T, message in ((0, "the prompt is empty"), (too_long, f"a prompt of {too_long} tokens")):
+        with pytest.raises(UserError, match=message):
             tiny(torch.zeros(1, T, dtype=torch.int64))
     for call in (lambda t: tiny(t, keep=(99,)), lambda t: tiny(t, edit_z={-1: None}),
                  lambda t: tiny.z_cat_at(t, [99])):
