@@ -83,7 +83,7 @@ def blank(source, names, number):
             f'{indent}    "{EXERCISES[number - 1].file}; its docstring says what it is to return")\n'
         ]
     # the gradient is an exercise: its formulas go too
-    return re.sub(r"(#     dL/.*\n)+", "#     (dL/dW_dec and the others: yours to work out)\n",
+    return re.sub(r"(#     dL/.*\n)+", "#     (yours to work out: dL/dW_dec and the others)\n",
                   "".join(lines))
 
 
