@@ -500,7 +500,8 @@ def features_on_text(model, saes, wanted, tokens, classes):     # [(layer, featu
             f = saes[layer].encode(z[:, 1:-1])                          # (32,T-2,d_sae)
             for i, (feature_layer, feature, _) in enumerate(wanted):
                 if feature_layer == layer:
-                    activations[i].append(f[..., feature])
+                    # a copy: a view would keep all of f
+                    activations[i].append(f[..., feature].clone())
     return [OnText(torch.cat(f), followed_everywhere(tokens, classes, X)[:, :-1],
                    tokens[:, 2:] == X)
             for f, (_, _, X) in zip(activations, wanted)]
