@@ -62,6 +62,7 @@ class Profiles(NamedTuple):
     read: Tensor            # (m,d_model) sum of embeddings of the tokens read
     write: Tensor           # (m,d_model) W_dec[i] at the head @ W_O
 
+
 class HeadPlaces(NamedTuple):
     """The sample of a layer's places, as one head has it."""
     row: Tensor             # (n,)
@@ -183,38 +184,64 @@ def number_of_roles(groups):
 # ---- the census ----
 
 
-def census_of_layer(model, sae, layer, of_layer, tokens, classes, threshold=SIMILARITY_THRESHOLD,
-                    seed=0):                                # -> list of dicts, one a head
-    """What each head of a layer does.
+class HeadFeatures(NamedTuple):
+    """The features of one head that are looked at."""
+    places: HeadPlaces
+    weight: Tensor          # (d_sae,) share of every feature's decoder that lies in the head
+    chosen: dict            # {choice: (m,) features}; fewer than asked for if it has fewer
+    profiles: dict          # {choice: their Profiles}
 
-    Only features active at MIN_PLACES places or more are looked at. "features": the top 50 by
-    weight. "roles": {choice: number of roles}, None where there are fewer features than the choice
-    has. "top" and "drawn" say more of these two choices, see `describe_choice`.
+
+def features_of_heads(model, sae, layer, of_layer, tokens, classes, seed=0):
+    """The features that are looked at of each head of a layer -> list of HeadFeatures.
+
+    Only features active at MIN_PLACES places or more are among them.
     """
     weights = head_weights(sae.W_dec, model.config.n_heads).cpu()
     common = of_layer.collected.n >= MIN_PLACES
     embedding = token_embeddings(model, tokens)
     W_O = model.head_matrices(layer).W_O.cpu()              # (H,d_head,d_model)
     W_dec = sae.W_dec.cpu().unflatten(1, W_O.shape[:2])     # (d_sae,H,d_head)
-    census = []
+    heads = []
     for head in range(model.config.n_heads):
         places = places_of_head(of_layer, head)
+        top = top_features(weights[:, head], common)
+        drawn = drawn_features(places, common, seed * 1000 + head)
+        chosen = {choice: drawn if choice == DRAWN else top[:n] for choice, n in CHOICES.items()}
+
         relations = relation_shares(of_layer, places, classes, seed)
         write = W_dec[:, head] @ W_O[head]                  # (d_sae,d_model)
         by_choice = {}
-        top = top_features(weights[:, head], common)
-        drawn = drawn_features(places, common, seed * 1000 + head)
-        for choice, n in CHOICES.items():
-            features = drawn if choice == DRAWN else top[:n]
-            p = profiles(features, relations, places, tokens, embedding, write)
-            by_choice[choice] = features, p, group_roles(similarity(p), threshold)
-        roles = {choice: number_of_roles(groups) if len(features) == CHOICES[choice] else None
-                 for choice, (features, _, groups) in by_choice.items()}
-        census.append({"layer": layer, "head": head, "name": f"{layer}.{head}",
-                       "features": top.tolist(), "roles": roles,
-                       "top": describe_choice(*by_choice[TOP], weights[:, head], places, tokens),
-                       "drawn": describe_choice(*by_choice[DRAWN], weights[:, head], places,
-                                                tokens)})
+        for choice, features in chosen.items():
+            by_choice[choice] = profiles(features, relations, places, tokens, embedding, write)
+        heads.append(HeadFeatures(places, weights[:, head], chosen, by_choice))
+    return heads
+
+
+def roles_of_head(head, threshold):                         # HeadFeatures -> {choice: groups}
+    """The roles among each choice of features; see `group_roles`."""
+    return {choice: group_roles(similarity(p), threshold) for choice, p in head.profiles.items()}
+
+
+def census_of_layer(model, sae, layer, of_layer, tokens, classes, threshold=SIMILARITY_THRESHOLD,
+                    seed=0):                                # -> list of dicts, one a head
+    """What each head of a layer does.
+
+    "features": the top 50 by weight. "roles": {choice: number of roles}, None where there are fewer
+    features than the choice has. "top" and "drawn" say more of these two choices, see
+    `describe_choice`.
+    """
+    text_share = torch.bincount(tokens.flatten().long()).double() / tokens.numel()      # (V,)
+    census = []
+    heads = features_of_heads(model, sae, layer, of_layer, tokens, classes, seed)
+    for i, head in enumerate(heads):
+        groups = roles_of_head(head, threshold)
+        roles = {choice: number_of_roles(groups[choice]) if len(features) == CHOICES[choice]
+                 else None for choice, features in head.chosen.items()}
+        census.append({"layer": layer, "head": i, "name": f"{layer}.{i}",
+                       "features": head.chosen["top 50"].tolist(), "roles": roles,
+                       "top": describe_choice(head, TOP, groups[TOP], tokens, text_share),
+                       "drawn": describe_choice(head, DRAWN, groups[DRAWN], tokens, text_share)})
     return census
 
 
@@ -233,36 +260,37 @@ def drawn_features(places, common, seed, n=CHOICES[DRAWN]):     # HeadPlaces -> 
     return torch.multinomial(gathered, n, generator=torch.Generator().manual_seed(seed))
 
 
-def describe_choice(features, p, groups, weight, places, tokens):
-    """Some features of a head as plain numbers: their weights in it; "relations", the mean share of
-    what is read for them in each; "groups", their roles, largest first, with the tokens that they
-    fire on and read."""
+def describe_choice(head, choice, groups, tokens, text_share):
+    """One choice of a head's features as plain numbers: their weights in it; "relations", the mean
+    share of what is read for them in each; "groups", their roles, largest first, with the tokens
+    that they fire on and read. text_share (V,): how often each token stands in the text."""
+    features = head.chosen[choice]
+    relations = head.profiles[choice].relations
     described = []
     for group in groups:
+        is_of_group = torch.isin(head.places.feature, features[group])
+        places = HeadPlaces(*(column[is_of_group] for column in head.places))
         described.append({"features": features[group].tolist(),
-                          "relations": p.relations[group].mean(0).tolist(),
-                          "at": distinctive_tokens(places, places.q, features[group], tokens),
-                          "reads": distinctive_tokens(places, places.source, features[group],
-                                                      tokens)})
-    return {"features": features.tolist(), "weights": weight[features].tolist(),
-            "relations": (p.relations.sum(0) / max(len(features), 1)).tolist(),
+                          "relations": relations[group].mean(0).tolist(),
+                          "at": distinctive_tokens(places, places.q, tokens, text_share),
+                          "reads": distinctive_tokens(places, places.source, tokens, text_share)})
+    return {"features": features.tolist(), "weights": head.weight[features].tolist(),
+            "relations": (relations.sum(0) / max(len(features), 1)).tolist(),
             "groups": described}
 
 
-def distinctive_tokens(places, position, features, tokens, n=3):    # -> token ids
-    """The tokens at the given positions of some features' places that stand out from the text: with
-    the largest p log(p / share of the text), p by what the head gathers there."""
-    is_of_these = torch.isin(places.feature, features)
-    text_share = torch.bincount(tokens.flatten().long()).double() / tokens.numel()
-    there = tokens[places.row[is_of_these], position[is_of_these]].long()
-    gathered = torch.bincount(there, places.gathered[is_of_these].double(),
-                              minlength=len(text_share))
+def distinctive_tokens(places, position, tokens, text_share, n=3):      # -> token ids
+    """The tokens at the given positions of some places that stand out from the text: with the
+    largest p log(p / text_share), p by what the head gathers there."""
+    there = tokens[places.row, position].long()
+    gathered = torch.bincount(there, places.gathered.double(), minlength=len(text_share))
     p = gathered / gathered.sum()
     score = torch.where(p > text_share, p * (p / text_share).log(), 0.0).nan_to_num(0.0)
     return [i for i in score.argsort(descending=True)[:n].tolist() if score[i] > 0]
 
 
 def is_polysemantic(head, choice):                          # -> bool, or None if it cannot be told
+    """Whether the chosen features of a head have several roles."""
     n_roles = head["roles"][choice]
     return None if n_roles is None else n_roles > POLYSEMANTIC_ABOVE
 
@@ -375,6 +403,7 @@ def summary(choice, tokenizer):
 
 
 def quoted(tokens, tokenizer):
+    """Tokens as text in quotation marks."""
     return " ".join(repr(tokenizer.decode([i])) for i in tokens) or "nothing that stands out"
 
 

@@ -69,7 +69,6 @@ def test_a_wired_induction_heads_features_are_called_induction(wired):
 
 def test_the_census_names_the_jobs(wired):
     model, sae, tokens, classes, of_layer = wired
-    kept, reads = of_layer.collected, of_layer.reads
     census = heads.census_of_layer(model, sae, 1, of_layer, tokens, classes)
     for choice, key in (("top 25", "top"), ("50 drawn", "drawn")):
         one = [head["roles"][choice] for head in census]
@@ -78,8 +77,10 @@ def test_the_census_names_the_jobs(wired):
         assert one[3] > heads.POLYSEMANTIC_ABOVE, \
             f"{choice}: two sets that share no token are two roles"
         relations = np.array([head[key]["relations"] for head in census])
-        assert relations[0].argmax() == heads.RELATIONS.index("a token after a copy") and relations[2, 0] > 0.9
-        assert "read a token after a copy" in heads.summary(census[0][key], SimpleNamespace(decode=str))
+        assert relations[0].argmax() == heads.RELATIONS.index("a token after a copy")
+        assert relations[2, 0] > 0.9, "reads the token itself"
+        line = heads.summary(census[0][key], SimpleNamespace(decode=str))
+        assert "read a token after a copy" in line
     assert len(census[1]["top"]["features"]) == 25 and len(census[1]["features"]) == 50
 
 
@@ -97,12 +98,14 @@ def test_features_of_the_census_are_drawn_by_what_the_head_gathers(wired):
                 kept.weight[place] / kept.sample.f[place]) * value
         drawn = one["drawn"]["features"]
         assert len(set(drawn)) == heads.CHOICES[heads.DRAWN] and (mass[drawn] > 0).all()
-        assert mass[drawn].sum() > 2 * np.sort(mass)[::-1][heads.CHOICES[heads.DRAWN]:].sum() / len(mass) * heads.CHOICES[heads.DRAWN]
+        n_drawn = heads.CHOICES[heads.DRAWN]
+        the_rest = np.sort(mass)[::-1][n_drawn:]
+        assert mass[drawn].sum() > 2 * n_drawn * the_rest.sum() / len(mass)
 
 
 def test_a_census_of_an_sae_that_is_all_but_dead_is_empty(wired):
     model, sae, tokens, classes, of_layer = wired
-    kept, reads = of_layer.collected, of_layer.reads
+    kept = of_layer.collected
     rare = kept._replace(n=kept.n.clamp_max(1))
     census = heads.census_of_layer(model, sae, 1, of_layer._replace(collected=rare), tokens,
                                    classes)

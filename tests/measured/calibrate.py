@@ -49,24 +49,21 @@ def census_of_wired(seed):                                  # -> list of Head
     text = W.text(1000, f"{seed} census")
     classes = torch.where(text == W.BOS, -1, text)
     of_layer, tokens = W.collection(model, sae, text, seed=seed)
-    found = {threshold: H.census_of_layer(model, sae, 1, of_layer, tokens, classes, threshold)
-             for threshold in THRESHOLDS}
     heads = []
-    for h, jobs in enumerate(jobs_of):
-        census = found[THRESHOLDS[0]][h]                    # the features are the same for all
-        chosen = {choice: census["features"][:n] for choice, n in H.CHOICES.items()}
-        chosen[H.DRAWN] = census["drawn"]["features"]
-        true = {choice: true_number_of_roles(jobs, h, features, of_layer, tokens)
-                for choice, features in chosen.items()}
-        by_threshold = {choice: {threshold: found[threshold][h]["roles"][choice]
-                                 for threshold in THRESHOLDS} for choice in H.CHOICES}
-        heads.append(Head(len(jobs), true, by_threshold))
+    looked_at = H.features_of_heads(model, sae, 1, of_layer, tokens, classes)
+    for jobs, head in zip(jobs_of, looked_at):
+        true = {choice: true_number_of_roles(jobs, features.tolist(), head.places, tokens)
+                for choice, features in head.chosen.items()}
+        found = {choice: {} for choice in H.CHOICES}
+        for threshold in THRESHOLDS:
+            for choice, groups in H.roles_of_head(head, threshold).items():
+                found[choice][threshold] = H.number_of_roles(groups)
+        heads.append(Head(len(jobs), true, found))
     return heads
 
 
-def true_number_of_roles(jobs, h, features, of_layer, tokens):
+def true_number_of_roles(jobs, features, places, tokens):
     """The number of roles among some features, by the jobs that were wired."""
-    places = H.places_of_head(of_layer, h)
     job_of = [true_job(jobs, i, places, tokens) for i in features]
     groups = [[i for i, its_job in enumerate(job_of) if its_job == job] for job in set(job_of)]
     return H.number_of_roles(groups)
@@ -84,10 +81,13 @@ def true_job(jobs, feature, places, tokens):
 
 def wrong(heads, choice, least):                        # -> (one role called many, many called one)
     """Numbers of heads on the wrong side, of each kind."""
-    called = [(one.true[choice] > H.POLYSEMANTIC_ABOVE, one.found[choice][least]
-               > H.POLYSEMANTIC_ABOVE) for one in heads]
-    return sum(got and not true for true, got in called), sum(
-        true and not got for true, got in called)
+    called_many = called_one = 0
+    for head in heads:
+        is_many = head.true[choice] > H.POLYSEMANTIC_ABOVE
+        found_many = head.found[choice][least] > H.POLYSEMANTIC_ABOVE
+        called_many += found_many and not is_many
+        called_one += is_many and not found_many
+    return called_many, called_one
 
 
 def distance(heads, choice, least):
