@@ -89,6 +89,26 @@ def head_logits(z_cat, matrices, direction, scale=1.0):     # (...,D), _, (...,d
 
 
 @torch.no_grad()
+def direct_logits(model, matrices, tokens, position, direction, look=lambda kept: None):
+    """Direct logit attribution of every head at one position of each row -> (B,layers,H).
+
+    matrices: every layer's HeadMatrices. tokens (B,T), position (B,). direction (B,d_model): of
+    model.logit_directions, or a difference of two. look: called with each layer's LayerCache, for
+    what else a caller wants of this pass.
+    """
+    row = torch.arange(len(tokens), device=tokens.device)
+    gathered = []
+    for _, kept in model.layer_caches(tokens):
+        look(kept)
+        scale = kept.scales["attn_out"][row, position] if "attn_out" in kept.scales else 1.0
+        gathered.append((kept.z_cat[row, position], scale))
+    direction = direction / model.final_scale(kept.resid_post[row, position])
+    by_layer = [head_logits(z, matrices[layer], direction, scale)
+                for layer, (z, scale) in enumerate(gathered)]
+    return torch.stack(by_layer, 1)
+
+
+@torch.no_grad()
 def token_effects(model, layer, sae, features):             # int or (m,) -> (...,d_vocab)
     """W_dec[i] @ W_O @ unembedding: what a feature adds to every token's logit per unit of
     activation, less the mean over all tokens, with the scales of the final norm and of Gemma's

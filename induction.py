@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attribution import head_logits, token_effects
+from attribution import direct_logits, token_effects
 from data.errors import UserError, run
 from data.figures import plot_feature, plot_heads, plot_intervention, plot_prefixes
 from data.files import write_json
@@ -220,16 +220,14 @@ def attention_and_logits(model, matrices, tokens, k, q):    # (B,T), (B,), (B,) 
     """Every head's attention from q to k, and what it adds at q, directly, to the logit of the
     token at k, less the mean over all tokens."""
     row = torch.arange(len(tokens), device=tokens.device)
-    attention, gathered = [], []
-    for layer, kept in model.layer_caches(tokens):
+    attention = []
+
+    def look(kept):
         attention.append(kept.pattern[row, :, q, k])                    # (B,H)
-        scale = kept.scales["attn_out"][row, q] if "attn_out" in kept.scales else 1.0
-        gathered.append((kept.z_cat[row, q], scale))
-    final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[row, q]
-    direction = model.logit_directions(tokens[row, k]) / model.final_scale(final)
-    logits = [head_logits(z, matrices[layer], direction, scale)
-              for layer, (z, scale) in enumerate(gathered)]
-    return torch.stack(attention, 1), torch.stack(logits, 1)
+
+    direction = model.logit_directions(tokens[row, k])
+    logits = direct_logits(model, matrices, tokens, q, direction, look)
+    return torch.stack(attention, 1), logits
 
 
 def pick_heads(attention):                      # (n,lengths,layers,H) -> two of (layer, head)
@@ -243,6 +241,7 @@ def pick_heads(attention):                      # (n,lengths,layers,H) -> two of
 
 
 def argmax_head(scores):                                    # (layers,H) -> (layer, head)
+    """The head with the largest score."""
     layer, head = np.unravel_index(scores.argmax(), scores.shape)
     return int(layer), int(head)
 
@@ -352,6 +351,7 @@ def intervene(model, tokens, token_class, examples, heads, n, seed=0):  # -> {co
 
 
 def draw(examples, n, generator):                           # -> Examples, n at most
+    """Some of the examples, drawn at random without replacement."""
     drawn = torch.randperm(len(examples.q), generator=generator)[:n]
     return examples.pick(drawn.to(examples.q.device))
 
@@ -804,6 +804,7 @@ def report_feature(drawn):
 
 
 def share_text(share, n):
+    """"82.1% of 341", or "n/a"."""
     return "n/a" if share is None else f"{share:.1%} of {n}"
 
 

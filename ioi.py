@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import data
-from attribution import (KINDS, constant_part, decompose, dfa, head_logits, qk, token_effects,
+from attribution import (KINDS, constant_part, decompose, dfa, direct_logits, qk, token_effects,
                          trace_prompt, values_minus_bias, writer_name)
 from data.errors import UserError, run
 from data.figures import plot_ablations, plot_cells, plot_circuit, plot_effects, plot_signal
@@ -165,6 +165,7 @@ def pieces_of(prompt):                                      # -> {piece: text}
 
 
 def capitalised(text):
+    """The text with a capital first letter, and the rest as it is."""
     return text[:1].upper() + text[1:]
 
 
@@ -353,22 +354,19 @@ def attention_and_dla(model, batch):                        # -> {pair: (N,L,H)}
     end."""
     row, end = batch.rows(), batch.pos["end"]
     attention = {f"{q} -> {k}": [] for q, k in ATTENTION_PAIRS} | {PREVIOUS_TOKEN: []}
-    gathered = []
-    for layer, kept in model.layer_caches(batch.tokens):
+
+    def look(kept):
         for q, k in ATTENTION_PAIRS:
             pattern = kept.pattern[row, :, batch.pos[q], batch.pos[k]]              # (N,H)
             attention[f"{q} -> {k}"].append(pattern)
         attention[PREVIOUS_TOKEN].append(attention_to_previous(kept.pattern, end))
-        scale = kept.scales["attn_out"][row, end] if "attn_out" in kept.scales else 1.0
-        gathered.append((kept.z_cat[row, end], scale))
-    final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[row, end]
+
+    matrices = [model.head_matrices(layer) for layer in range(model.config.n_layers)]
     direction = model.logit_directions(batch.io) - model.logit_directions(batch.s)
-    direction = direction / model.final_scale(final)
-    dla = [head_logits(z, model.head_matrices(layer), direction, scale)
-           for layer, (z, scale) in enumerate(gathered)]
+    dla = direct_logits(model, matrices, batch.tokens, end, direction, look)
     attention = {pair: torch.stack(by_layer, 1).cpu().numpy()
                  for pair, by_layer in attention.items()}
-    return attention, torch.stack(dla, 1).cpu().numpy()
+    return attention, dla.cpu().numpy()
 
 
 def attention_to_previous(pattern, end):                    # (N,H,T,T), (N,) -> (N,H)
@@ -548,6 +546,7 @@ def writers_by_role(model, saes, layer, feature, batch, rows_of, f, place):
 
 
 def add(sums, key, value):
+    """Add to one of several sums, which starts at 0."""
     sums[key] = sums.get(key, 0) + value
 
 

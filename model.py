@@ -96,7 +96,7 @@ def precise(parameter):
 
 
 class LayerCache(NamedTuple):
-    """What one layer computed. resid_pre + attn_out + mlp_out is the next layer's resid_pre."""
+    """What one layer computed."""
     resid_pre: Tensor       # (B,T,d_model) the residual stream that the layer reads
     pattern: Tensor         # (B,H,q,k)
     q: Tensor               # (B,T,H,d_head) as it enters the score, after Gemma's rotation
@@ -107,6 +107,11 @@ class LayerCache(NamedTuple):
     mlp_out: Tensor         # (B,T,d_model), as added to the residual stream
     scales: dict            # what each norm divided by, (B,T,1): "attn_in" and "mlp_in"; in Gemma 2
                             # and 3 also "attn_out" and "mlp_out"; in Gemma 3 "q" and "k" (B,T,H,1)
+
+    @property
+    def resid_post(self):
+        """(B,T,d_model) the residual stream after the layer: the next one's resid_pre."""
+        return self.resid_pre + self.attn_out + self.mlp_out
 
 
 class Transformer(nn.Module):
