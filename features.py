@@ -385,6 +385,7 @@ def load_collection(folder, saes, settings):                # -> Collection | No
 
 
 def collection_path(folder, part):                          # part: a layer, or "tokens"
+    """The file of one part of a collection."""
     name = part if part == "tokens" else f"L{part}"
     return folder / "collection" / f"{name}.safetensors"
 

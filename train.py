@@ -553,6 +553,7 @@ SAVED = ("fired", "last_fired", "mean", "scale")            # of a Learner, besi
 
 
 def checkpoint_path(folder):
+    """Where a run that is not finished has its checkpoint."""
     return folder / "checkpoint.safetensors"
 
 

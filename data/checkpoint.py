@@ -42,5 +42,6 @@ def restore_(tensor, saved):
 
 
 def damaged(path):
+    """The UserError for a checkpoint that cannot be gone on from."""
     return UserError(f"--resume: {path} is damaged: it lacks something, or holds other numbers "
                      "than a checkpoint; remove it and start anew.")

@@ -114,6 +114,7 @@ def opened(source, path):
 
 
 def text_of_json(line):
+    """The document in a line of JSON. Raises ValueError if there is none."""
     value = parse_json(line)
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError("there is no such text")

@@ -81,8 +81,8 @@ def check_writable(folder):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out."
-) from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another "
+                        f"--out.") from error
 
 
 def write_text(path, text):

@@ -18,6 +18,7 @@ CHUNK = 64                  # features in a file
 
 
 def to_json(content):
+    """JSON without spaces. Raises ValueError for NaN and infinity, which it lacks."""
     return json.dumps(content, allow_nan=False, separators=(",", ":"))
 
 

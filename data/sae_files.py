@@ -238,6 +238,7 @@ def checked(tensors, names, path):
 
 
 def first_line(error):
+    """An error in one line: some messages of other libraries go on for pages."""
     return str(error).splitlines()[0] if str(error) else repr(error)
 
 

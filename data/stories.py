@@ -56,14 +56,15 @@ CONNECTORS = {"{a} and {b}": 60, "{a} with {b}": 14, "{a} or {b}": 12, "{a}, {b}
 
 # What the two did. An opener such as "When" makes the scene a clause, and no opener makes it a
 # sentence.
-OPENERS = "When After While Once As Because Since".split() + ["As soon as", "The day", "Before", "Until"]
-STARTS = ["Then ", "One {time}, ", "Yesterday ", "Last {time}, ", "Today ", "Later that {time}, ", "Once ",
-          "At last ", "So ", "Afterwards "]
+OPENERS = _split("When|After|While|Once|As|Because|Since|As soon as|The day|Before|Until")
+STARTS = _split("Then |One {time}, |Yesterday |Last {time}, |Today |Later that {time}, |Once "
+                "|At last |So |Afterwards ")
 ACTIONS = _split("""went to the {place}|got to the {place}|arrived at the {place}
-came back from the {place}|met at the {place}|were working at the {place}|were walking past the {place}
-were waiting outside the {place}|were resting near the {place}|had a long talk at the {place}
-had lunch near the {place}|had a lot of fun at the {place}|had been playing in the {place}
-sat down in the {place}|looked around the {place}|left the {place}|cleaned the {place}
+came back from the {place}|met at the {place}|were working at the {place}
+were walking past the {place}|were waiting outside the {place}|were resting near the {place}
+had a long talk at the {place}|had lunch near the {place}|had a lot of fun at the {place}
+had been playing in the {place}|sat down in the {place}|looked around the {place}
+left the {place}|cleaned the {place}
 spent the {time} at the {place}|found a {object} at the {place}|saw a {animal} in the {place}
 ran to the {place}|drove to the {place}|lived near the {place}|were looking for the {object}
 played with the {animal}|talked about the {place}|bought a {object} at the {place}
@@ -77,8 +78,10 @@ BETWEEN_CLAUSES = [part.rstrip() + " " for part in _split(""", |, after a while 
 , as always, |, for some reason |, of course, |, without a word, |, in the end
 , because it was {adjective}, |, with a smile, |, at once |, as a joke, |, just before dinner,
 , near the {place}, |, the {animal} slept and|, it was very {adjective}, so |, it began to rain and
-, everything was {adjective} and |, it was time to go, so |, in front of everyone,|, only to be kind,
-, a {adjective} {animal} came by and |, nobody else was there, so |, the {place} was {adjective}, but """)]
+, everything was {adjective} and |, it was time to go, so |, in front of everyone,
+, only to be kind,
+, a {adjective} {animal} came by and |, nobody else was there, so
+, the {place} was {adjective}, but """)]
 BETWEEN_SENTENCES = [part.rstrip() + " " for part in _split(""". |. Then |. Later |. Soon
 . After a while, |. In the end, |. At the {place}, |. That {time}, |. Before they left,
 . It was a {adjective} {time}. |. The rain had stopped. |. They were both {feeling}.
@@ -96,22 +99,23 @@ wanted to give|tried to hand|was happy to offer|agreed to sell|began to pass|pro
 hoped to show|planned to send|forgot to return|had to lend|would give|could not wait to show
 was about to throw|quietly gave|gladly handed|quickly passed|kindly offered|had already sent
 had just sold|went and brought|turned around and gave|smiled and handed|stood up and passed""")
-HELD_OUT_VERBS = _split("""presented|slid|rolled|pushed|awarded|granted|kicked|donated|fetched|lowered
-delivered|supplied|read out|dealt|was ready to present|wished to deliver|chose to donate
+HELD_OUT_VERBS = _split("""presented|slid|rolled|pushed|awarded|granted|kicked|donated|fetched
+lowered|delivered|supplied|read out|dealt|was ready to present|wished to deliver|chose to donate
 was going to award|carefully slid|proudly presented|gently rolled|got up and delivered
 had finally delivered|ran over and presented""")
 RECEIVER_ENDS = [".", ".", ".", " before the {time}.", ", who smiled.", ", who was {feeling}.",
-                 " and went home.", " at the {place}.",
-                 " again.", " and laughed.", ", but it was too late.", ". \"Thank you,\" said {receiver}.",
+                 " and went home.", " at the {place}.", " again.", " and laughed.",
+                 ", but it was too late.", ". \"Thank you,\" said {receiver}.",
                  ". {receiver} was {feeling}."]
-NOT_A_NAME = ["the {animal}", "the {place}", "them", "a friend", "a {feeling} man", "the teacher", "everyone",
-              "the old woman"]
+NOT_A_NAME = ["the {animal}", "the {place}", "them", "a friend", "a {feeling} man", "the teacher",
+              "everyone", "the old woman"]
 
 # What else one may do to another: two people as in a giving sentence, and nothing that is given.
-MEETINGS = _split("""talked to|waved to|listened to|was kind to|said hello to|spoke to|sang to|bowed to
-came up to|walked back to|ran over to|smiled at|looked at|laughed at|pointed at|waited for
+MEETINGS = _split("""talked to|waved to|listened to|was kind to|said hello to|spoke to|sang to
+bowed to|came up to|walked back to|ran over to|smiled at|looked at|laughed at|pointed at|waited for
 sat down next to|thanked|hugged|helped|called|ran after|wanted to talk to|tried to listen to
-stopped to wave to|decided to speak to|was happy to see|quietly talked to|turned around and smiled at""")
+stopped to wave to|decided to speak to|was happy to see|quietly talked to
+turned around and smiled at""")
 
 # How a story begins: never with a name, since a name is one token only with a space before it.
 BEGINNINGS = _split("""It was a {adjective} {time}.|This happened near the {place}.|It was {time}.
@@ -132,16 +136,20 @@ The {place} was {adjective}.|At the {place} there was a {object}, plus a {adject
 It was a {adjective} {time}.|{a} put the {object} on the table.
 Two {animal}s were sleeping alongside the {place}.|{a} paid for the {object}, plus the {object}.
 Then {a} went home.|The {object} rolled down the hill.|{a} pushed the door open.
-The snow slid off the roof.|{a} kicked the ball over the wall.|The {object} was delivered in the {time}.
+The snow slid off the roof.|{a} kicked the ball over the wall.
+The {object} was delivered in the {time}.
 The museum presented a new {object}.|{a} lowered the rope.|{a} had to go back to the {place}.
 The teacher talked to the class about the {animal}.|"Let us go to the {place}," said {a}.
 {a} slept until the {time}.""")
 TOGETHER = _split("""{a} and {b} were friends.|{a} met {b} at the {place}.|{a} sat next to {b}.
 {a} hugged {b}.|{b} laughed, and so did {a}.|{a} waited for {b} at the {place}.|{a} thanked {b}.
 {b} was older than {a}.|{a} and {b} went to the {place}.|Only {a} was {feeling}.
-"What a {adjective} {object}!" said {b}.|{a} talked with {b} about the {object}.|{a} could not find {b}.
-{a} called {b}.|{a} helped {b}.|{a} asked {b} about the {place}.|{b} saw the {animal} before {a} did.
-{a} was {feeling}, but {b} was {feeling}.|{b} went home without {a}.|The {animal} followed {a} and {b}.
+"What a {adjective} {object}!" said {b}.|{a} talked with {b} about the {object}.
+{a} could not find {b}.
+{a} called {b}.|{a} helped {b}.|{a} asked {b} about the {place}.
+{b} saw the {animal} before {a} did.
+{a} was {feeling}, but {b} was {feeling}.|{b} went home without {a}.
+The {animal} followed {a} and {b}.
 {a} or {b} had to go home.|{a} plus {b} made two.|{a} walked alongside {b}.|{b} ran after {a}.""")
 
 
@@ -194,7 +202,8 @@ def giving_sentence(rng, a, b):
     text = _fill(rng, _join(rng, scene, a, b) + between + giver + " " + _give(rng, verb))
     if rng.random() < 1 / 12:
         return text + " to " + _fill(rng, rng.choice(NOT_A_NAME)) + "."
-    return text + " to " + receiver + _fill(rng, rng.choice(RECEIVER_ENDS)).replace("{receiver}", receiver)
+    end = _fill(rng, rng.choice(RECEIVER_ENDS)).replace("{receiver}", receiver)
+    return text + " to " + receiver + end
 
 
 def meeting_sentence(rng, a, b):

@@ -38,11 +38,13 @@ class Entries(NamedTuple):
 
 
 def no_entries():
+    """Entries, none of them."""
     none = torch.zeros(0, dtype=torch.int64)
     return Entries(none, none, none, torch.zeros(0))
 
 
 def joined(parts):                                              # list of Entries -> Entries
+    """The entries of all parts, one after the other."""
     return Entries(*(torch.cat(column) for column in zip(*parts)))
 
 

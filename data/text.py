@@ -198,6 +198,7 @@ def python_manual():
 
 
 def long_lines(text):
+    """The lines of 12 characters and more, by which files are compared."""
     return [line for line in map(str.strip, text.split("\n")) if len(line) >= 12]
 
 

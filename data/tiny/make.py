@@ -254,6 +254,7 @@ def quick_report(model, tokenizer):
 
 
 def by_head(scores):                                        # (layers,H) -> {"3.0": score, ...}
+    """Scores under the names of the heads, rounded."""
     return {f"{layer}.{head}": round(score, 4) for layer, row in enumerate(scores.tolist())
             for head, score in enumerate(row)}
 
