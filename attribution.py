@@ -8,8 +8,8 @@ features of every token can be opened: <out>/<model>/attribution/explorer.html.
 
 In reading order: one layer (head weights and DFA); the residual stream as a sum of what was written
 to it; recursive DFA over it; QK, why a head looks where it looks; the program and its report. Most
-start with their formula. Every sum is exact. That does not show that the SAE is right,
-since its error is one of the terms: `ablation_effects` removes features from the model and looks.
+start with their formula. Every sum is exact. That does not show that the SAE is right, since its
+error is one of the terms: `ablation_effects` removes features from the model and looks.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
@@ -237,9 +237,9 @@ def attention_components(layer, kept, sae, f, matrices):    # -> list of Compone
 
 
 class Contributions(NamedTuple):
-    """The n terms of a feature's pre-activation: one for each (head, component that the query
-    sees), head by head; then a constant for each head, from its value bias; then the feature's own
-    bias."""
+    """The n terms of a feature's pre-activation: one for each head and each component written at or
+    before the query, head by head; then a constant for each head, from its value bias; then the
+    feature's own bias."""
     head: Tensor            # (n,) the head that reads the component; -1 for the feature's own bias
     component: Tensor       # (n,) row of traced.components, or -1 for a constant
     value: Tensor           # (n,) they sum to pre
@@ -257,7 +257,7 @@ def decompose(traced, layer, position, feature):            # -> Contributions
     w = sae.W_enc[:, feature].unflatten(0, (n_heads, -1))               # (H,d_head)
     direction = torch.einsum("hmd,hd->hm", m.W_V, w)                    # (H,d_model) read per head
 
-    # The S components that the query may look at, by their index. It is their index in
+    # The S components written at or before the query, by their index. It is their index in
     # traced.components too, of which `components` is the beginning.
     seen = (components.position <= position).nonzero()[:, 0]            # (S,)
     k = components.position[seen]                                       # (S,) positions
@@ -338,8 +338,7 @@ def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, br
     `breadth` strongest of its parent; features are taken apart down to `depth` levels. share=0 and
     breadth=None prune nothing: then the values of a node's children, if it has any, sum to its own.
 
-    Raises
-    UserError for a layer without SAE and for numbers out of range.
+    Raises UserError for a layer without SAE and for numbers out of range.
     """
     traced = trace_prompt(model, saes, tokens)
     return attribution_tree(traced, layer, position, feature, share, depth, breadth)

@@ -7,13 +7,14 @@ eye; this file uses a fixed rule.
 
 Collection. One pass over held-out text keeps, for every feature, how often and how strongly it is
 active, its strongest places (`top`), places from each tenth of its range (`spread`), and 200 places
-drawn in proportion to activation (`sample`; `weight` says how much of the feature's activation each
-stands for). Two more passes ask what was read at these places, and how much context the feature
-needs. All this is stored, and heads.py reads it too.
+drawn in proportion to activation (`sample`, which is not the flag --sample; `weight` says how much
+of the feature's activation each stands for). A second pass asks what was read at these places. A
+third one asks, at random cuts of the rows, how much context the feature needs. All this is stored,
+and heads.py reads it too.
 
 Families. A place is a (row, position) at which the feature is active. Its source is the earlier
-token, position 0 (BOS) left out, with the largest DFA. The first of these that fits is the
-feature's family:
+token, position 0 (BOS) left out, with the largest DFA (signed, summed over heads). The first of
+these that fits is the feature's family:
 
     too rare        active at fewer than 20 places
     after a copy    at least half of the activation is at places whose source stands right after an
@@ -23,14 +24,14 @@ feature's family:
                     finds "X is next" by text instead
 
 The others go by the context they need: what is left of the activation if only BOS and the last n
-tokens, the current one included, can be read? n is the length after the longest that keeps less
-than half:
+tokens, the current one included, can be read? Tried are n = 1, 2, 4, 8, 16 and 32 (`CONTEXTS`); a
+feature needs the smallest n from which on at least half is left at every length:
 
-    too rare        active at fewer than 20 of the places where this was measured, for every n
-    unstable        some shorter length had kept half
-    current token   n = 1
-    short-range     n = 2 to 8
-    long-range      n > 8, or more than was tried
+    too rare        active fewer than 20 times at the random cuts, whichever n is tried
+    unstable        half was left at some smaller n too, and then again less
+    current token   needs n = 1
+    short-range     needs n = 2 to 8
+    long-range      needs n > 8, or more than was tried
 
 Dashboards. One page for all features, index.html, in <out>/<model>/features/.
 
@@ -38,7 +39,7 @@ Two tokens are copies if they are equal but for one leading space and case
 (data.tokens.fuzzy_classes).
 
 Shapes: R rows, T positions (q query, k key/source), H heads, D = H*d_head, d_sae; n places, m
-places of one row.
+places of one row, or features asked about; V tokens of the vocabulary.
 """
 
 import hashlib
@@ -83,11 +84,12 @@ def collect_places(model, saes, stream, n_rows, n_places=200, seed=0, progress=l
     n_read = 0
     for block in stream:
         block = block[:n_rows - n_read]
-        # a number for each place, in (0,1]; the sample keeps the largest f / u: data/strongest.py
+        # for each place a number in (0,1]: priority sampling keeps the largest f / u
+        # (data/strongest.py)
         u = 1 - torch.rand(block.shape, generator=random)
         for layer, entries in active_entries(model, saes, block.to(device)):
             entries = entries.cpu()
-            in_text = entries._replace(row=entries.row + n_read)
+            in_text = entries._replace(row=entries.row + n_read)    # rows counted from the first
             collectors[layer].add(in_text, u[entries.row, entries.q])
         blocks.append(block.int())
         n_read += len(block)
@@ -102,7 +104,7 @@ def collect_places(model, saes, stream, n_rows, n_places=200, seed=0, progress=l
 
 class Reads(NamedTuple):
     """Where the activation at n places was read from."""
-    source: Tensor          # (n,) strongest source 0 < k < q, of all heads together; -1: none
+    source: Tensor          # (n,) strongest source 0 < k < q, of all heads together; -1 if q = 1
     head_source: Tensor     # (n,H) strongest source 0 < k <= q of each head
     head_value: Tensor      # (n,H) its DFA
 
@@ -110,7 +112,8 @@ class Reads(NamedTuple):
 class ExampleDfa(NamedTuple):
     """What a dashboard shows of n places."""
     window: Tensor          # (n,BEFORE+1+AFTER) activations around q; NaN at BOS and off the row
-    sources: Tensor         # (n,N_SOURCES) strongest k <= q by |DFA|, BOS among them; -1: none
+    sources: Tensor         # (n,N_SOURCES) strongest k <= q by |DFA|, since pages show negative
+                            # ones too; BOS is allowed; -1 where q has no more sources
     by_head: Tensor         # (n,N_SOURCES,H) their DFA
     total: Tensor           # (n,H) DFA over all sources
 
@@ -127,7 +130,8 @@ def attribute_places(model, saes, tokens, collected, progress=lambda rows: None)
         for layer, cache in model.layer_caches(part, max(saes) + 1):
             if layer not in saes:
                 continue
-            # DFA without the value bias: every source has it, so it says nothing about any
+            # Without the value bias: every source has it, so it says nothing about any one of
+            # them. (With attribution.constant_part, DFA sums to the pre-activation.)
             v = values_minus_bias(model, layer, cache.v)
             for i in range(len(part)):
                 attribute_row(saes[layer], cache.pattern[i], v[i], cache.z_cat[i],
@@ -139,7 +143,10 @@ def attribute_places(model, saes, tokens, collected, progress=lambda rows: None)
 
 
 class PlacesByRow:
-    """Places of many rows, one row at a time; results come back in the order of the places."""
+    """Places of many rows, gone through row by row; results come back in the order of the places.
+
+    `add` is called for every row in turn, also for one without places.
+    """
 
     def __init__(self, places, n_rows):
         self.places = places
@@ -161,7 +168,8 @@ class PlacesByRow:
 
 
 def attribute_row(sae, pattern, v, z_cat, sample, top, spread, row):
-    """The DFA of one row's places: pattern (H,q,k), v (k,H,d_head), z_cat (T,D)."""
+    """Add the DFA of one row's places to `sample`, `top` and `spread`, each a PlacesByRow. pattern
+    (H,q,k), v (k,H,d_head), z_cat (T,D)."""
     f = None
     for places, is_sample in ((sample, True), (top, False), (spread, False)):
         entries = places.of_row(row)
@@ -170,15 +178,15 @@ def attribute_row(sae, pattern, v, z_cat, sample, top, spread, row):
         if is_sample:
             places.add(strongest_sources(moved, q))
             continue
-        if f is None and len(feature):
+        if f is None and len(feature):      # a row without places to show is not encoded
             f = sae.encode(z_cat)                                                       # (T,d_sae)
         activations = f[:, feature].T if len(feature) else z_cat.new_zeros(0, len(z_cat))   # (m,T)
         places.add(example_dfa(moved, activations, q))
 
 
 def strongest_sources(moved, q):                            # (m,H,k), (m,) -> Reads
-    """The strongest source of each place, and of each head; position 0 is none. A place's source is
-    an earlier token, because "after a copy" asks what was fetched. A head may also read the current
+    """The strongest source of each place, and of each head, BOS left out. A place's source is an
+    earlier token, because "after a copy" asks what was fetched. A head may also read the current
     token, because heads.py asks what it reads."""
     k = torch.arange(moved.shape[2], device=q.device)
     before_q = (k > 0) & (k < q[:, None])                               # (m,k)
@@ -196,7 +204,7 @@ def example_dfa(moved, activations, q):                     # (m,H,k), (m,T), (m
     around = q[:, None] + torch.arange(-BEFORE, AFTER + 1, device=q.device)
     window = activations.gather(1, around.clamp(0, T - 1))
     window = window.masked_fill((around < 1) | (around >= T), torch.nan)
-    n_sources = min(N_SOURCES, T)
+    n_sources = min(N_SOURCES, T)       # an early q has fewer: filled up with k > q, then -1
     sources = moved.sum(1).abs().topk(n_sources).indices                                # (m,8)
     of_source = sources[:, None].expand(-1, moved.shape[1], -1)
     by_head = moved.gather(2, of_source).transpose(1, 2)                                # (m,8,H)
@@ -446,9 +454,10 @@ def classify(after_copy, chance, context, n_in_text):       # -> (d_sae,) index 
     """The rule at the head of this file: what comes later here overrides what came before.
     n_in_text (d_sae,): places where each feature was active. A chance that could not be measured
     counts as 0."""
-    needed, unstable = context_needed(context.share)
-    family = torch.where(needed <= CONTEXTS.index(LONGEST_SHORT), SHORT_RANGE, LONG_RANGE)
-    family[needed == 0] = CURRENT_TOKEN
+    needed_index, unstable = context_needed(context.share)
+    is_short = needed_index <= CONTEXTS.index(LONGEST_SHORT)
+    family = torch.where(is_short, SHORT_RANGE, LONG_RANGE)
+    family[needed_index == 0] = CURRENT_TOKEN
     family[unstable] = UNSTABLE
     family[context.n_active.amax(1) < MIN_PLACES] = TOO_RARE    # too few to measure context
     above_chance = after_copy >= MIN_RATIO_TO_CHANCE * chance.nan_to_num(0.0)
@@ -459,16 +468,16 @@ def classify(after_copy, chance, context, n_in_text):       # -> (d_sae,) index 
 
 
 def context_needed(share):                                  # (d_sae,contexts) -> (d_sae,) x 2
-    """needed: one past the last index of CONTEXTS at which less than MIN_KEPT is kept; 0 if there
-    is none. unstable: whether some index below `needed` keeps that much. An n that was not measured
-    (NaN) counts as the one before it."""
+    """needed_index: the index in CONTEXTS of the n that a feature needs; len(CONTEXTS) if more than
+    was tried. unstable: whether a smaller n kept MIN_KEPT too. An n that was not measured (NaN)
+    counts as the one before it, and the first as kept."""
     lost = share < MIN_KEPT
     for i in range(1, len(CONTEXTS)):
         lost[:, i] |= lost[:, i - 1] & share[:, i].isnan()
     index = torch.arange(len(CONTEXTS))
-    needed = (lost * (index + 1)).amax(1)
-    unstable = (~lost & (index < needed[:, None])).any(1)
-    return needed, unstable
+    needed_index = (lost * (index + 1)).amax(1)             # one after the last that is lost
+    unstable = (~lost & (index < needed_index[:, None])).any(1)
+    return needed_index, unstable
 
 
 def after_copy_shares(collected, reads, tokens, classes, seed=0):
@@ -484,11 +493,13 @@ def after_copy_shares(collected, reads, tokens, classes, seed=0):
     hit = stands_after_copy(places.row, places.q, source)
     share = activation_share(places.feature, collected.weight, hit, d_sae)
     hit_by_chance, tries = share_by_chance(places, source, stands_after_copy, seed)
-    chance = activation_share(places.feature, collected.weight * (tries > 0), hit_by_chance, d_sae)
+    # places without a possible try say nothing about chance
+    tried_weight = collected.weight * (tries > 0)
+    chance = activation_share(places.feature, tried_weight, hit_by_chance, d_sae)
 
     read = tokens[places.row[hit], source[hit]].long()
     pair, mass = feature_token_mass(places.feature[hit], read, collected.weight[hit])
-    first = rank_in_group(pair[:, 0]) == 0
+    first = rank_in_group(pair[:, 0]) == 0                  # pairs: largest mass of a feature first
     feature = pair[first, 0]
     total = torch.bincount(pair[:, 0], mass, minlength=d_sae)
     X = torch.full((d_sae,), -1)
@@ -515,7 +526,12 @@ def activation_share(feature, weight, hit, d_sae):          # (n,), (n,), (n,) -
 def share_by_chance(places, source, test, seed, n_tries=8):     # -> (n,) share of hits, (n,) tries
     """What chance gives. For each place, `n_tries` times: go to another place of the same feature,
     drawn at random; step back from it by this place's distance to its source; and ask
-    `test(row, q, k)` there. Tries that fall on position 0 or before the row do not count."""
+    `test(row, q, k)` there.
+
+    This keeps the tokens at which the feature is active, and its distances, and breaks only which
+    belongs to which. Not counted: tries that fall on position 0 or before the row, and those of
+    places without a source or of features with one place alone.
+    """
     generator = torch.Generator().manual_seed(seed)
     feature = places.feature                                # sorted
     index = torch.arange(len(feature))
@@ -553,12 +569,12 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
     live = (collected.n > 0).nonzero()[:, 0]
     raised, lowered = logit_effects(model, sae, layer, live)
     weights = head_weights(sae.W_dec, model.config.n_heads)
-    needed, _ = context_needed(families.context.share)
+    needed_index, _ = context_needed(families.context.share)
     was_measured = families.context.n_active.amax(1) > 0
     fires_on = commonest_tokens(collected, tokens)
     n_tokens = tokens[:, 1:].numel()
     records = []
-    for index, i in enumerate(live.tolist()):
+    for place_in_live, i in enumerate(live.tolist()):
         records.append({
             "feature": i,
             "n": int(collected.n[i]),
@@ -570,16 +586,17 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
             "chance": plain(families.chance[i]),
             "X": int(families.X[i]),
             "X_share": plain(families.X_share[i]),
-            # into CONTEXTS; its length: more than was tried
-            "context_index": int(needed[i]) if was_measured[i] else None,
+            # in CONTEXTS; len(CONTEXTS): more than was tried
+            "context_index": int(needed_index[i]) if was_measured[i] else None,
             "context_kept": [plain(x) for x in families.context.share[i]],
             "head_weights": [plain(x) for x in weights[i]],
-            "fires_on": fires_on[i], "raises": raised[index], "lowers": lowered[index]})
+            "fires_on": fires_on[i],
+            "raises": raised[place_in_live], "lowers": lowered[place_in_live]})
     return records
 
 
 def plain(x):
-    """A number rounded to four digits, None for NaN, which JSON lacks."""
+    """A number rounded to four decimals, None for NaN, which JSON lacks."""
     x = float(x)
     return None if x != x else round(x, 4)
 
@@ -649,8 +666,8 @@ def main():
 def report_families(families, folder):
     """Counts by layer, and the figure: context needed against share after a copy."""
     counts = {layer: count_families(of_layer) for layer, of_layer in families.items()}
-    print("\nfeatures by family; one X: of those after a copy, with one token half of what they "
-          "read")
+    print("\nfeatures by family; one X: of those after a copy, with one token half or more of what "
+          "they read")
     print("layer  " + "".join(f"{name:>15}" for name in FAMILIES) + "  one X")
     for layer, by_family in counts.items():
         print(f"{layer:5d}  " + "".join(f"{by_family[name]:15d}" for name in FAMILIES)
@@ -661,8 +678,8 @@ def report_families(families, folder):
                 "layers": {f"L{layer}": by_family for layer, by_family in counts.items()}})
     panels = {}
     for layer, of_layer in families.items():
-        needed, _ = context_needed(of_layer.context.share)
-        panels[layer] = {"context": needed.numpy(), "after_copy": of_layer.after_copy.numpy(),
+        needed_index, _ = context_needed(of_layer.context.share)
+        panels[layer] = {"context": needed_index.numpy(), "after_copy": of_layer.after_copy.numpy(),
                          "family": of_layer.family.numpy()}
     plot_families(panels, FAMILIES, CONTEXTS, folder / "families.png")
 
@@ -710,7 +727,7 @@ def list_sample(study, collection, records):
         chosen = sorted(rng.choice(len(live), min(config.sample, len(live)), replace=False))
         print(f"\n{len(chosen)} of {len(live)} live features of layer {layer}, drawn with seed "
               f"{config.seed}")
-        top = of_layer.collected.top
+        top = of_layer.collected.top                        # by feature, strongest first
         for record in (live[i] for i in chosen):
             strongest = int(torch.searchsorted(top.feature, record["feature"]))
             row = collection.tokens[top.row[strongest]]

@@ -8,12 +8,14 @@ decoder weight, as the paper does; and, since these need not be what the head do
 drawn in proportion to what the head gathers for them. Features that read alike have the same role,
 and a head whose features have several roles is polysemantic.
 
-    profile      what the head gathers for a feature is the DFA of its strongest source, summed over
-                 the text. It is read from the token itself, the token before, a token after a copy
-                 of the current one, or a copy, in some shares (less what chance gives). The rest
-                 is told by the tokens that the feature fires on, reads and writes.
+    profile      what the head gathers for a feature is the DFA of the head's strongest source (BOS
+                 left out; 0 if negative), summed over the text. It is read from the token itself,
+                 the token before, a token after a copy of the current one, or a copy, in some
+                 shares; from the last two is taken off what chance gives. The rest is told by the
+                 tokens that the feature fires on and reads through the head, and by the direction
+                 that it writes.
     similarity   of two features: the overlap of these shares, plus the overlap of the rest times
-                 how much their tokens and what they write are alike
+                 how much these tokens and directions are alike
     roles        groups of features, each with a similarity of 0.5 or more to the leader of its
                  group; counted as 1 / (probability that two features share one)
 
@@ -23,7 +25,7 @@ missing, it is collected first. Written to <out>/<model>/heads/, and for the pag
 <out>/<model>/features/heads.js.
 
 Shapes: R rows, T positions (q query, k key/source), H heads, D = H*d_head, d_sae; n places, m
-features.
+features; V token ids, up to the largest in the text.
 """
 
 from dataclasses import dataclass
@@ -47,7 +49,8 @@ from study import begin, finish, reported
 CHOICES = {"top 10": 10, "top 25": 25, "top 50": 50, "50 drawn": 50}    # how many features each has
 TOP, DRAWN = "top 25", "50 drawn"           # the two that are told in words
 SIMILARITY_THRESHOLD = 0.5                  # from which on two features share a role
-POLYSEMANTIC_ABOVE = 1.5                    # roles, as `number_of_roles` counts them
+POLYSEMANTIC_ABOVE = 1.5                    # roles, as `number_of_roles` counts them: a convention,
+                                            # half way between one and two
 
 
 # ---- how a feature reads and writes through a head ----
@@ -58,8 +61,9 @@ RELATIONS = ("itself", "the token before", "a token after a copy", "a copy")
 class Profiles(NamedTuple):
     """How m features read from and write to one head."""
     relations: Tensor       # (m,len(RELATIONS)) share of what the head gathers that is read there
-    fire: Tensor            # (m,d_model) sum of embeddings of the tokens at which they are active
-    read: Tensor            # (m,d_model) sum of embeddings of the tokens read
+    fire: Tensor            # (m,d_model) embeddings of the tokens they fire on, summed over the
+                            # sample's places, each times what the head gathers there
+    read: Tensor            # (m,d_model) the same of the tokens read
     write: Tensor           # (m,d_model) W_dec[i] at the head @ W_O
 
 
@@ -75,7 +79,8 @@ class HeadPlaces(NamedTuple):
 def places_of_head(of_layer, head):                         # LayerCollection -> HeadPlaces
     """Where one head reads, for every place of the sample."""
     places = of_layer.collected.sample
-    n_represented = of_layer.collected.weight / places.f    # places of the text, by activation
+    # weight is the activation that a place stands for: over its own, so many places like it
+    n_represented = of_layer.collected.weight / places.f
     value = of_layer.reads.head_value[:, head].clamp_min(0)
     source = of_layer.reads.head_source[:, head].long()
     return HeadPlaces(places.row, places.q, places.feature, source, n_represented * value)
@@ -102,9 +107,11 @@ def relation_shares(of_layer, places, classes, seed=0):     # -> (d_sae,len(RELA
               activation_share(feature, gathered, k == q - 1, d_sae)]
     for relation in (after_copy, copy):
         share = activation_share(feature, gathered, relation(places.row, q, k), d_sae)
-        hits, n_tries = share_by_chance(of_layer.collected.sample, k, relation, seed)
-        chance = activation_share(feature, gathered * (n_tries > 0), hits, d_sae).nan_to_num(0.0)
+        by_chance, n_tries = share_by_chance(places, k, relation, seed)
+        tried = gathered * (n_tries > 0)            # no possible try: it says nothing about chance
+        chance = activation_share(feature, tried, by_chance, d_sae).nan_to_num(0.0)
         shares.append(((share - chance) / (1 - chance)).clamp_min(0))
+    # NaN: the head gathers nothing for the feature; then no share is read in any relation
     return torch.stack(shares, 1).nan_to_num(0.0).float()
 
 
@@ -173,9 +180,12 @@ def group_roles(similarities, threshold=SIMILARITY_THRESHOLD):      # (m,m) -> l
 
 
 def number_of_roles(groups):
-    """An effective number: 1 / (probability that two different features share a role). n equally
-    large groups count as about n, and features that are all alone as infinitely many. More features
-    of the same kinds do not raise it."""
+    """An effective number: 1 / (probability that two different features share a role).
+
+    n large groups of equal size count as about n, and more features of the same kinds do not raise
+    it. It is an estimate: where few features share a role it exceeds the number of features (ten
+    with one pair: 45), and where none do it is infinite.
+    """
     n = sum(len(group) for group in groups)
     n_pairs = sum(len(group) * (len(group) - 1) for group in groups)
     return n * (n - 1) / n_pairs if n_pairs else float("inf")
@@ -218,9 +228,10 @@ def features_of_heads(model, sae, layer, of_layer, tokens, classes, seed=0):
     return heads
 
 
-def roles_of_head(head, threshold):                         # HeadFeatures -> {choice: groups}
+def roles_of_head(of_head, threshold):                      # HeadFeatures -> {choice: groups}
     """The roles among each choice of features; see `group_roles`."""
-    return {choice: group_roles(similarity(p), threshold) for choice, p in head.profiles.items()}
+    return {choice: group_roles(similarity(p), threshold)
+            for choice, p in of_head.profiles.items()}
 
 
 def census_of_layer(model, sae, layer, of_layer, tokens, classes, threshold=SIMILARITY_THRESHOLD,
@@ -234,14 +245,16 @@ def census_of_layer(model, sae, layer, of_layer, tokens, classes, threshold=SIMI
     text_share = torch.bincount(tokens.flatten().long()).double() / tokens.numel()      # (V,)
     census = []
     heads = features_of_heads(model, sae, layer, of_layer, tokens, classes, seed)
-    for i, head in enumerate(heads):
-        groups = roles_of_head(head, threshold)
-        roles = {choice: number_of_roles(groups[choice]) if len(features) == CHOICES[choice]
-                 else None for choice, features in head.chosen.items()}
+    for i, of_head in enumerate(heads):
+        groups = roles_of_head(of_head, threshold)
+        roles = {}
+        for choice, features in of_head.chosen.items():
+            is_full = len(features) == CHOICES[choice]
+            roles[choice] = number_of_roles(groups[choice]) if is_full else None
         census.append({"layer": layer, "head": i, "name": f"{layer}.{i}",
-                       "features": head.chosen["top 50"].tolist(), "roles": roles,
-                       "top": describe_choice(head, TOP, groups[TOP], tokens, text_share),
-                       "drawn": describe_choice(head, DRAWN, groups[DRAWN], tokens, text_share)})
+                       "features": of_head.chosen["top 50"].tolist(), "roles": roles,
+                       "top": describe_choice(of_head, TOP, groups[TOP], tokens, text_share),
+                       "drawn": describe_choice(of_head, DRAWN, groups[DRAWN], tokens, text_share)})
     return census
 
 
@@ -260,21 +273,21 @@ def drawn_features(places, common, seed, n=CHOICES[DRAWN]):     # HeadPlaces -> 
     return torch.multinomial(gathered, n, generator=torch.Generator().manual_seed(seed))
 
 
-def describe_choice(head, choice, groups, tokens, text_share):
+def describe_choice(of_head, choice, groups, tokens, text_share):       # HeadFeatures -> dict
     """One choice of a head's features as plain numbers: their weights in it; "relations", the mean
     share of what is read for them in each; "groups", their roles, largest first, with the tokens
     that they fire on and read. text_share (V,): how often each token stands in the text."""
-    features = head.chosen[choice]
-    relations = head.profiles[choice].relations
+    features = of_head.chosen[choice]
+    relations = of_head.profiles[choice].relations
     described = []
     for group in groups:
-        is_of_group = torch.isin(head.places.feature, features[group])
-        places = HeadPlaces(*(column[is_of_group] for column in head.places))
+        is_of_group = torch.isin(of_head.places.feature, features[group])
+        places = HeadPlaces(*(column[is_of_group] for column in of_head.places))
         described.append({"features": features[group].tolist(),
                           "relations": relations[group].mean(0).tolist(),
                           "at": distinctive_tokens(places, places.q, tokens, text_share),
                           "reads": distinctive_tokens(places, places.source, tokens, text_share)})
-    return {"features": features.tolist(), "weights": head.weight[features].tolist(),
+    return {"features": features.tolist(), "weights": of_head.weight[features].tolist(),
             "relations": (relations.sum(0) / max(len(features), 1)).tolist(),
             "groups": described}
 
@@ -285,11 +298,11 @@ def distinctive_tokens(places, position, tokens, text_share, n=3):      # -> tok
     there = tokens[places.row, position].long()
     gathered = torch.bincount(there, places.gathered.double(), minlength=len(text_share))
     p = gathered / gathered.sum()
-    score = torch.where(p > text_share, p * (p / text_share).log(), 0.0).nan_to_num(0.0)
+    score = torch.where(p > text_share, p * (p / text_share).log(), 0.0)
     return [i for i in score.argsort(descending=True)[:n].tolist() if score[i] > 0]
 
 
-def is_polysemantic(head, choice):                          # -> bool, or None if it cannot be told
+def is_polysemantic(head, choice):          # head of the census -> bool, None if it cannot be told
     """Whether the chosen features of a head have several roles."""
     n_roles = head["roles"][choice]
     return None if n_roles is None else n_roles > POLYSEMANTIC_ABOVE
@@ -376,28 +389,28 @@ def finite(x):
     return "infinite" if x == float("inf") else x
 
 
-def roles_text(head, choice):
-    """A number of roles, of as many features as the choice has."""
+def roles_text(head, choice):               # head of the census -> text
+    """Its number of roles; infinite is written as more than there are features."""
     n_roles = head["roles"][choice]
     if n_roles is None:
         return "n/a"
     return f"> {CHOICES[choice]}" if n_roles == float("inf") else f"{n_roles:.1f}"
 
 
-def summary(choice, tokenizer):
+def summary(described, tokenizer):          # what `describe_choice` returns -> text
     """A line about some features of a head, built from what was measured."""
-    if not choice["features"]:
+    if not described["features"]:
         return "no features that are active often enough"
-    shares = [f"{share:.0%} {relation}" for share, relation in zip(choice["relations"], RELATIONS)
-              if share >= 0.05]
-    elsewhere = 1 - sum(choice["relations"])
+    shares = [f"{share:.0%} {relation}"
+              for share, relation in zip(described["relations"], RELATIONS) if share >= 0.05]
+    elsewhere = 1 - sum(described["relations"])
     groups = []
-    for group in choice["groups"][:3]:
+    for group in described["groups"][:3]:
         share, what = max(zip(group["relations"], RELATIONS))
         if share < 0.5:
             what = f"{quoted(group['reads'], tokenizer)} at {quoted(group['at'], tokenizer)}"
         groups.append(f"{len(group['features'])} read {what}")
-    weights = choice["weights"]
+    weights = described["weights"]
     return (f"reads {', '.join([*shares, f'{elsewhere:.0%} elsewhere'])}. Roles: "
             f"{'; '.join(groups)}. They lie in it by {min(weights):.0%} to {max(weights):.0%}")
 

@@ -8,8 +8,8 @@ after it:
               k            q    L[q,k] = length of the longest run up to q that equals that before k
 
     heads          induction, previous-token and duplicate-token score of every head
-    prefix         one random row, its prefix grown from 0 to 9 tokens with key and query in place:
-                   attention to X, and direct logit attribution of X, for every head
+    prefix         random rows; in each, the prefix grown from 0 to 9 tokens with key and query in
+                   place: attention to X, and direct logit attribution of X, for every head
     intervention   held-out text: the token at k-2 replaced, so that 1 token of the prefix is left.
                    Controls: the token at k+2 replaced instead; that at k-2 where only 1 matched
     features       "X is next" features: SAE features that fire where X followed the current token
@@ -19,7 +19,7 @@ after it:
     python induction.py         all four on the shipped model, in <out>/<model>/induction/
 
 Two tokens match if they are equal but for one leading space and the case of letters
-(data.tokens.fuzzy_classes). BOS matches nothing.
+(data.tokens.fuzzy_classes). BOS, which also stands between the documents of a row, matches nothing.
 
 Shapes: B batch, T positions (q query, k key), H heads, d_head; n examples.
 """
@@ -70,10 +70,10 @@ def prefix_lengths(classes):                                # (B,T) -> (B,q,k)
 def followed_by(tokens, classes, row, q, X):                # (B,T) x 2, (n,) x 3 -> (n,) bool
     """The proxy of Fig. 2: whether the token at q, or its variant in space or case, stood earlier
     in its row with token X after it."""
-    k = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    earlier = torch.arange(tokens.shape[1] - 1, device=tokens.device)      # X stands at earlier + 1
     own_class = classes[row, q][:, None]
-    is_copy = (classes[row, :-1] == own_class) & (own_class >= 0) & (k < q[:, None])    # (n,T-1)
-    return (is_copy & (tokens[row, 1:] == X[:, None])).any(-1)
+    is_copy = (classes[row, :-1] == own_class) & (own_class >= 0) & (earlier < q[:, None])
+    return (is_copy & (tokens[row, 1:] == X[:, None])).any(-1)          # (n,T-1) -> (n,)
 
 
 def followed_everywhere(tokens, classes, X):                # (B,T) x 2, a token -> (B,T-1) bool
@@ -95,9 +95,10 @@ def followed_everywhere(tokens, classes, X):                # (B,T) x 2, a token
 def head_scores(model, tokens, classes, matched=1):         # (B,T) x 2 -> {score: (layers,H)}
     """Mean attention of every head at the queries that have something to look at.
 
-    induction: to the tokens before which the query's last `matched` tokens stood earlier, all
-    together. duplicate: to earlier occurrences of the query's token. previous: to the token before
-    the query, where that is not BOS. Also "n_queries", how many the induction score is a mean over.
+    induction: to the keys k with L[q,k] >= matched, summed over them. duplicate: to earlier
+    occurrences of the query's token, summed. previous: to the token before the query, where that is
+    not BOS. Also "n_queries", how many the induction score is a mean over. (data/tiny/make.py asks
+    for other `matched`, and for n_queries.)
     """
     layers = range(model.config.n_layers)
     names = ("induction", "previous", "duplicate")
@@ -125,7 +126,7 @@ def score_targets(classes, matched):                        # (B,T) -> {score: (
     same = (classes[:, :, None] == classes[:, None]) & is_token[:, None]
     return {"induction": (prefix_lengths(classes) >= matched) & (k < q),
             "duplicate": same & (k < q),
-            "previous": (k == q - 1) & (k > 0) & is_token[:, None]}
+            "previous": (k == q - 1) & is_token[:, None]}
 
 
 def query_and_key_positions(tokens):                        # (B,T) -> (T,1), (1,T)
@@ -135,13 +136,13 @@ def query_and_key_positions(tokens):                        # (B,T) -> (T,1), (1
 
 
 def random_rows(model, bos, token_class, n, generator, repeat=False):   # -> (n,T)
-    """BOS and random tokens that all differ, also in class; with `repeat` the same tokens again to
-    fill the row. token_class: (n_vocab,)."""
+    """BOS and random tokens that all differ, also in class; with `repeat` the first half of them
+    twice (T is then odd). token_class: (n_vocab,)."""
     T = min(128, model.config.n_ctx)
     n_different = (T - 1) // 2 if repeat else T - 1
-    classes = token_class.cpu().numpy()
-    one_of_each = np.unique(classes, return_index=True)[1]
-    pool = torch.from_numpy(one_of_each[classes[one_of_each] >= 0])
+    class_of = token_class.cpu().numpy()
+    _, one_of_each = np.unique(class_of, return_index=True)
+    pool = torch.from_numpy(one_of_each[class_of[one_of_each] >= 0])
     if len(pool) < n_different:
         raise UserError(f"this vocabulary has {len(pool)} tokens that differ, and a row takes "
                         f"{n_different}.")
@@ -172,7 +173,7 @@ def prefix_curves(model, bos, token_class, n=400, seed=0, progress=lambda rows: 
     generator = torch.Generator().manual_seed(seed)
     base = random_rows(model, bos, token_class, n, generator)
     key, query = draw_key_and_query(base, generator)
-    order = query.argsort()         # rows end at their queries: neighbours have them close together
+    order = query.argsort()         # a block is cut after its last query: sorted, that is cheapest
     base, key, query = base[order], key[order], query[order]
     matrices = [model.head_matrices(layer) for layer in range(model.config.n_layers)]
     attention, logit = [], []
@@ -208,11 +209,10 @@ def grow_prefix(base, key, query):              # (b,T), (b,), (b,) -> (B,T), (B
     k = key.repeat_interleave(n_lengths)
     q = query.repeat_interleave(n_lengths)
     length = torch.tensor(LENGTHS, device=base.device).repeat(len(base))
-    source = tokens.clone()
     row = torch.arange(len(tokens), device=base.device)
     for back in range(max(LENGTHS)):
-        grown = back < length                               # the rows whose prefix is that long
-        tokens[row[grown], (q - back)[grown]] = source[row[grown], (k - 1 - back)[grown]]
+        grown = back < length                               # the rows whose prefix is longer
+        tokens[row[grown], (q - back)[grown]] = tokens[row[grown], (k - 1 - back)[grown]]
     return tokens, k, q
 
 
@@ -265,15 +265,16 @@ def find_examples(tokens, classes, model=None, head=None):  # (B,T), (B,T) -> Ex
     """Places where a prefix of 1 or more tokens matches.
 
     By text alone: where the query has exactly one such key, so that no head's attention is divided.
-    Given a head: where that head's attention is over 0.3, as in the paper. In both, k is 3 or more,
-    the token at k-2 is not BOS, and the two copies of the prefix do not overlap.
+    Given a head: where that head's attention is over 0.3, as in the paper. In both, there is a
+    token at k-2 to replace (not BOS), and the two copies of the prefix do not overlap.
     """
     parts = []
     for rows in torch.arange(len(tokens), device=tokens.device).split(16):
         q, k = query_and_key_positions(tokens)
         lengths = prefix_lengths(classes[rows]) * (k < q)               # (B,q,k)
-        token_at_k_minus_2 = (classes[rows] >= 0).roll(2, 1)[:, None]
-        chosen = (lengths > 0) & (k >= 3) & (k + lengths <= q + 1) & token_at_k_minus_2
+        is_token = classes[rows] >= 0
+        has_token_before = F.pad(is_token, (2, 0))[:, None, :-2]        # (b,1,k): at k-2
+        chosen = (lengths > 0) & (k + lengths <= q + 1) & has_token_before
         if model is None:
             chosen &= (lengths > 0).sum(-1, keepdim=True) == 1
         else:
@@ -358,10 +359,14 @@ def draw(examples, n, generator):                           # -> Examples, n at 
 
 # ---- "X is next" features (Fig. 2) ----
 #
-# A feature is named after the token X that followed earlier occurrences of the current token where
-# it is most active, on one half of the text. It counts if, on the other half, at least MIN_SHARE of
-# its activation is where X followed the current token earlier, and that is MIN_EXCESS more than the
-# current token alone would give.
+# On one half of the text, take the places where the feature is most active, and look what followed
+# earlier copies of the token at such a place: the token with the most activation behind it is X,
+# and the feature is named after it. The feature counts if, on the other half, at least MIN_SHARE of
+# its activation is at places where X followed an earlier copy, and that is MIN_EXCESS more than the
+# token at the place alone would give.
+#
+# Entries (data/strongest.py) are the active features of a text: row, q, feature and activation f of
+# each.
 
 MIN_SHARE, MIN_EXCESS = 0.5, 0.25
 MIN_ACTIVE = 100                # positions at which such a feature is active
@@ -382,11 +387,11 @@ def find_features(model, saes, tokens, classes, progress=lambda rows: None):
     n_live = {}
     for layer, s in sums.items():
         n_live[layer] = int((s.n > 0).sum())
-        share = s.hit / s.mass.clamp_min(1e-30)
+        share = s.mass_hit / s.mass.clamp_min(1e-30)
         chosen = ((s.n >= MIN_ACTIVE) & (share >= MIN_SHARE)).nonzero()[:, 0]
         X = names[layer][chosen.to(tokens.device)]
         expected = expected_share(model, saes[layer], layer, measuring, classes[half:], chosen, X,
-                                  naming, classes[:half])
+                                  other_tokens=naming, other_classes=classes[:half])
         for i, x, by_token_alone in zip(chosen.tolist(), X.tolist(), expected.tolist()):
             if float(share[i]) >= by_token_alone + MIN_EXCESS:
                 found.append({"layer": layer, "feature": i, "X": x, "share": float(share[i]),
@@ -409,24 +414,28 @@ def name_features(model, saes, tokens, classes, progress):  # -> {layer: (d_sae,
 
 
 def name_next(tokens, classes, entries, d_sae):             # (B,T) x 2 -> (d_sae,)
-    """For each feature the token that followed earlier occurrences of the current token most often,
-    weighted by activation; -1 where there is none."""
+    """Each feature's X; -1 where no token of its entries came before.
+
+    Each entry gives its activation to every token that followed an earlier copy of its own token,
+    once to each, however often it followed. X is the token that is given most.
+    """
     T = tokens.shape[1]
-    owner, position = [], []                                # of each token that followed
+    owner, position = [], []            # of each token that followed: its entry, and where it is
     for part in torch.arange(len(entries.q)).split(2**16):
         row, q = entries.row[part], entries.q[part]
         own_class = classes[row, q][:, None]
         is_copy = (classes[row, :-1] == own_class) & (own_class >= 0)
         is_copy &= torch.arange(T - 1) < q[:, None]
-        i, k = is_copy.nonzero(as_tuple=True)
+        i, earlier = is_copy.nonzero(as_tuple=True)
         owner.append(part[i])
-        position.append(k + 1)
+        position.append(earlier + 1)
     owner, position = torch.cat(owner), torch.cat(position)
     followed = tokens[entries.row[owner], position]
-    # a token once for each entry; a pair is one number, since `unique` is slow on rows
+    # each pair (entry, token) once; as one number, since `unique` is slow on rows
     n_tokens = int(tokens.max()) + 1
     vote = (owner * n_tokens + followed).unique()
     owner, X = vote // n_tokens, vote % n_tokens
+    # pairs (feature, token), feature by feature, the token that is given most first
     pair, _ = feature_token_mass(entries.feature[owner], X, entries.f[owner])
     heaviest = pair[rank_in_group(pair[:, 0]) == 0]
     named = torch.full((d_sae,), -1)
@@ -439,7 +448,7 @@ class SumsWhereFollowed(NamedTuple):
     n: Tensor               # active positions
     mass: Tensor            # sum of activations
     n_hit: Tensor           # active positions where X followed the current token earlier
-    hit: Tensor             # sum of activations there
+    mass_hit: Tensor        # sum of activations there
 
 
 def sum_where_followed(model, saes, tokens, classes, names, progress=lambda rows: None):
@@ -447,24 +456,24 @@ def sum_where_followed(model, saes, tokens, classes, names, progress=lambda rows
     SumsWhereFollowed}."""
     sums = {layer: torch.zeros(4, sae.d_sae, dtype=torch.float64) for layer, sae in saes.items()}
     for layer, entries in active_entries(model, saes, tokens, progress):
-        X = names[layer][entries.feature]
+        X = names[layer][entries.feature]                   # -1, no name, equals no token
         hits = [followed_by(tokens, classes, *part) for part in
                 zip(entries.row.split(2**16), entries.q.split(2**16), X.split(2**16))]
-        hit = torch.cat(hits).cpu().double() if hits else torch.zeros(0, dtype=torch.float64)
+        is_hit = torch.cat(hits).cpu().double()             # 0 or 1
         f = entries.f.cpu().double()
-        columns = torch.stack([torch.ones_like(f), f, hit, hit * f])
+        columns = torch.stack([torch.ones_like(f), f, is_hit, is_hit * f])
         sums[layer].index_add_(1, entries.feature.cpu(), columns)
     return {layer: SumsWhereFollowed(*columns) for layer, columns in sums.items()}
 
 
 def expected_share(model, sae, layer, tokens, classes, features, X, other_tokens, other_classes):
     """The share of a feature's activation that would fall where X followed earlier if it depended
-    on the current token alone -> (m,).
+    on the class of the current token alone (" the" and "The" are one) -> (m,).
 
-    It is the sum over tokens of (activation at that token) * (how often X followed it earlier),
-    over the sum of activations. features, X: (m,). How often is counted on other rows, estimated
-    there so that a rare token's own hits do not inflate it. A feature that reads nothing but the
-    current token has this share, up to the difference of the two texts.
+    It is the sum over classes of (activation at that class, in `tokens`) * (the share of its
+    occurrences, in the other rows, where X followed it earlier), over the sum of activations.
+    features, X: (m,). Other rows, so that a rare token's own hits do not raise the share. A feature
+    that reads nothing but the current class has this share, up to the difference of the two texts.
     """
     n_classes = int(max(classes.max(), other_classes.max())) + 2        # class -1 is BOS
     mass = sae.b_enc.new_zeros(n_classes, len(features))
@@ -487,24 +496,23 @@ class OnText(NamedTuple):
     """One feature over text, at positions 1 to T-2 (which have a next token)."""
     f: Tensor               # (B,T-2) its activation
     proxy: Tensor           # (B,T-2) whether X followed the current token earlier
-    is_X: Tensor            # (B,T-2) whether X is the next token
 
 
 @torch.no_grad()
 def features_on_text(model, saes, wanted, tokens, classes):     # [(layer, feature, X)] -> [OnText]
     """Activation and proxy of some features at every position, in one pass over the text."""
-    activations = [[] for _ in wanted]
     layers = sorted({layer for layer, _, _ in wanted})
-    for part in tokens.split(32):
-        for layer, z in model.z_cat_at(part, layers).items():
+    activations = None                                                  # (len(wanted),B,T-2)
+    for rows in torch.arange(len(tokens), device=tokens.device).split(32):
+        for layer, z in model.z_cat_at(tokens[rows], layers).items():
             f = saes[layer].encode(z[:, 1:-1])                          # (32,T-2,d_sae)
+            if activations is None:
+                activations = f.new_empty(len(wanted), len(tokens), f.shape[1])
             for i, (feature_layer, feature, _) in enumerate(wanted):
                 if feature_layer == layer:
-                    # a copy: a view would keep all of f
-                    activations[i].append(f[..., feature].clone())
-    return [OnText(torch.cat(f), followed_everywhere(tokens, classes, X)[:, :-1],
-                   tokens[:, 2:] == X)
-            for f, (_, _, X) in zip(activations, wanted)]
+                    activations[i, rows] = f[..., feature]
+    return [OnText(activations[i], followed_everywhere(tokens, classes, X)[:, :-1])
+            for i, (_, _, X) in enumerate(wanted)]
 
 
 def precision_and_recall(on_text, levels=(0.0, 0.25, 0.5, 0.75)):       # OnText -> list of dicts
@@ -528,9 +536,9 @@ def downstream(model, sae, layer, feature, X, tokens, on_text, n_rows=64, seed=0
 
     direct_logit: what it adds, where it is active, to the logit of X less the mean over all tokens,
     the final norm's scale frozen. rank_of_X: X's place among all tokens in its direction.
-    loss_if_X, loss_if_not_X: by how much the loss changes, in nats, when the feature is removed
-    where it is active, SAE error kept and nothing frozen, apart by whether X is the next token.
-    Intervals over rows.
+    loss_if_X, loss_if_not_X: by how much the loss changes, in nats, where the feature is active,
+    when it is removed at all places of the row at once, SAE error kept and nothing frozen; apart by
+    whether X is the next token. Intervals over rows.
     """
     generator = torch.Generator().manual_seed(seed)
     active_rows = (on_text.f > 0).any(1).nonzero()[:, 0].cpu()
@@ -678,8 +686,9 @@ def study_features(study, rows, token_class, layer, feature, n_shown=20):
         layer, feature = found[0]["layer"], found[0]["feature"]
     X = int(names[layer][feature])
     if X < 0:
-        raise UserError(f"feature {layer}.{feature} was never active where a token came again in "
-                        f"these rows; raise --n-rows, or name another with --feature.")
+        raise UserError(f"feature {layer}.{feature} cannot be named: at its strongest places in "
+                        f"the first half of these rows, the token had not come before. Raise "
+                        f"--n-rows, or name another with --feature.")
     on_text, = features_on_text(model, saes, [(layer, feature, X)], rows, classes)
     drawn = {"layer": layer, "feature": feature, "X": X, "X_text": study.tokenizer.decode([X]),
              "found": any((one["layer"], one["feature"]) == (layer, feature) for one in found),

@@ -16,10 +16,11 @@ before the connector, IO after it.
 
     python ioi.py           all four on the shipped model, in <out>/<model>/ioi/
 
-A *source* prompt differs from its base prompt in what is stated. Patching copies the source run's
-z_cat at a position into the base run, at the matching position of each row. Recovered =
-(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means over prompts; LD_zero has z_cat = 0
-there, in the model's own weights.
+A *source* prompt is its base prompt with something changed: another S2, other names, another
+connector. Patching copies the source run's z_cat at a position into the base run, at the matching
+position of each row. Recovered = (LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means
+over prompts; LD_zero has z_cat = 0 there. (The paper folds value biases into b_O, which shifts its
+z_cat, and so what 0 means: README, "Bias convention".)
 
 Shapes: N prompts, T positions, H heads, D = H*d_head, d_sae; L layers.
 """
@@ -33,7 +34,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
 from attribution import (KINDS, constant_part, decompose, dfa, direct_logits, qk, token_effects,
                          trace_prompt, values_minus_bias, writer_name)
 from data.errors import UserError, run
@@ -45,12 +45,12 @@ from data.stats import bootstrap, format_ci, mean_with_ci, wilson
 from data.stories import HELD_OUT_NAMES, OBJECTS, PLACES
 from data.tokens import pad_prompts
 from sae import ablate, splice
-from study import Study, StudyConfig, begin, finish, reported
+from study import Study, StudyConfig, begin, finish, held_out_rows, reported
 
 # ---- prompts ----
 
-# (opening, what the two did, what the giver did). The stories that tiny was trained on never join
-# these verbs with this text between the names.
+# (opening, what the two did, what the giver did). The stories that tiny was trained on have the
+# giver's verbs, but never after such text between S1 and S2.
 TEMPLATES = (("When", " went to the {place},", " gave a {object} to"),
              ("After", " got to the {place},", " presented a {object} to"),
              ("While", " were working at the {place},", " rolled a {object} to"),
@@ -170,7 +170,7 @@ def capitalised(text):
 
 
 def with_other_names(prompts, names, seed=0):
-    """The same prompts with two other names, none of them in the prompt before."""
+    """The same prompts with two names that are neither of their own."""
     rng = random.Random(f"other names {seed}")
     changed = []
     for prompt in prompts:
@@ -197,7 +197,12 @@ def flipped(prompts):
 
 
 def other_giver(prompts):
-    """The same text but for S2, which is the other name: roles and order both change."""
+    """The same text but for S2: "When Mary and John ..., Mary gave ... to" for "..., John gave ...
+    to".
+
+    The names stay where they stand. Since they exchange roles, ABBA is now called BABA: hence
+    `flipped`.
+    """
     return [dataclasses.replace(prompt, io=prompt.s, s=prompt.io) for prompt in flipped(prompts)]
 
 
@@ -212,18 +217,24 @@ POSITIONS = ("same", "2 tokens", "a sentence")
 def placed(prompts, fillers, position):
     """The prompts with fillers set so that S1 stands where `position` says.
 
-    "same": at one position and one distance from S2 for both orders of names. S1 is two tokens
-    later in ABBA, so BABA has two tokens more in front and two less in the middle. "2 tokens":
-    these two the other way round, so that S1 moves on in one order and back in the other: a cell is
-    a mean over both. "a sentence": all in the middle.
+                    ABBA: front, middle     BABA: front, middle
+        same              short, longer           longer, short
+        2 tokens          longer, short           short, longer
+        a sentence        none, both              none, both
+
+    "longer" has two tokens more than "short". Without fillers S1 is two tokens later in ABBA; with
+    those of "same" it stands at one position, at one distance from S2, in both orders. "2 tokens"
+    moves it from there by +2 in ABBA and by -2 in BABA. S2 always stays.
     """
     changed = []
     for prompt, short in zip(prompts, fillers):
-        front, middle = short, longer(short)
-        if (prompt.order == "BABA") != (position == "2 tokens"):
-            front, middle = middle, front
+        longer_in_front = prompt.order == ("ABBA" if position == "2 tokens" else "BABA")
         if position == "a sentence":
             front, middle = "", short + " " + capitalised(longer(short))
+        elif longer_in_front:
+            front, middle = longer(short), short
+        else:
+            front, middle = short, longer(short)
         changed.append(dataclasses.replace(prompt, front=front, middle=middle))
     return changed
 
@@ -237,7 +248,8 @@ def frequent_word(rows, tokenizer, taken):
         word = tokenizer.decode([token])
         if word[:1] == " " and word[1:].isalpha() and word not in taken:
             return word
-    raise UserError("no other word of this vocabulary stands in the text; give more text.")
+    raise UserError("this vocabulary has no word besides the connectors: no token that is a space "
+                    "and letters.")
 
 
 # ---- runs and patches ----
@@ -255,7 +267,9 @@ def run_clean(model, batch):                                # -> CleanRun
     """The run without an edit, layer by layer."""
     resid, z = [], []
 
-    def look(z_cat):        # an edit that changes nothing: the run is, bit for bit, as with edits
+    # An edit that changes nothing, so that this run takes the path of the patched ones and differs
+    # from them by nothing else. (`keep` would compute attention another way, and round otherwise.)
+    def look(z_cat):
         z.append(z_cat)
         return z_cat
 
@@ -305,7 +319,7 @@ def with_head_from(base_z, source_z, head, n_heads):        # (N,D), (N,D) -> (N
 
 # ---- the circuit ----
 
-# Who might look at whom, and the name under which it is kept.
+# Who might look at whom.
 ATTENTION_PAIRS = (("end", "IO"), ("end", "S1"), ("end", "S2"), ("S2", "S1"), ("S2", "S1+1"),
                    ("S1+1", "S1"))
 PREVIOUS_TOKEN = "each -> the one before"
@@ -313,7 +327,7 @@ PREVIOUS_TOKEN = "each -> the one before"
 
 class Circuit(NamedTuple):
     """What every head does, (N,L,H) each; effects are changes of the logit difference (LD)."""
-    attention: dict         # {"end -> IO": ...}, for the keys that a role asks for
+    attention: dict         # {"end -> IO": ...}, for ATTENTION_PAIRS and PREVIOUS_TOKEN
     dla: np.ndarray         # direct logit attribution at the end: its part of LD
     direct: np.ndarray      # if patched at the end, with later layers' z_cat there frozen
     at_end: np.ndarray      # if patched at the end
@@ -328,16 +342,21 @@ def compute_circuit(model, batch, source, clean, source_run, progress=lambda lay
     source's z of a head, at S2 or at the end, into the clean run.
     """
     L, H = model.config.n_layers, model.config.n_heads
+
+    def from_source(layer, head, place):                    # -> {layer: edit}
+        of_base = z_at(clean.z[layer], batch, place)
+        of_source = z_at(source_run.z[layer], source, place)
+        patched = with_head_from(of_base, of_source, head, H)
+        return {layer: patch_at(patched, batch.pos[place])}
+
     attention, dla = attention_and_dla(model, batch)
     direct, at_end, at_S2 = [], [], []
     for layer in range(L):
         frozen = {later: patch_at(z_at(clean.z[later], batch, "end"), batch.pos["end"])
                   for later in range(layer + 1, L)}
         for head in range(H):
-            to_end, to_S2 = ({layer: patch_at(
-                with_head_from(z_at(clean.z[layer], batch, place),
-                               z_at(source_run.z[layer], source, place), head, H),
-                batch.pos[place])} for place in ("end", "S2"))
+            to_end = from_source(layer, head, "end")
+            to_S2 = from_source(layer, head, "S2")
             at_S2.append(logit_diff_with(model, clean, batch, to_S2) - clean.ld)
             at_end.append(logit_diff_with(model, clean, batch, to_end) - clean.ld)
             direct.append(logit_diff_with(model, clean, batch, to_end | frozen) - clean.ld)
@@ -373,8 +392,8 @@ def attention_to_previous(pattern, end):                    # (N,H,T,T), (N,) ->
     """Mean attention to the token before, over a prompt's tokens whose previous one is not BOS."""
     to_previous = pattern.diagonal(-1, 2, 3)                # (N,H,T-1), for queries 1 to T-1
     query = torch.arange(1, pattern.shape[2], device=end.device)
-    counts = ((query > 1) & (query <= end[:, None])).to(pattern.dtype)              # (N,T-1)
-    return (to_previous * counts[:, None]).sum(-1) / counts.sum(-1, keepdim=True)
+    is_counted = ((query > 1) & (query <= end[:, None])).to(pattern.dtype)          # (N,T-1)
+    return (to_previous * is_counted[:, None]).sum(-1) / is_counted.sum(-1, keepdim=True)
 
 
 ROLES = ("name mover", "negative name mover", "S-inhibition", "duplicate token", "induction",
@@ -385,16 +404,17 @@ MIN_EFFECT = 0.05           # effect that counts, as a part of LD_clean - LD_sou
 
 def find_roles(attention, direct, at_end, at_S2):           # {pair: (L,H)}, (L,H) x 3
     """Roles by rule, from means over prompts -> {role: [(layer, head)]}. Effects are changes as
-    parts of LD_clean - LD_source, so a head that helps has a negative one.
+    parts of LD_clean - LD_source: patching a head that helps lowers LD, so its effect is negative.
 
-    name mover           looks from the end at IO, and its direct effect is 5% or more
-    negative name mover  the same with the opposite sign
-    S-inhibition         looks from the end at S2, and in all has 5% more than directly: through
-                         later heads
-    duplicate token      looks from S2 at S1, and patched at S2 has 5% or more
-    induction            looks from S2 at S1+1, and patched at S2 has 5% or more
-    previous token       looks from S1+1 at S1, and from all tokens at the one before: by attention
-                         alone, since the patch cannot reach it
+    name mover           looks from the end at IO; direct effect -5% or lower
+    negative name mover  looks from the end at IO; direct effect +5% or higher
+    S-inhibition         looks from the end at S2; effect in all at least 5% lower than the direct
+                         one: it works through later heads
+    duplicate token      looks from S2 at S1; effect at S2 of 5% or more, of either sign
+    induction            looks from S2 at S1+1; effect at S2 of 5% or more, of either sign
+    previous token       looks from S1+1 at S1, and from all tokens at the one before. By attention
+                         alone: source and base are the same text up to S2, so patching shows
+                         nothing there.
     """
     looks = {pair: weight >= LOOKS_AT for pair, weight in attention.items()}
     acts_at_S2 = np.abs(at_S2) >= MIN_EFFECT
@@ -668,7 +688,7 @@ def prepare(study):                                         # -> IOI, a word as 
     longest_filler = max(FILLERS, key=lambda filler: len(tokenizer.encode(" " + filler)))
     longest = placed(prompts, [longest_filler] * len(prompts), "a sentence")
     study.model.check_length(tokenise(longest, tokenizer).tokens.shape[1])
-    text = next(data.rows(config.corpus, tokenizer, "held-out", study.n_ctx, 512))
+    text = held_out_rows(study, 512, at_least=1)
     batch = tokenise(prompts, tokenizer, study.device)
     ioi = IOI(study, names, batch, run_clean(study.model, batch))
     return ioi, frequent_word(text, tokenizer, CONNECTORS)
@@ -678,13 +698,14 @@ def study_circuit(ioi):                                     # -> dict
     """Can the model do the task, which heads do it, and what are their roles?
 
     "unit" is what effects are divided by: LD_clean - LD_source, or 1 where the two are not told
-    apart. "movers": the two strongest name movers, or for want of them the head with the strongest
-    direct effect. "signal_layers": those that act at S2.
+    apart. "movers": the two strongest name movers, or for want of them the head whose direct effect
+    is lowest, the most helpful one. "signal_layers": --signal-layers, or the two layers with the
+    largest effect at S2, however small it is.
     """
     model, batch, clean = ioi.study.model, ioi.batch, ioi.clean
     source, source_run = ioi.run(other_giver(batch.prompts))
     ld = clean.ld.cpu().numpy()
-    source_ld = -source_run.ld.cpu().numpy()                # IO and S have changed roles
+    source_ld = -source_run.ld.cpu().numpy()    # the base's IO less its S: the source's S and IO
     _, (low, _) = mean_with_ci(ld - source_ld)
     told_apart = low > 0
     unit = float(ld.mean() - source_ld.mean()) if told_apart else 1.0
@@ -758,22 +779,23 @@ def read_feature(ioi, layer, feature, place):               # -> dict
 def study_signal(ioi, layers, frequent):                    # -> dict
     """What z_cat at S2 tells the later layers: noising, connectors, side and position."""
     model, batch, clean = ioi.study.model, ioi.batch, ioi.clean
-    zero = baselines(model, batch, clean, layers)
+    no_signal = baselines(model, batch, clean, layers)
+    zero = no_signal["zero"]
     is_abba = torch.tensor([prompt.order == "ABBA" for prompt in batch.prompts],
                            device=clean.ld.device)
     sources = {}
     for name, prompts in source_prompts(ioi, frequent).items():
         ld = ioi.patch_S2_from(prompts, layers)
-        ways = {"recovered": recovered(ld, clean.ld, zero["zero"]),
-                "ABBA": recovered(ld[is_abba], clean.ld[is_abba], zero["zero"][is_abba]),
-                "BABA": recovered(ld[~is_abba], clean.ld[~is_abba], zero["zero"][~is_abba]),
-                "over mean": recovered(ld, clean.ld, zero["mean"]),
-                "over zero everywhere": recovered(ld, clean.ld, zero["zero everywhere"])}
+        ways = {"recovered": recovered(ld, clean.ld, zero),
+                "ABBA": recovered(ld[is_abba], clean.ld[is_abba], zero[is_abba]),
+                "BABA": recovered(ld[~is_abba], clean.ld[~is_abba], zero[~is_abba]),
+                "over mean": recovered(ld, clean.ld, no_signal["mean"]),
+                "over zero everywhere": recovered(ld, clean.ld, no_signal["zero everywhere"])}
         sources[name] = {"patched": float(ld.mean())}
         for way, (value, interval) in ways.items():
             sources[name] |= {way: value, f"{way}_ci": interval}
     means = {name: mean_with_ci(ld.cpu().numpy())
-             for name, ld in {"clean": clean.ld, **zero}.items()}
+             for name, ld in {"clean": clean.ld, **no_signal}.items()}
     return {"layers": layers, "frequent_word": frequent, "sources": sources,
             "side_and_position": side_and_position(ioi, layers), **means}
 
@@ -817,7 +839,8 @@ def side_and_position(ioi, layers):                         # -> {cell or effect
             ld[side, position] = with_fillers.patch_S2_from(placed(sources, fillers, position),
                                                             layers)
     cells = {f"{side}, {position}": patched for (side, position), patched in ld.items()}
-    # recovered is linear in the patched run: of a difference it is the difference of two of them
+    # An effect is the difference of two cells, with an interval of its own. `recovered` subtracts
+    # zero from what it is given, and a difference must lose it only once: so it is added here.
     for p in POSITIONS:
         cells[f"effect of side, at position: {p}"] = ld["same side", p] - ld["other side", p] + zero
     for side in ("same side", "other side"):
@@ -890,7 +913,7 @@ def report_circuit(ioi, result):
         "accuracy": [n_right / len(ld), wilson(n_right, len(ld))], "roles": result["roles"],
         "attention": {pair: weight.tolist() for pair, weight in result["attention"].items()},
         "clean_less_source": unit if result["told_apart"] else None,
-        "layers_at_S2_as_share": result["layer_effects"],
+        "layers_at_S2": [effect * unit for effect in result["layer_effects"]],
         **{name: mean_with_ci(getattr(result["circuit"], name)) for name in ("dla", *effects)}})
     plot_effects({"direct logit attribution": dla,
                   "patched at the end, directly": effects["direct"],

@@ -14,6 +14,7 @@ the entries of input b begin at crow[b]. Values, decoder and gradients are float
 
 `sparse_step` takes a feature to be active exactly where pre > threshold, as `SAE.activate` says. If
 that is changed, `is_threshold_activation` notices, and train.py takes the dense step.
+`encode_sparse` calls `SAE.activate`, and holds for every activation that keeps to its rules.
 
 Shapes: B batch, d_in, d_sae; nnz candidates.
 """
@@ -38,7 +39,8 @@ ROWS_AT_ONCE = 512      # a block of the encoder's product is then still cached 
 def sparse_step(sae, z, l1):                                # (B,d_in) -> LossAndGradients
     """Loss and gradients as `sae.dense_step` has them, to float precision, on the CPU.
 
-    Only the encoder's product is dense, and in low precision; the rest touches the candidates.
+    Of the products with the batch only the encoder's is dense, and it is in low precision; the rest
+    touches the candidates.
     """
     B = len(z)
     d_sae = sae.d_sae
@@ -50,7 +52,7 @@ def sparse_step(sae, z, l1):                                # (B,d_in) -> LossAn
     g = 2 * e / B
     d_pre = (sampled_product(crow, cols, g, sae.W_dec) + l1 / B) * active   # (nnz,)
 
-    # the same entries, feature by feature
+    # the same entries, feature by feature: those of feature i begin at ccol[i]
     order = by_feature(cols, d_sae)
     ccol = row_pointers(cols[order], d_sae)
     rows_by_feature, f_by_feature, d_pre_by_feature = rows[order], f[order], d_pre[order]
@@ -61,8 +63,9 @@ def sparse_step(sae, z, l1):                                # (B,d_in) -> LossAn
                  "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
     fired = torch.zeros(d_sae, dtype=torch.int64).index_add_(0, cols, active.long())
 
-    # The weights of features that are no candidates are never read: one that is NaN or infinite
-    # would go unnoticed. This is 0, or NaN if there is one. (b_dec is in e.)
+    # The decoder of features that are no candidates is never read, and an encoder with a NaN may
+    # have no candidates: either would go unnoticed. This is 0, or NaN if a weight is NaN or
+    # infinite. (b_dec is in e.)
     nan_if_bad = 0 * sum(weight.sum() for weight in (sae.W_enc, sae.b_enc, sae.W_dec))
     mse = e.square().sum() / B + nan_if_bad
     return LossAndGradients(mse, f.sum() / B, fired, gradients)
@@ -81,31 +84,39 @@ def candidate_pre_activations(sae, x):      # (B,d_in) -> rows, cols (nnz,), cro
 def candidates(x, W, bias):                 # (B,d_in), (d_sae,d_in), (d_sae,) -> rows, cols (nnz,)
     """Every entry of x @ W^T + bias that may be above 0, found by a bfloat16 product.
 
-    bfloat16 keeps 8 bits: rounding moves a number by at most u = 2^-8 of itself. With x' and w'
-    rounded, x . w is moved by at most |x - x'| |w| + u |x'| |w| (Cauchy-Schwarz), and the float32
-    sum of d products by another d 2^-24 |x'| |w|. Their sum is the margin (with |x| for |x'|, and
-    d + 2 terms): bias and margin ride along as two more dimensions of x and W. Both are rounded
-    too: 1 + 6u makes up for |x'| and |w'| and for the rounding of margin and |w|, and bias + 2u
-    |bias| is not below the bias once rounded. So where the product is not above 0, the exact value
-    is not. Processors that only emulate bfloat16 take the product in float32, where u is 2^-24.
+    Where that product is not above 0, the exact value is not. bfloat16 keeps 8 bits, 7 of them
+    stored: rounding a number moves it by at most u = 2^-8 of itself. With x' and w' for x and w
+    rounded, and |.| for norms, the product is off by at most
+
+        |x - x'| |w| + u |x'| |w|               from rounding x and w (Cauchy-Schwarz)
+        (d + 2) 2^-24 (|x'| |w'| + |bias|)      from a float32 sum of d + 2 terms
+
+    and rounding the sum does not change its sign. So much is added: margin * |w|, and a little more
+    bias. Bias and margin ride along as two more dimensions of x and W. They are rounded with these,
+    and the code has |x| and |w| for |x'| and |w'|: 1 + 6u makes up for both (4u would do), and 2u
+    |bias| for the rounding of the bias. Processors that only emulate bfloat16 take the product in
+    float32, where u is 2^-24.
     """
     d_sae, d_in = W.shape
     kind = torch.bfloat16 if fast_bfloat16(x.device) else torch.float32
     u = torch.finfo(kind).eps / 2
+    of_sum = (d_in + 2) * 2.0**-24
     bias = bias[:, None]                                                    # (d_sae,1)
+    raised_bias = bias + (2 * u + of_sum) * bias.abs()
     rounding = (x - x.to(kind)).norm(dim=1, keepdim=True)                   # (B,1) |x - x'|
     size = x.norm(dim=1, keepdim=True)
-    margin = rounding + (u + (d_in + 2) * 2.0**-24) * size                  # times |w|
+    margin = rounding + (u + of_sum) * size                                 # times |w|
     left = torch.cat([x, torch.ones_like(margin), (1 + 6 * u) * margin], 1).to(kind)
-    right = torch.cat([W, bias + 2 * u * bias.abs(), W.norm(dim=1, keepdim=True)], 1).to(kind)
+    right = torch.cat([W, raised_bias, W.norm(dim=1, keepdim=True)], 1).to(kind)
 
     found = []
     for first in range(0, len(x), ROWS_AT_ONCE):
         product = left[first:first + ROWS_AT_ONCE] @ right.T                # (512,d_sae)
-        # a number is above 0 if its bits, read as an integer, are; numpy looks faster than torch
+        # numpy searches faster than torch but has no bfloat16. The bits of a number, read as an
+        # integer, are above 0 where the number is.
         bits = product.view(torch.int16 if kind == torch.bfloat16 else torch.int32).numpy()
         found.append(np.flatnonzero(bits > 0) + first * d_sae)
-    flat = np.concatenate([*found, np.empty(0, np.int64)])
+    flat = np.concatenate([*found, np.empty(0, np.int64)])      # also for no rows
     rows, cols = np.divmod(flat, d_sae)
     return torch.from_numpy(rows), torch.from_numpy(cols)
 
@@ -115,12 +126,12 @@ def row_pointers(rows, n):                                  # (nnz,) ascending -
     return torch.searchsorted(rows, torch.arange(n + 1))
 
 
-def sampled_product(crow, cols, x, W):                      # (B,d), (m,d) -> (nnz,)
+def sampled_product(crow, cols, x, W):      # (B+1,), (nnz,), (B,d), (m,d) -> (nnz,)
     """The entries (row, cols) of x @ W^T, and no others."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         where = torch.sparse_csr_tensor(crow, cols, x.new_zeros(len(cols)), (len(x), len(W)),
-                                        check_invariants=False)
+                                        check_invariants=False)     # its values are not read
     return torch.sparse.sampled_addmm(where, x, W.T, beta=0).values()
 
 
@@ -164,10 +175,11 @@ def encode_sparse(sae, z):                                  # (B,T,d_in) -> Entr
 
 
 def activate_candidates(sae, z):                            # (n,d_in) -> place, feature, f (nnz,)
-    """Pre-activations of the candidates, put through `SAE.activate`."""
+    """Pre-activations of the candidates, put through `SAE.activate`: in whole rows, since an
+    activation such as TopK compares the features of a row."""
     place, feature, crow, pre = candidate_pre_activations(sae, z - sae.b_dec)
-    # what is no candidate is at or below its threshold, where by the rules of `SAE.activate` one
-    # value is as good as another: 0, as thresholds are not negative
+    # What is no candidate is at or below its threshold, where by the rules of `SAE.activate` one
+    # value is as good as another: 0, or the threshold itself if that is negative.
     filling = sae.threshold.clamp_max(0)
     f = []
     for first in range(0, len(z), ROWS_AT_ONCE):

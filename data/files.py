@@ -49,21 +49,21 @@ def sole_writer(folder):
     except ImportError:                                 # Windows: there we trust the user
         yield
         return
-    lock_path = folder / ".lock"
-    with open(lock_path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {folder}; wait for it, or choose another "
-                            "--out.") from None
-        except OSError:
-            pass                                        # a file system without locks
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"another run is writing to {folder}; wait for it, or choose another "
+                        "--out.") from None
+    except OSError:
+        pass                                            # a file system without locks
+    try:
         for leftover in (*folder.glob(".*tmp*"), *folder.glob("L*/.*tmp*")):
             leftover.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            lock_path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(lock)                                  # which lets go of it
 
 
 def run_folder(out, model):

@@ -8,13 +8,11 @@ import time
 class Progress:
     """Called with how much is done; shows rate and time left."""
 
-    def __init__(self, total, unit="tokens", every=None):
+    def __init__(self, total, unit="tokens"):
         self.total = total
         self.unit = unit
         self.on_terminal = sys.stdout.isatty()
-        self.every = every                              # seconds between lines
-        if every is None:
-            self.every = 0.5 if self.on_terminal else 10.0
+        self.every = 0.5 if self.on_terminal else 10.0      # seconds between lines
         self.started = time.monotonic()
         self.done_at_start = None
         self.last_shown = 0.0

@@ -1,7 +1,7 @@
 """Numbers in the pages: the commands that print them, what they printed, a check that nothing
 drifts.
 
-    python -m docs.results              run all (about an hour on two cores, half of it the benchmark)
+    python -m docs.results              run all: about an hour on two cores, half of it the benchmark
     python -m docs.results ioi train    run some; walkthrough is one of them
     python -m docs.results --check      run none: are the pages what the stored outputs say?
 
@@ -9,10 +9,11 @@ The pages are README.md and docs/RESULTS.md. What a command prints is kept in
 docs/outputs/<name>.txt, under the time and the memory it took. docs/sources.json says where the
 numbers of a page come from:
 
-    blocks      for each ```text block of a page, in order, an output and lines of it: '"ABBA" +2; "head "'
-                is the line that starts with ABBA and the two after it, "..." and so on
-    sections    for each heading, outputs in which the numbers of its text have to stand, rounded as they
-                may be; and settings, numbers that nothing measured
+    blocks      for each ```text block of a page, in order, an output and lines of it:
+                '"ABBA" +2; "head "' is the line that starts with ABBA and the two after it, "..."
+                and so on
+    sections    for each heading, outputs in which the numbers of its text have to stand, rounded
+                as they may be; and settings, numbers that nothing measured
 
 Numbers in `code` and whole numbers up to twelve are not looked at, nor are sections without an
 entry.
@@ -84,7 +85,8 @@ def measure(name):
     command = [sys.executable, *shlex.split(COMMANDS[name])]
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors,
+                                   text=True)
         printed = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -109,8 +111,8 @@ def machine():
     path = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.is_file() else []
     bfloat16 = "with" if fast_bfloat16(torch.device("cpu")) else "without"
-    return (f"{names[0] if names else 'a processor'}, {torch.get_num_threads()} threads, {bfloat16} "
-            f"bfloat16")
+    processor = names[0] if names else "a processor"
+    return f"{processor}, {torch.get_num_threads()} threads, {bfloat16} bfloat16"
 
 
 def output(name):
@@ -139,7 +141,8 @@ def excerpt(name, ranges):
     shown = []
     last = -1
     for start, more in re.findall(r'"(.*?)"(?: \+(\d+))?', ranges):
-        first = next((i for i, line in enumerate(lines) if line.startswith(start) and i > last), None)
+        after = range(last + 1, len(lines))
+        first = next((i for i in after if lines[i].startswith(start)), None)
         if first is None:
             raise UserError(f"no line of docs/outputs/{name}.txt, after those before, starts with "
                             f"{start!r}, which a page asks for.")

@@ -77,7 +77,7 @@ def test_head_logits_are_what_the_stream_loses_without_the_head(traced):
     run, exact = traced
     model, last = run.model, len(run.tokens) - 1
     kept = run.cache[model.config.n_layers - 1]
-    final = (kept.resid_pre + kept.attn_out + kept.mlp_out)[0, last]
+    final = kept.resid_post[0, last]
     direction = model.logit_directions(torch.tensor(3)) / model.final_scale(final)
     for layer, kept in run.cache.items():
         scale = kept.scales["attn_out"][0, last] if "attn_out" in kept.scales else 1.0
@@ -85,7 +85,8 @@ def test_head_logits_are_what_the_stream_loses_without_the_head(traced):
         # heads and bias together are what the layer adds to the stream, and that along the
         # direction
         total = found.sum() + run.matrices[layer].b_O @ direction
-        assert (total - kept.attn_out[0, last] @ direction).abs() < exact * max(1, found.abs().max())
+        difference = (total - kept.attn_out[0, last] @ direction).abs()
+        assert difference < exact * max(1, found.abs().max())
         for h in range(model.config.n_heads):
             alone = kept.z_cat[0, last].unflatten(-1, (model.config.n_heads, -1)).clone()
             alone[torch.arange(len(alone)) != h] = 0
@@ -100,7 +101,8 @@ def test_parts_add_up_to_the_residual_stream(traced):
         stream.index_add_(0, run.components.position[:run.n_before[layer]],
                           run.components.vector[:run.n_before[layer]])
         assert (stream - kept.resid_pre[0]).abs().max() < exact * kept.resid_pre.abs().max(), \
-            f"something that is written before layer {layer} is missing: b_O, a post-norm's gain, its scale?"
+            (f"something that is written before layer {layer} is missing: "
+             "b_O, a post-norm's gain, its scale?")
 
 
 def test_children_sum_to_the_pre_activation(traced):
@@ -147,8 +149,10 @@ def test_what_is_pruned_is_added_up(traced):
         assert len(node.children) <= 4 and abs(node.children[-1].value) >= 0.05 * abs(root.value)
         everything = A.decompose(run, node.layer, node.position, node.feature).value
         assert node.n_pruned + len(node.children) == int((everything != 0).sum())
-        assert abs(sum(child.value for child in node.children) + node.pruned - node.value) < exact * size * 10
-    assert not any(grandchild.children for child in root.children for grandchild in child.children), \
+        total = sum(child.value for child in node.children) + node.pruned
+        assert abs(total - node.value) < exact * size * 10
+    grandchildren = [node for child in root.children for node in child.children]
+    assert not any(node.children for node in grandchildren), \
         "depth 2"
 
 
@@ -170,9 +174,11 @@ def test_qk_pairs_sum_to_the_score(traced):
                     others = [k for k in seen if k != key]
                     if others:
                         mean = float(scores[key] - scores[others].mean())
-                        assert abs(A.qk(run, layer, head, query, key, "others").score - mean) < exact * size
+                        against_mean = A.qk(run, layer, head, query, key, "others").score
+                        assert abs(against_mean - mean) < exact * size
                         one = float(scores[key] - scores[others[0]])
-                        assert abs(A.qk(run, layer, head, query, key, others[0]).score - one) < exact * size
+                        against_one = A.qk(run, layer, head, query, key, others[0]).score
+                        assert abs(against_one - one) < exact * size
 
 
 def test_what_is_equal_at_all_keys_cancels_in_a_contrast(tiny):
@@ -379,7 +385,8 @@ def test_the_hand_wired_induction_circuit_is_found(induction):
     tokens = torch.tensor([0, 1, 2, 3, 4, 5, 1])
     run = A.trace_prompt(model, saes, tokens)
     assert int(run.f[0][2].argmax()) == 1, "head 0.0 should find the token before"
-    assert int(run.f[1][6].argmax()) in (2, V + 1) and float(run.cache[1].pattern[0, 1, 6, 2]) > 0.95
+    assert int(run.f[1][6].argmax()) in (2, V + 1)
+    assert float(run.cache[1].pattern[0, 1, 6, 2]) > 0.95
 
     per_source = A.dfa(run.cache[1].pattern, run.cache[1].v, saes[1].W_enc[:, 2])[0, :, 6]
     assert divmod(int(per_source.argmax()), 7) == (1, 2), \
@@ -431,11 +438,13 @@ def test_a_feature_that_is_not_active_is_taken_apart_too(traced):
     layer = max(run.saes)
     position, i = (run.f[layer][1:] == 0).nonzero()[0].tolist()
     root = A.attribution_tree(run, layer, position + 1, i, share=0, depth=1, breadth=None)
-    assert abs(sum(child.value for child in root.children) - root.value) < exact * max(1, abs(root.value))
+    total = sum(child.value for child in root.children)
+    assert abs(total - root.value) < exact * max(1, abs(root.value))
     # now exactly at 0, or a rounding from it
     run.saes[layer].b_enc[i] -= root.value
     root = A.attribution_tree(run, layer, position + 1, i)
-    assert abs(root.value) < 1e-3 and all(abs(x) < float("inf") for x in (root.error, root.mlp, root.pruned))
+    assert abs(root.value) < 1e-3
+    assert all(abs(x) < float("inf") for x in (root.error, root.mlp, root.pruned))
 
 
 def test_a_model_of_another_type_than_its_saes_is_named(folder):

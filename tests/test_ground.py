@@ -118,7 +118,8 @@ def test_the_interval_of_a_share():
 
 
 def test_spearman_equals_counting_by_hand():
-    assert spearman(torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20, 25, 90])) == pytest.approx(1)
+    rising = spearman(torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20, 25, 90]))
+    assert rising == pytest.approx(1)
     assert spearman(torch.tensor([1.0, 2, 3]), torch.tensor([3.0, 2, 1])) == pytest.approx(-1)
     # ranks 1, 2.5, 2.5, 4 against 2, 1, 3, 4, worked out on paper
     tied = spearman(torch.tensor([1.0, 5, 5, 9]), torch.tensor([2.0, 1, 3, 4]))

@@ -287,10 +287,11 @@ def test_a_feature_of_the_current_token_is_no_induction_feature():
     shares = I.sum_where_followed(OneHot(), {0: sae}, tokens, classes, {0: names})[0]
     expected = I.expected_share(OneHot(), sae, 0, tokens, classes, every, names[every], tokens,
                                 classes)
-    torch.testing.assert_close(expected.double(), (shares.hit / shares.mass)[every], rtol=1e-4,
+    torch.testing.assert_close(expected.double(), (shares.mass_hit / shares.mass)[every], rtol=1e-4,
                                atol=1e-6)
     found, _, _ = I.find_features(OneHot(), {0: sae}, tokens, classes)
-    assert (shares.n[1:11] > I.MIN_ACTIVE).all() and (shares.hit / shares.mass)[1:11].max() > I.MIN_SHARE
+    assert (shares.n[1:11] > I.MIN_ACTIVE).all()
+    assert (shares.mass_hit / shares.mass)[1:11].max() > I.MIN_SHARE
     assert [one["feature"] for one in found] == [12], \
         "the proxy is one, the current token alone is not"
     assert found[0]["share"] == 1.0
@@ -326,15 +327,15 @@ def test_places_show_the_token_at_which_the_feature_is_active():
     words = [" a", " b", " c", " d", "<bos>"]
     tokens = torch.tensor([[4, 0, 1, 0, 2, 3, 3]])
     d = I.OnText(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]),
-                 torch.tensor([[False, False, True, False, True]]),
-                 torch.zeros(1, 5, dtype=torch.bool))
+                 torch.tensor([[False, False, True, False, True]]))
     shown = I.show_places(d, tokens, Words(words))
     texts = {kind: [place["text"] for place in places] for kind, places in shown.items()}
     assert texts == {"active, X followed earlier": ["<bos> a b\u27e8 a\u27e9 c d d"],
                      "active, X did not follow earlier": ["<bos> a b a\u27e8 c\u27e9 d d"],
                      "silent, X followed earlier": ["<bos> a b a c\u27e8 d\u27e9 d"]}
     table = I.precision_and_recall(d, (0.0, 0.75))
-    assert [(r["n_over"], r["precision"], r["recall"]) for r in table] == [(2, 0.5, 0.5), (1, 1.0, 0.5)]
+    found = [(row["n_over"], row["precision"], row["recall"]) for row in table]
+    assert found == [(2, 0.5, 0.5), (1, 1.0, 0.5)]
 
 
 @pytest.mark.parametrize("flags, words", [

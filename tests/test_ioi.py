@@ -54,7 +54,8 @@ def test_every_named_position_holds_what_its_name_says(words, tokenizer):
             [prompts.tokens[i, prompts.pos[name][i] - back]])
         for i, one in enumerate(changed):
             assert prompts.tokens[i, 0] == tokenizer.bos
-            assert token("S2", i) == token("S1", i) == " " + one.s and token("IO", i) == " " + one.io
+            assert token("S2", i) == token("S1", i) == " " + one.s
+            assert token("IO", i) == " " + one.io
             assert token("connector", i) == one.connector and token("end", i) == " to"
             assert token("S1+1", i, back=1) == " " + one.s
             first, second = (one.io, one.s) if one.order == "ABBA" else (one.s, one.io)
@@ -65,8 +66,8 @@ def test_every_named_position_holds_what_its_name_says(words, tokenizer):
 
 
 def test_prompts_cover_every_template_in_both_orders_and_names_differ(words):
-    assert {(one.template, one.order) for one in words} == {(t, o) for t in range(len(ioi.TEMPLATES))
-                                                            for o in ioi.ORDERS}
+    every = {(t, order) for t in range(len(ioi.TEMPLATES)) for order in ioi.ORDERS}
+    assert {(one.template, one.order) for one in words} == every
     assert all(one.io != one.s for one in words)
 
 

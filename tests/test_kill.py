@@ -1,7 +1,9 @@
 """kill -9 at any moment, then --resume: the SAEs end with the same bytes as those of a run left
 alone.
 
-    python tests/test_kill.py 20        20 kills, at moments drawn over a run's whole time; tests do 3
+    python tests/test_kill.py 20        20 kills, at moments drawn over a run's whole time
+
+The test does three.
 """
 
 import random
@@ -61,8 +63,8 @@ def kill_often(out, kills, seed, say=lambda text: None):
             assert bytes_of(process, out) == whole, "other bytes after kills"
             say("ended before it was killed, with the same bytes; again from the start")
     assert bytes_of(start(out), out) == whole, "other bytes after kills"
-    say(f"{killed} kills, {resumed} of them or of the ends after --resume, and every end has the same bytes"
-        )
+    say(f"{killed} kills, {resumed} of them or of the ends after --resume, "
+        "and every end has the same bytes")
     return killed, resumed
 
 

@@ -75,7 +75,7 @@ def test_cached_parts_add_up_to_the_next_layer(pair):
     _, cache = ours(random_tokens(ours), keep=range(ours.config.n_layers))
     for layer in range(ours.config.n_layers - 1):
         one = cache[layer]
-        assert torch.allclose(one.resid_pre + one.attn_out + one.mlp_out, cache[layer + 1].resid_pre,
+        assert torch.allclose(one.resid_post, cache[layer + 1].resid_pre,
                               atol=1e-5)
         z = torch.einsum("bhqk,bkhd->bqhd", one.pattern, one.v).flatten(-2)
         assert torch.allclose(z, one.z_cat, atol=1e-5), "z_cat is not pattern @ v"
@@ -360,7 +360,8 @@ def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_
     script = """
 import sys, model
 def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10       # bytes
 model.load_model("tiny")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")     # forget the peak of the imports

@@ -122,7 +122,8 @@ def test_a_feature_that_was_never_active_is_said_to_be_so(page):
     missing = page.execute_script("return [...Array(2048).keys()].find("
                                   "i => !data.features[3].feature.includes(i))")
     open_hash(page, f"3.{missing}")
-    assert wait(page, lambda: f"Feature 3.{missing} was not active" in page.find_element(By.ID, "page").text)
+    sentence = f"Feature 3.{missing} was not active"
+    assert wait(page, lambda: sentence in page.find_element(By.ID, "page").text)
 
 
 def test_a_token_like_a_script_is_text(page):

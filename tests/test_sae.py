@@ -204,7 +204,8 @@ def test_a_resampled_row_never_jumps(silent_steps):
     for name, index in (("W_enc", (slice(None), dead)), ("W_dec", dead), ("b_enc", dead)):
         moved = (getattr(sae, name)[index] - before[name][index]).abs().max()
         assert 0 < moved < 10 * 1e-3, \
-            f"{name} moved by {moved / 1e-3:.0f} x lr: is Adam's second moment 0 while its step count is not?"
+            (f"{name} moved by {moved / 1e-3:.0f} x lr: "
+             "is Adam's second moment 0 while its step count is not?")
 
 
 # ---- edits, files ----

@@ -183,7 +183,8 @@ def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="12 layers, and this one has 26"):
         S.load_saes("kissane", gemma)
     assert list(S.load_saes("gemma-scope", gemma, (2,))) == [2]
-    assert asked[-1] == ("google/gemma-scope-2b-pt-att", "layer_2/width_16k/average_l0_93/params.npz")
+    assert asked[-1] == ("google/gemma-scope-2b-pt-att",
+                         "layer_2/width_16k/average_l0_93/params.npz")
 
 
 def _folder_of(folder, layer, asked, tmp_path):

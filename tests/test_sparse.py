@@ -104,7 +104,8 @@ class TopK(S.SAE):
 def test_another_activation_function_is_noticed(k):
     sae = TopK(24, 96)
     sae.k = k
-    assert not P.is_threshold_activation(sae) and P.is_threshold_activation(random_sae(threshold=0.4))
+    assert not P.is_threshold_activation(sae)
+    assert P.is_threshold_activation(random_sae(threshold=0.4))
 
 
 def test_another_activation_function_is_encoded_as_it_says(either_processor):
@@ -112,7 +113,8 @@ def test_another_activation_function_is_encoded_as_it_says(either_processor):
     sae = TopK(24, 96).requires_grad_(False)
     z = random_z(60).reshape(6, 10, 24)
     f = sae.encode(z)
-    assert ((f > 0).sum(-1) <= 5).all() and int((f > 0).sum()) < int((S.SAE.encode(sae, z) >= 0).sum())
+    assert ((f > 0).sum(-1) <= 5).all()
+    assert int((f > 0).sum()) < int((S.SAE.encode(sae, z) >= 0).sum())
     entries = P.encode_sparse(sae, z)
     found = torch.zeros_like(f)
     found[entries.row, entries.q, entries.feature] = entries.f

@@ -25,7 +25,8 @@ def test_rows_depend_on_arguments_alone_and_can_start_anywhere():
     tokenizer = data.load_tokenizer("tiny")
     stream = data.rows("python", tokenizer, n=50, seed=3)
     whole = torch.cat([next(stream) for _ in range(30)])
-    assert torch.equal(next(data.rows("python", tokenizer, n=100, seed=3, start=1100)), whole[1100:1200])
+    part = next(data.rows("python", tokenizer, n=100, seed=3, start=1100))
+    assert torch.equal(part, whole[1100:1200])
     assert not torch.equal(next(data.rows("python", tokenizer, n=50, seed=4)), whole[:50])
 
 

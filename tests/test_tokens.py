@@ -145,7 +145,8 @@ def test_gemma_text_goes_through_tokenizer_json(gemma_folder):
     ids = tokenizer.encode("cats and dogs")
     assert tokenizer.bos == 2 and 2 not in ids, "BOS is put by rows, once"
     assert tokenizer.decode(ids) == "cats and dogs"
-    assert tokenizer.encode_batch(["cats", "and dogs"]) == [*map(tokenizer.encode, ["cats", "and dogs"])]
+    both = ["cats", "and dogs"]
+    assert tokenizer.encode_batch(both) == [tokenizer.encode(text) for text in both]
     assert 2 not in tokenizer.encode("a <bos> in the text"), "<bos> inside a text is ordinary text"
     rows = next(data.rows(write_corpus(gemma_folder, "jsonl"), tokenizer, T=16, n=4))
     assert (rows[:, 0] == 2).all() and rows.max() < tokenizer.n_vocab

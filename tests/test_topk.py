@@ -72,7 +72,8 @@ def test_it_trains_topk_and_not_relu(trained, tiny):
     mse = ((f @ named["W_dec"] + named["b_dec"] - z) ** 2).sum(1).mean()
     (mse + 0.2 * f.sum(1).mean()).backward()
     step = S.dense_step(sae, z, 0.2)
-    assert float(step.mse) == pytest.approx(mse.item()) and torch.equal(step.fired, mask.sum(0).long())
+    assert float(step.mse) == pytest.approx(mse.item())
+    assert torch.equal(step.fired, mask.sum(0).long())
     for name, gradient in step.gradients.items():
         torch.testing.assert_close(gradient, named[name].grad, atol=1e-9, rtol=1e-9)
 

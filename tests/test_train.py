@@ -84,7 +84,8 @@ def test_same_seed_same_bytes_and_another_seed_others(finished, tmp_path):
 
 def test_a_batch_is_a_copy_that_no_refill_overwrites(tiny):
     config = dataclasses.replace(SHORT, n_tokens=60_000)
-    buffer = T.ActivationBuffer(tiny, data.load_tokenizer("tiny"), config, (0,), torch.device("cpu"))
+    tokenizer = data.load_tokenizer("tiny")
+    buffer = T.ActivationBuffer(tiny, tokenizer, config, (0,), torch.device("cpu"))
     batches = [(z[0], z[0].clone()) for _, z in buffer.batches(0)]
     assert len(batches) > 2 * buffer.steps_per_block, "this test needs several blocks"
     for kept, copy in batches:
@@ -127,7 +128,9 @@ def test_learning_rate_rises_again_after_each_resampling_and_falls_at_the_end():
         assert rates[start] == pytest.approx(0.1)
         assert rates[start + 25] == pytest.approx(0.55)
         assert rates[start + 50] == pytest.approx(1.0)
-    assert rates[799] == 1.0 and rates[900] == pytest.approx(0.5) and rates[999] == pytest.approx(0.005)
+    assert rates[799] == 1.0
+    assert rates[900] == pytest.approx(0.5)
+    assert rates[999] == pytest.approx(0.005)
 
 
 # ---- evaluation ----
@@ -165,16 +168,16 @@ def test_evaluation_equals_a_loop_over_positions(tmp_path):
     for kind in ("zero", "mean"):
         gap = expected[f"ce_{kind}"] - expected["ce_clean"]
         if got[f"ce_recovered_{kind}"] is not None:
-            assert got[f"ce_recovered_{kind}"] == pytest.approx((expected[f"ce_{kind}"] - expected["ce_sae"])
-                                                                / gap, rel=1e-2)
+            recovered = (expected[f"ce_{kind}"] - expected["ce_sae"]) / gap
+            assert got[f"ce_recovered_{kind}"] == pytest.approx(recovered, rel=1e-2)
         else:
             assert gap < 0.05 or got[f"ce_{kind}_minus_clean_ci"][0] <= 0
     z = ours.z_cat_at(rows, [layer])[layer][:, 1:].flatten(0, 1)
     f = torch.relu((z - sae.b_dec) @ sae.W_enc + sae.b_enc)
     assert got["l0"] == pytest.approx(float((f > 0).sum(1).float().mean()))
     error = (f @ sae.W_dec + sae.b_dec - z).square().sum()
-    assert got["explained_variance"] == pytest.approx(float(1 - error / (z - z.mean(0)).square().sum()),
-                                                      abs=1e-4)
+    explained = float(1 - error / (z - z.mean(0)).square().sum())
+    assert got["explained_variance"] == pytest.approx(explained, abs=1e-4)
 
 
 def test_a_perfect_sae_recovers_everything_and_the_mean_nothing(tiny):

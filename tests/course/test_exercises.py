@@ -75,7 +75,8 @@ def test_01_attention():
         seen = "" if window is None or near(heads.pattern > 0, pattern > 0) else \
             f"; with window {window} a query sees {window} keys, its own position among them"
         assert near(heads.pattern, pattern), \
-            f"wrong pattern (window {window}, cap {cap}): scale times q . k, then cap * tanh(score / cap), " \
+            f"wrong pattern (window {window}, cap {cap}): " \
+            "scale times q . k, then cap * tanh(score / cap), " \
             f"then the mask{seen}"
         assert heads.z_cat.shape == z_cat.shape, "z_cat is (B,q,D): heads side by side"
         assert near(heads.z_cat, z_cat), \
@@ -234,7 +235,8 @@ def test_05_resampling():
                                                  0), state["exp_avg_sq"].movedim(feature_dim, 0)
         assert (first[4:] == 0).all(), f"Adam's first moment of {name} is 0 for new features"
         assert not (second[4:] == 0).any(), \
-            f"Adam's second moment of {name}: 0 would make the first update huge; take the mean of live ones"
+            (f"Adam's second moment of {name}: 0 would make the first update huge; "
+             "take the mean of live ones")
         mean = moments[name].movedim(feature_dim, 0)[:4].mean(0)
         assert torch.allclose(second[4:], mean.expand_as(second[4:]), rtol=1e-4), \
             f"Adam's second moment of {name}: element by element, the mean over live features"

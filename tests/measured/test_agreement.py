@@ -20,7 +20,8 @@ def test_agreement_of_heads_equals_a_loop(tiny):
         for q in range(1, 40):
             for i in f[b, q].nonzero()[:, 0].tolist():
                 one = A.dfa(cache[2].pattern[b:b + 1], v[b:b + 1], sae.W_enc[:, i])[0, :, q].sum(-1)
-                assert one.sum() + A.constant_part(tiny, 2, sae)[i] == pytest.approx(float(f[b, q, i]), abs=1e-4)
+                whole = one.sum() + A.constant_part(tiny, 2, sae)[i]
+                assert whole == pytest.approx(float(f[b, q, i]), abs=1e-4)
                 by_feature.setdefault(i, []).append(one)
     top1 = [int(torch.stack(all_).mean(0).argmax() == A.head_weights(sae.W_dec, 4)[i].argmax())
             for i, all_ in by_feature.items()]
