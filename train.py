@@ -9,9 +9,9 @@ by its reconstruction costs the model.
 In reading order: the settings; the training loop (`train`); the activation buffer; how an SAE
 starts; stopping and going on; evaluation; what is written and printed at the end.
 
-Every random draw depends on the seed and on what it is for (a layer's start, a block's order, a
-resampling), never on earlier draws. So a run that was stopped and resumed ends with the same SAEs,
-byte for byte, as one that was not (on one machine, with as many processes).
+Every random draw that has an effect depends on the seed and on what it is for (a layer's start, a
+block's order, a resampling), never on earlier draws. So a run that was stopped and resumed ends
+with the same SAEs, byte for byte, as one that was not (on one machine, with as many processes).
 
 Written to <out>/<model>/: in L<layer>/ sae.safetensors, config.json and metrics.json; beside them
 log.jsonl and training.png, and checkpoint.safetensors until the run is finished. With --saes only
@@ -188,6 +188,7 @@ def check(config, model, tokenizer, layers, folder, team):
 
 def lasting_settings(config):
     """The config as a dict, without what may differ between a run and its resumption."""
+    # through JSON, where tuples become lists: so they come back from a checkpoint
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in ("resume", "out", "device"):
         del settings[name]
@@ -207,7 +208,8 @@ class Learner:
     scale: Tensor           # () activations are divided by it: mean of |z - mean|, or 1
     fired: Tensor           # (d_sae,) how many inputs it fired on since the last resampling
     last_fired: Tensor      # (d_sae,) training activations seen up to each feature's last firing
-    l0: float               # active features per input in the last step
+    l0: float               # active features per input in the last step: decides whether the next
+                            # one is sparse, and so is saved too
     use_sparse_step: bool = True
     on_device: Tensor | None = None     # (3,) of the last step: mse, sparsity, active entries
     mse: float = math.nan               # on the host; `read_back` sets it, sparsity and l0
@@ -257,8 +259,8 @@ def train(config):                                          # -> {layer: metrics
     layers = config.layers or tuple(range(model.config.n_layers))
     folder = run_folder(config.out, config.model)
     check(config, model, tokenizer, layers, folder, team)
-    held_out = next(data.rows(config.corpus, tokenizer, "held-out", config.n_ctx,
-                              config.n_eval_rows)).to(device)
+    held_out = next(data.rows(config.corpus, tokenizer, "held-out", T=config.n_ctx,
+                              n=config.n_eval_rows)).to(device)             # (R,T)
     if config.saes:
         return measure_saes(config, model, tokenizer, held_out, folder) if team.leads else {}
 
@@ -290,9 +292,10 @@ def run_steps(config, buffer, learners, first_step, folder, team):  # -> activat
         for step, batches in buffer.batches(first_step):
             for layer, learner in learners.items():
                 train_step(learner, batches[layer], step, config, team)
-            read_back(learners, step, config.batch_size)
+            n_done = step + 1
+            read_back(learners, n_done, config.batch_size)
 
-            if step + 1 in resampling_steps(config):
+            if n_done in resampling_steps(config):
                 for layer, learner in learners.items():
                     dead = learner.fired == 0           # on nothing since the last resampling
                     inputs = buffer.sample(layer) / learner.scale
@@ -300,12 +303,12 @@ def run_steps(config, buffer, learners, first_step, folder, team):  # -> activat
                     resample(learner.sae, learner.optimizer, dead, inputs, random)
                     learner.fired.zero_()
 
-            n_done = step + 1
             progress(n_done * config.batch_size, "L0 by layer: " + "  ".join(
                 f"{learner.l0:.1f}" for learner in learners.values()))
             log(n_done, learners)
             stop = team.any(interrupted())
-            is_last = n_done == config.n_steps
+            is_last = n_done == config.n_steps      # saved too: should evaluation fail, --resume
+                                                    # goes straight to it
             if team.leads and (stop or is_last or n_done % CHECKPOINT_EVERY == 0):
                 save(folder, config, n_done, learners)
             if stop:
@@ -352,16 +355,16 @@ def adam_step(learner, gradients, lr):
     learner.optimizer.zero_grad()
 
 
-def read_back(learners, step, batch_size):
-    """Bring the numbers of a step from the device. One transfer for all layers: on a GPU each would
-    make the host wait. Raises UserError where a loss is not finite."""
+def read_back(learners, n_done, batch_size):
+    """Bring the numbers of the last step from the device. One transfer for all layers: on a GPU
+    each would make the host wait. Raises UserError where a loss is not finite."""
     sums = torch.stack([learner.on_device for learner in learners.values()]).tolist()
     for (layer, learner), (mse, sparsity, n_active) in zip(learners.items(), sums):
         learner.mse = mse
         learner.sparsity = sparsity
         learner.l0 = n_active / batch_size
         if not math.isfinite(mse + sparsity):
-            raise UserError(f"the loss of layer {layer} is not finite at step {step}; the last "
+            raise UserError(f"the loss of layer {layer} is not finite at step {n_done}; the last "
                             f"checkpoint is kept; start again with a lower --lr and another --out.")
 
 
@@ -396,13 +399,15 @@ class ActivationBuffer:
         self.team = team
         self.D = model.config.d_z_cat
         self.per_row = config.n_ctx - 1                     # activations
-        # the fewest blocks that fit the memory, and all of them equally long
-        in_memory = config.block_mib * 2**20 // (self.D * 4 * len(layers))     # activations
-        n_blocks = math.ceil(config.n_steps / max(1, in_memory // config.batch_size))
+        # The fewest blocks that fit the memory, and all of them equally long. By default 131,072
+        # activations of tiny's four layers fit, enough for 64 steps; 1,220 steps are then 20 blocks
+        # of 61 steps; they take 984 rows each, and 40 activations of a block are left over.
+        fit_memory = config.block_mib * 2**20 // (self.D * 4 * len(layers))    # activations
+        n_blocks = math.ceil(config.n_steps / max(1, fit_memory // config.batch_size))
         wanted_steps = math.ceil(config.n_steps / n_blocks)
         self.n_rows = math.ceil(wanted_steps * config.batch_size / self.per_row)
         self.n_rows = max(self.n_rows, team.size)           # a row for each process at least
-        # from n_rows again: where rows are longer than a batch, rounding up has added steps
+        # counted from n_rows, which may be enough for more steps than were wanted
         self.steps_per_block = self.n_rows * self.per_row // config.batch_size
         self.z_by_row = None        # {layer: (rows,T-1,D)} of this process's rows of the block
         self.z = None               # {layer: (N,D)} the same, a view of it
@@ -415,7 +420,7 @@ class ActivationBuffer:
         B = self.config.batch_size
         first_block, first_batch = divmod(first_step, self.steps_per_block)
         step = first_step
-        if step == self.config.n_steps:
+        if step == self.config.n_steps:                     # resumed at evaluation
             return
         for number, tokens in enumerate(self.blocks(first_block), start=first_block):
             if len(tokens) < self.team.size:                # the text ends: not a row for each
@@ -425,9 +430,11 @@ class ActivationBuffer:
             random = generator(self.config.seed, "block", number)
             order = torch.randperm(self.n_filled, generator=random)
             for i in range(first_batch, self.n_filled // B):
-                # Indices into self.z[layer] of this process's share of the batch. Rows are dealt
-                # out to processes, and per_row says which row an activation is from.
-                _, mine = self.team.share(order[i * B:(i + 1) * B], self.per_row)
+                batch = order[i * B:(i + 1) * B]
+                # In a team, where those of the batch that are this process's lie in self.z[layer];
+                # alone, `mine` is `batch` itself. Rows are dealt out to processes, and per_row says
+                # which row an activation is from.
+                _, mine = self.team.share(batch, self.per_row)
                 mine = mine.to(self.device)
                 yield step, {layer: self.z[layer][mine] for layer in self.layers}
                 step += 1
@@ -482,13 +489,13 @@ def generator(*key):
 
 def make_learner(d_in, d_sae, l1, lr, device="cpu"):        # -> Learner
     """An SAE and its Adam before the first step; `initialise` then fits it to activations."""
-    sae = SAE(d_in, d_sae).to(device)
+    sae = SAE(d_in, d_sae).to(device)   # its random weights are replaced: `initialise`, `restore`
     # beta1 = 0, no momentum: a feature moves only in steps in which it fires
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.0, 0.9999), fused=True)
     never = torch.zeros(d_sae, dtype=torch.int64, device=device)
     return Learner(sae, optimizer, l1, mean=torch.zeros(d_in, device=device),
                    scale=torch.ones((), device=device), fired=never, last_fired=never.clone(),
-                   l0=float(d_sae))
+                   l0=float(d_sae))     # `initialise` and `restore` know better
 
 
 def make_learners(config, layers, d_in, device):            # -> {layer: Learner}
@@ -533,7 +540,8 @@ def initialise(learner, z, normalise, random):              # z (N,D)
     sae.b_dec.copy_(learner.mean / learner.scale)
     sae.W_dec.copy_(F.normalize(drawn, dim=-1))
     sae.W_enc.copy_(0.5 * sae.W_dec.T)
-    pre = (centred[::8] / learner.scale) @ sae.W_enc        # enough of them for a quantile
+    # pre-activations without b_enc, which is to be chosen; centred / scale is z / scale - b_dec
+    pre = (centred[::8] / learner.scale) @ sae.W_enc        # an eighth, enough for a quantile
     sae.b_enc.copy_(-pre.kthvalue(math.ceil(0.99 * len(pre)), dim=0).values)
     learner.l0 = 0.01 * sae.d_sae
 
@@ -549,7 +557,7 @@ def eigenvectors(covariance):                               # (D,D) -> (D,), (D,
 
 # ---- stopping and going on ----
 
-SAVED = ("fired", "last_fired", "mean", "scale")            # of a Learner, besides SAE and Adam
+SAVED = ("fired", "last_fired", "mean", "scale")    # a Learner's tensors besides SAE and Adam
 
 
 def checkpoint_path(folder):
@@ -557,9 +565,10 @@ def checkpoint_path(folder):
     return folder / "checkpoint.safetensors"
 
 
-def save(folder, config, step, learners):
-    """All that the rest of the run depends on: weights, Adam's moments, counts, the step."""
-    tensors = {"step": torch.tensor(step)}
+def save(folder, config, n_done, learners):
+    """All that the rest of the run depends on: weights, Adam's moments, counts, how many steps are
+    done."""
+    tensors = {"step": torch.tensor(n_done)}
     for layer, learner in learners.items():
         for name, parameter in learner.sae.named_parameters():
             adam = learner.optimizer.state[parameter]
@@ -572,7 +581,7 @@ def save(folder, config, step, learners):
     save_checkpoint(checkpoint_path(folder), tensors, lasting_settings(config))
 
 
-def resume(learners, config, folder):                       # -> the step to go on with
+def resume(learners, config, folder):                       # -> how many steps are done
     """Restore all learners from a checkpoint. Raises UserError if it is damaged or of other
     settings."""
     path = checkpoint_path(folder)
@@ -580,12 +589,12 @@ def resume(learners, config, folder):                       # -> the step to go 
     try:
         for layer, learner in learners.items():
             restore(learner, tensors, layer)
-        step = int(tensors["step"])
+        n_done = int(tensors["step"])
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path) from error
-    if not 0 <= step <= config.n_steps:
+    if not 0 <= n_done <= config.n_steps:
         raise damaged(path)
-    return step
+    return n_done
 
 
 @torch.no_grad()
@@ -604,7 +613,7 @@ def restore(learner, tensors, layer):
 
 
 class TrainingLog:
-    """log.jsonl: about 200 lines, with what training.png shows."""
+    """log.jsonl, with what training.png shows: a line every n_steps // 200 steps."""
 
     def __init__(self, folder, config, first_step, team):
         self.path = folder / "log.jsonl"
@@ -617,11 +626,11 @@ class TrainingLog:
         with atomic(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def __call__(self, step, learners):
-        if self.silent or step % self.every:
+    def __call__(self, n_done, learners):
+        if self.silent or n_done % self.every:
             return
-        n_tokens = step * self.config.batch_size
-        line = {"step": step, "tokens": n_tokens, "lr": learning_rate(step - 1, self.config)}
+        n_tokens = n_done * self.config.batch_size
+        line = {"step": n_done, "tokens": n_tokens, "lr": learning_rate(n_done - 1, self.config)}
         for layer, learner in learners.items():
             line[f"L{layer}"] = {"mse": learner.mse, "sparsity": learner.sparsity,
                                  "l0": learner.l0, "dead": dead_fraction(learner, n_tokens)}
@@ -737,25 +746,26 @@ def ce_recovered(ablated, sae, clean):                      # numpy (R,) each ->
     return (ablated - sae).mean() / (ablated - clean).mean()
 
 
-def summarise(row, n_positions):                            # {name: (R,...) float64} -> metrics
+def summarise(by_row, n_positions):                         # {name: (R,...) float64} -> metrics
     """Per-row numbers -> one layer's metrics with intervals: rows are drawn, then ratios of means
-    taken. n_positions: of a row, position 0 left out. `drawn` below are row indices, in a bootstrap
-    sample some of them more than once."""
+    taken. n_positions: positions of a row, without position 0. `drawn` below are row indices, in a
+    bootstrap sample some of them more than once."""
 
     def explained_variance(drawn):
         n = len(drawn) * n_positions
-        total = row["power"][drawn].sum() - (row["z_sum"][drawn].sum(0) ** 2).sum() / n
-        return 1 - row["error"][drawn].sum() / total
+        z_sum = by_row["z_sum"][drawn].sum(0)
+        total = by_row["power"][drawn].sum() - (z_sum ** 2).sum() / n
+        return 1 - by_row["error"][drawn].sum() / total
 
     def mean(name):
-        return lambda drawn: row[name][drawn].mean()
+        return lambda drawn: by_row[name][drawn].mean()
 
     def above_clean(name):
-        return lambda drawn: (row[name][drawn] - row["ce_clean"][drawn]).mean()
+        return lambda drawn: (by_row[name][drawn] - by_row["ce_clean"][drawn]).mean()
 
     def recovered(name):
-        return lambda drawn: ce_recovered(row[name][drawn], row["ce_sae"][drawn],
-                                          row["ce_clean"][drawn])
+        return lambda drawn: ce_recovered(by_row[name][drawn], by_row["ce_sae"][drawn],
+                                          by_row["ce_clean"][drawn])
 
     statistics = {name: mean(name) for name in ("l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean")}
     for name in ("ce_sae", "ce_zero", "ce_mean"):
@@ -764,7 +774,7 @@ def summarise(row, n_positions):                            # {name: (R,...) flo
     statistics["ce_recovered_mean"] = recovered("ce_mean")
     statistics["explained_variance"] = explained_variance
 
-    n_rows = len(row["l0"])
+    n_rows = len(by_row["l0"])
     metrics = {}
     for name, statistic in statistics.items():
         metrics[name] = float(statistic(np.arange(n_rows)))
@@ -774,7 +784,7 @@ def summarise(row, n_positions):                            # {name: (R,...) flo
         if metrics[f"ce_{kind}_minus_clean"] < 0.05 or low <= 0:
             metrics[f"ce_recovered_{kind}"] = None
             metrics[f"ce_recovered_{kind}_ci"] = None
-    metrics["n_eval_tokens"] = n_rows * n_positions
+    metrics["n_eval_tokens"] = n_rows * n_positions     # of L0 and variance; CE has one a row less
     return metrics
 
 
@@ -832,10 +842,10 @@ def write_saes(config, learners, folder):                   # -> {layer: SAE}, a
 def measure_saes(config, model, tokenizer, held_out, folder):   # -> {layer: metrics}
     """Measure the SAEs of --saes on held-out text; nothing is trained. Mean ablation puts in the
     mean of z_cat over n_eval_rows rows of training text."""
-    saes = load_saes(config.saes, model, config.layers, held_out.device)
+    saes = load_saes(config.saes, model, config.layers, held_out.device)    # (): all that are there
     print(f"measuring {config.saes} on {len(held_out)} held-out rows ...", flush=True)
-    training_rows = next(data.rows(config.corpus, tokenizer, "train", config.n_ctx,
-                                   config.n_eval_rows)).to(held_out.device)
+    training_rows = next(data.rows(config.corpus, tokenizer, "train", T=config.n_ctx,
+                                   n=config.n_eval_rows)).to(held_out.device)
     metrics = evaluate(model, saes, held_out, mean_z_cat(model, list(saes), training_rows))
     layers = {f"L{layer}": values for layer, values in metrics.items()}
     write_json(folder / "measured.json",

@@ -47,8 +47,8 @@ class Team(NamedTuple):
         return bool(count)
 
     def share(self, index, per_row):                        # (n,) places in a block -> (m,), (m,)
-        """Which of the places are this process's, whose rows are every size-th, and where it keeps
-        them."""
+        """Which of the places are this process's, and where it keeps them. Place p is in row
+        p // per_row, and rows are dealt out in turn. Alone, all are: where p is kept is p."""
         row = index // per_row
         own = (row % self.size == self.rank).nonzero()[:, 0]
         return own, row[own] // self.size * per_row + index[own] % per_row

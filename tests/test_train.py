@@ -276,7 +276,7 @@ def test_a_weight_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch, name
             getattr(learners[2].sae, name).view(-1)[5] = math.nan
 
     monkeypatch.setattr(T, "initialise_all", poisoned)
-    with pytest.raises(UserError, match="the loss of layer 2 is not finite at step 0"):
+    with pytest.raises(UserError, match="the loss of layer 2 is not finite at step 1"):
         run_short(tmp_path)
 
 
