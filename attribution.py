@@ -6,10 +6,11 @@ section 2).
 takes the strongest feature of the last token apart, and writes a page in which the strongest
 features of every token can be opened: <out>/<model>/attribution/explorer.html.
 
-In reading order: one layer (head weights and DFA); the residual stream as a sum of what was written
-to it; recursive DFA over it; QK, why a head looks where it looks; the program and its report. Most
-start with their formula. Every sum is exact. That does not show that the SAE is right, since its
-error is one of the terms: `ablation_effects` removes features from the model and looks.
+In reading order: one layer (head weights and DFA); what heads and features do to the logits; the
+residual stream as a sum of what was written to it; recursive DFA over it; QK, why a head looks
+where it looks; the program and its report. Most start with their formula. Every sum is exact. That
+does not show that the SAE is right, since its error is one of the terms: `ablation_effects` removes
+features from the model and looks.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
@@ -76,16 +77,25 @@ def constant_part(model, layer, sae):                       # -> (d_sae,)
     return feature_bias(sae) + model.value_bias(layer) @ sae.W_enc
 
 
-def head_logits(z_cat, matrices, direction, scale=1.0):     # (...,D), _, (...,d_model) -> (...,H)
-    """Direct logit attribution: what each head of a layer, having gathered z_cat, writes along
-    `direction`.
+# ---- what heads and features do to the logits ----
+#
+# induction.py, ioi.py and features.py use these three; what follows below does not. Along the
+# direction of a token's logit,
+#
+#     direction = model.logit_directions(token) / model.final_scale(final residual stream)
+#
+# what is written to the stream is what it adds to the token's logit less the mean over all tokens,
+# with the final norm's scale frozen: direct logit attribution.
 
-    With model.logit_directions(token) / model.final_scale(final residual stream) for the direction,
-    it is what the head adds to that token's logit less the mean over all tokens, with the final
-    norm's scale frozen. scale: the layer's scales["attn_out"], where there is one.
+
+def head_logits(z_cat, matrices, scaled_direction, scale=1.0):  # (...,D), _, (...,d_model)
+    """What each head of a layer, having gathered z_cat, writes along a direction -> (...,H).
+
+    scaled_direction: with the final norm's scale in it, as above. scale: the layer's
+    scales["attn_out"], where there is one.
     """
     z = z_cat.unflatten(-1, matrices.b_V.shape)                         # (...,H,d_head)
-    return torch.einsum("...hd,hdm,...m->...h", z, matrices.W_O, direction / scale)
+    return torch.einsum("...hd,hdm,...m->...h", z, matrices.W_O, scaled_direction / scale)
 
 
 @torch.no_grad()
@@ -93,8 +103,9 @@ def direct_logits(model, matrices, tokens, position, direction, look=lambda kept
     """Direct logit attribution of every head at one position of each row -> (B,layers,H).
 
     matrices: every layer's HeadMatrices. tokens (B,T), position (B,). direction (B,d_model): of
-    model.logit_directions, or a difference of two. look: called with each layer's LayerCache, for
-    what else a caller wants of this pass.
+    model.logit_directions, or a difference of two; the final norm's scale is put in here. look:
+    called with each layer's LayerCache, for what else a caller wants of this pass, such as
+    attention.
     """
     row = torch.arange(len(tokens), device=tokens.device)
     gathered = []
@@ -102,8 +113,9 @@ def direct_logits(model, matrices, tokens, position, direction, look=lambda kept
         look(kept)
         scale = kept.scales["attn_out"][row, position] if "attn_out" in kept.scales else 1.0
         gathered.append((kept.z_cat[row, position], scale))
-    direction = direction / model.final_scale(kept.resid_post[row, position])
-    by_layer = [head_logits(z, matrices[layer], direction, scale)
+    final = kept.resid_post[row, position]                  # kept: of the last layer
+    scaled_direction = direction / model.final_scale(final)
+    by_layer = [head_logits(z, matrices[layer], scaled_direction, scale)
                 for layer, (z, scale) in enumerate(gathered)]
     return torch.stack(by_layer, 1)
 
@@ -232,8 +244,9 @@ def attention_components(layer, kept, sae, f, matrices):    # -> list of Compone
 #                + sum_h b_V[h] . w^h  +  b_enc[i] - b_dec . w
 #
 # where component n was written at position k_n, and scale[k] is scales["attn_in"] there. An active
-# feature j among the components has f_j = pre_j, so what it contributes is a fixed multiple of
-# pre_j; and pre_j is a sum by the same formula, whose terms times that multiple are its children.
+# feature j among the components has f_j = pre_j (ReLU passes it unchanged), so what it contributes
+# through a head is a fixed multiple of pre_j; and pre_j is a sum by the same formula, whose terms
+# times that multiple are its children. (In `expand` the multiple is node.value / pre.)
 
 
 class Contributions(NamedTuple):
@@ -257,8 +270,8 @@ def decompose(traced, layer, position, feature):            # -> Contributions
     w = sae.W_enc[:, feature].unflatten(0, (n_heads, -1))               # (H,d_head)
     direction = torch.einsum("hmd,hd->hm", m.W_V, w)                    # (H,d_model) read per head
 
-    # The S components written at or before the query, by their index. It is their index in
-    # traced.components too, of which `components` is the beginning.
+    # Rows of the S components written at or before the query; the same rows of traced.components,
+    # since `components` is its beginning.
     seen = (components.position <= position).nonzero()[:, 0]            # (S,)
     k = components.position[seen]                                       # (S,) positions
     pattern = kept.pattern[0, :, position]                              # (H,T)
@@ -303,7 +316,7 @@ def ablation_effects(traced, upstream, layer, position, feature):   # (n,) -> (n
     at = torch.arange(T, device=upstream.device) == chosen.position[:, None]        # (n,T)
     edits = {}
     # Each row of the batch loses one upstream feature, by the edit of that feature's layer. In the
-    # edits of other layers its mask is empty, and the feature 0 that stands there a dummy.
+    # edits of other layers that row's mask is empty, so the 0 put in for its feature is never used.
     for source in chosen.layer.unique().tolist():
         of_source = chosen.layer == source
         features = torch.where(of_source, chosen.feature, 0)
@@ -321,13 +334,15 @@ class Node(NamedTuple):
     layer: int              # where it was written; -1 for embeddings and constants
     position: int           # where it was written; -1 for constants
     feature: int            # -1 if it is none
-    head: int               # in the parent's layer, which reads it; -1: the root, or its own bias
+    head: int               # in the parent's layer, which reads it; -1: this is the root, or the
+                            # bias of the parent feature
     value: float            # what it contributes to the root; the root's is its pre-activation
-    children: tuple = ()    # strongest first; none for a leaf and where the depth ends
+    # of its children, where it is taken apart: neither leaves nor nodes where the depth ends are
+    children: tuple = ()    # strongest first, those that are not pruned
     pruned: float = 0.0     # sum of the values, with their signs, of the children left out
     n_pruned: int = 0       # how many were left out that contribute something
     error: float = 0.0      # share of its value that its own children of kind error contribute,
-                            # pruned ones included; 0 for a leaf
+                            # pruned ones included
     mlp: float = 0.0        # the same of MLP outputs
 
 
@@ -356,9 +371,10 @@ def expand(traced, node, terms, least, depth, breadth):     # -> the node with i
     """The children of a node, from the terms of its pre-activation.
 
     The terms sum to the node's own pre-activation; times node.value / pre they sum to what it
-    contributes to the root. For the root that factor is 1, also where its pre is 0.
+    contributes to the root. For the root that factor is 1, also where its pre is 0, of which
+    `ratio` would make 0.
     """
-    is_root = node.head < 0
+    is_root = node.head < 0         # a bias has no head either, but is never taken apart
     values = terms.value * (1.0 if is_root else ratio(node.value, terms.pre))
     size = values.abs()
     by_size = size.argsort(descending=True, stable=True)
@@ -434,14 +450,16 @@ def qk(traced, layer, head, query, key, against=None):      # -> QK
     UserError for a layer, a head or a key that is not there to be seen.
     """
     check_score(traced, layer, head, query, key, against)
-    weight = key_weights(traced, layer, query, key, against)            # (T,)
-    position = torch.arange(len(traced.tokens), device=weight.device)
+    # Scores are linear in the keys: a score less others is q . (k_key - their mean), so that each
+    # key has a coefficient.
+    coefficient = key_coefficients(traced, layer, query, key, against)  # (T,)
+    position = torch.arange(len(traced.tokens), device=coefficient.device)
     q_writers, q_vectors, _ = qk_vectors(traced, layer, head, "q", position == query)
-    k_writers, k_vectors, k_position = qk_vectors(traced, layer, head, "k", weight != 0)
-    k_vectors = weight[k_position, None] * k_vectors
+    k_writers, k_vectors, k_position = qk_vectors(traced, layer, head, "k", coefficient != 0)
+    k_vectors = coefficient[k_position, None] * k_vectors
     scores = traced.model.config.score_scale * q_vectors @ k_vectors.T  # (a,n)
 
-    # a writer at several keys is one column
+    # A writer at several keys is one column: what it adds at the key, less that at the others.
     column_of = {}
     for writer in k_writers:
         column_of.setdefault(writer, len(column_of))
@@ -451,7 +469,7 @@ def qk(traced, layer, head, query, key, against=None):      # -> QK
 
 
 def seen_keys(traced, layer, query):                        # -> range
-    """The keys that a query of this layer sees."""
+    """The keys that a query of this layer sees: none after it, none before its window."""
     windows = getattr(traced.model.config, "windows", None)
     window = windows[layer] if windows else None
     first = 0 if window is None else max(0, query - window + 1)
@@ -477,16 +495,16 @@ def check_score(traced, layer, head, query, key, against):
         raise UserError(f"key {key} against itself leaves nothing; name another key.")
 
 
-def key_weights(traced, layer, query, key, against):        # -> (T,)
-    """1 for the key, and what is subtracted for the keys that it is compared with."""
-    weight = traced.cache[layer].resid_pre.new_zeros(len(traced.tokens))
+def key_coefficients(traced, layer, query, key, against):   # -> (T,)
+    """1 for the key, and for each key that it is compared with minus its share of the mean."""
+    coefficient = traced.cache[layer].resid_pre.new_zeros(len(traced.tokens))
     if against == "others":
         others = [k for k in seen_keys(traced, layer, query) if k != key]
-        weight[others] = -1 / max(len(others), 1)
+        coefficient[others] = -1 / max(len(others), 1)
     elif against is not None:
-        weight[against] = -1
-    weight[key] = 1
-    return weight
+        coefficient[against] = -1
+    coefficient[key] = 1
+    return coefficient
 
 
 def qk_vectors(traced, layer, head, side, where):           # -> writers, (n,d_head), (n,)
@@ -507,6 +525,7 @@ def qk_vectors(traced, layer, head, side, where):           # -> writers, (n,d_h
     vectors = torch.cat([normalised @ W[head], b[head].expand(len(bias_at), -1)])
     if side in kept.scales:                                 # Gemma 3 normalises queries and keys
         vectors = vectors / kept.scales[side][0, positions, head]
+    # entries stand where tokens would, each with its own position
     vectors = traced.model.rotate(vectors[None, :, None], layer, positions)[0, :, 0]
     columns = (components.kind.tolist(), components.layer.tolist(), components.feature.tolist())
     writers = [(KINDS[kind], written_in, feature) for kind, written_in, feature in zip(*columns)]
@@ -594,6 +613,7 @@ def explorer_data(traced, texts, start, n_features=15, breadth=12):
         name = f"{layer}.{position}.{feature}"
         if name in nodes:
             continue
+        # Each feature is the root of a tree of one level; the page multiplies shares along a path.
         terms = decompose(traced, layer, position, feature)
         root = Node("feature", layer, position, feature, head=-1, value=terms.pre)
         root = expand(traced, root, terms, least=0.0, depth=1, breadth=breadth)
@@ -661,8 +681,8 @@ def writer_at(node, texts):
 
 
 def describe(traced, texts, layer, position, feature, config):      # -> lines
-    """A feature in tables: what else is active there, its heads, sources and tree, and why
-    there."""
+    """A feature in tables: what else is active there, its heads, sources and tree, what removing
+    the features below it does, and why it is read there."""
     lines = [" ".join(f"{i}:{text!r}" for i, text in enumerate(texts)), ""]
     for other_layer, f in traced.f.items():
         strongest = f[position].argsort(descending=True)[:6].tolist()
@@ -691,7 +711,7 @@ def describe_dfa(traced, texts, layer, position, feature):
     sae = traced.saes[layer]
     v = values_minus_bias(traced.model, layer, kept.v)
     by_source = dfa(kept.pattern, v, sae.W_enc[:, feature])[0, :, position]         # (H,k)
-    by_source = by_source[:, :position + 1]                 # what the query sees
+    by_source = by_source[:, :position + 1]                 # there is none from later keys
     weights = head_weights(sae.W_dec[feature], len(by_source))
     constant = float(constant_part(traced.model, layer, sae)[feature])
     lines = ["head         DFA   share of decoder"]
@@ -707,8 +727,8 @@ def describe_dfa(traced, texts, layer, position, feature):
 
 
 def describe_children(texts, node, total, indent="  "):
-    """The tree below a node as indented lines. Numbers are shares of the root, `total`, but for the
-    two at the end of a last line, which are shares of their node."""
+    """The tree below a node as indented lines. Numbers are shares of the root, `total`; only "SAE
+    errors" and "MLP outputs", in a line of smaller ones, are shares of that line's node."""
     lines = []
     for child in node.children:
         head = f"head {node.layer}.{child.head}"
@@ -729,7 +749,7 @@ def describe_children(texts, node, total, indent="  "):
 def describe_ablations(traced, texts, layer, position, feature, n=3):
     """The strongest features below, by attribution and by ablation."""
     upstream, attributed = upstream_features(traced, layer, position, feature)
-    upstream = upstream[:n]
+    upstream, attributed = upstream[:n], attributed[:n]
     if not len(upstream):
         return []
     lines = ["", "the strongest features below it, removed from the model in turn, nothing frozen:"]
