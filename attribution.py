@@ -8,9 +8,9 @@ features of every token can be opened: <out>/<model>/attribution/explorer.html.
 
 In reading order: one layer (head weights and DFA); what heads and features do to the logits; the
 residual stream as a sum of what was written to it; recursive DFA over it; QK, why a head looks
-where it looks; the program and its report. Most start with their formula. Every sum is exact. That
-does not show that the SAE is right, since its error is one of the terms: `ablation_effects` removes
-features from the model and looks.
+where it looks; the program and its report. Most start with their formula. Every sum is exact. Exact
+does not mean that the SAE is right: its error is one of the terms. Nor does removing a feature have
+the effect that is attributed to it: `ablation_effects` removes features, nothing frozen, and looks.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
@@ -79,13 +79,13 @@ def constant_part(model, layer, sae):                       # -> (d_sae,)
 
 # ---- what heads and features do to the logits ----
 #
-# induction.py, ioi.py and features.py use these three; what follows below does not. Along the
-# direction of a token's logit,
+# induction.py, ioi.py and features.py use these three; what follows below does not. With
 #
-#     direction = model.logit_directions(token) / model.final_scale(final residual stream)
+#     scaled_direction = model.logit_directions(token) / model.final_scale(final residual stream)
 #
-# what is written to the stream is what it adds to the token's logit less the mean over all tokens,
-# with the final norm's scale frozen: direct logit attribution.
+# the dot product of scaled_direction and what is written to the stream is what this adds to the
+# token's logit, less the mean over all tokens, the final norm's scale frozen: direct logit
+# attribution.
 
 
 def head_logits(z_cat, matrices, scaled_direction, scale=1.0):  # (...,D), _, (...,d_model)
@@ -237,8 +237,8 @@ def attention_components(layer, kept, sae, f, matrices):    # -> list of Compone
 
 # ---- recursive DFA ----
 #
-# With norm scales frozen, the values that a head moves are linear in the stream at the source. So a
-# feature's pre-activation is a sum over (head, component), and biases:
+# With patterns and norm scales frozen, what a head moves is linear in the stream at the source. So
+# a feature's pre-activation is a sum over (head, component), and biases:
 #
 #     pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (component_n @ W_V[h] . w^h)
 #                + sum_h b_V[h] . w^h  +  b_enc[i] - b_dec . w
@@ -337,7 +337,8 @@ class Node(NamedTuple):
     head: int               # in the parent's layer, which reads it; -1: this is the root, or the
                             # bias of the parent feature
     value: float            # what it contributes to the root; the root's is its pre-activation
-    # of its children, where it is taken apart: neither leaves nor nodes where the depth ends are
+    # About its children. A node that is not taken apart (no feature, or at the last level) keeps
+    # these defaults.
     children: tuple = ()    # strongest first, those that are not pruned
     pruned: float = 0.0     # sum of the values, with their signs, of the children left out
     n_pruned: int = 0       # how many were left out that contribute something
@@ -496,7 +497,7 @@ def check_score(traced, layer, head, query, key, against):
 
 
 def key_coefficients(traced, layer, query, key, against):   # -> (T,)
-    """1 for the key, and for each key that it is compared with minus its share of the mean."""
+    """1 at the key, and -1/n at each of the n keys that it is compared with."""
     coefficient = traced.cache[layer].resid_pre.new_zeros(len(traced.tokens))
     if against == "others":
         others = [k for k in seen_keys(traced, layer, query) if k != key]
@@ -681,8 +682,8 @@ def writer_at(node, texts):
 
 
 def describe(traced, texts, layer, position, feature, config):      # -> lines
-    """A feature in tables: what else is active there, its heads, sources and tree, what removing
-    the features below it does, and why it is read there."""
+    """A feature in tables: what else is active there; its heads, sources and tree; what removing
+    the features below it does; and why a head looks at the strongest source."""
     lines = [" ".join(f"{i}:{text!r}" for i, text in enumerate(texts)), ""]
     for other_layer, f in traced.f.items():
         strongest = f[position].argsort(descending=True)[:6].tolist()
@@ -747,7 +748,8 @@ def describe_children(texts, node, total, indent="  "):
 
 
 def describe_ablations(traced, texts, layer, position, feature, n=3):
-    """The strongest features below, by attribution and by ablation."""
+    """The strongest features below, by attribution and by ablation. Attribution has the direct step
+    alone, through the heads of the feature's layer; ablation has every path."""
     upstream, attributed = upstream_features(traced, layer, position, feature)
     upstream, attributed = upstream[:n], attributed[:n]
     if not len(upstream):
@@ -757,8 +759,8 @@ def describe_ablations(traced, texts, layer, position, feature, n=3):
     chosen = traced.components.pick(upstream)
     for l, k, j, value, drop in zip(chosen.layer.tolist(), chosen.position.tolist(),
                                     chosen.feature.tolist(), attributed.tolist(), drops.tolist()):
-        lines.append(f"{l}.{j} at {k} {texts[k]!r}: attributed {value:+.4f} over all heads, and "
-                     f"the root falls by {drop:+.4f}")
+        lines.append(f"{l}.{j} at {k} {texts[k]!r}: attributed {value:+.4f} directly, over all "
+                     f"heads, and the root falls by {drop:+.4f}")
     return lines
 
 
