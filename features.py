@@ -8,9 +8,9 @@ eye; this file uses a fixed rule.
 Collection. One pass over held-out text keeps, for every feature, how often and how strongly it is
 active, its strongest places (`top`), places from each tenth of its range (`spread`), and 200 places
 drawn in proportion to activation (`sample`, which is not the flag --sample; `weight` says how much
-of the feature's activation each stands for). A second pass asks what was read at these places. A
-third one asks, at random cuts of the rows, how much context the feature needs. All this is stored,
-and heads.py reads it too.
+of the feature's activation each stands for: as much for most, more for the strongest). A second
+pass asks what was read at these places. A third one asks, at random cuts of the rows, how much
+context the feature needs. All this is stored, and heads.py reads it too.
 
 Families. A place is a (row, position) at which the feature is active. Its source is the earlier
 token, position 0 (BOS) left out, with the largest DFA (signed, summed over heads). The first of
@@ -145,7 +145,8 @@ def attribute_places(model, saes, tokens, collected, progress=lambda rows: None)
 class PlacesByRow:
     """Places of many rows, gone through row by row; results come back in the order of the places.
 
-    `add` is called for every row in turn, also for one without places.
+    `add` is called for every row in turn, also for one without places: its empty columns are what
+    `results` has if there are no places at all.
     """
 
     def __init__(self, places, n_rows):
@@ -185,9 +186,9 @@ def attribute_row(sae, pattern, v, z_cat, sample, top, spread, row):
 
 
 def strongest_sources(moved, q):                            # (m,H,k), (m,) -> Reads
-    """The strongest source of each place, and of each head, BOS left out. A place's source is an
-    earlier token, because "after a copy" asks what was fetched. A head may also read the current
-    token, because heads.py asks what it reads."""
+    """The strongest source of each place, and of each head, position 0 left out. A place's source
+    is an earlier token, because "after a copy" asks what was fetched. A head may also read the
+    current token, because heads.py asks what it reads."""
     k = torch.arange(moved.shape[2], device=q.device)
     before_q = (k > 0) & (k < q[:, None])                               # (m,k)
     up_to_q = (k > 0) & (k <= q[:, None])
@@ -327,8 +328,9 @@ def collect(study):                                         # -> Collection
                         f"{config.n_tokens}.")
     if config.n_places < 10:
         raise UserError(f"--n-places must be 10 or more, not {config.n_places}.")
-    stream = data.rows(config.corpus, study.tokenizer, "held-out", study.n_ctx, 128, config.seed,
-                       repeat_share=0.0)
+    # no passage repeated on purpose, as in training: copies are those that the text has
+    stream = data.rows(config.corpus, study.tokenizer, "held-out", T=study.n_ctx, n=128,
+                       seed=config.seed, repeat_share=0.0)
     print("reading text", flush=True)
     tokens, collected = collect_places(model, saes, stream, n_rows, config.n_places, config.seed,
                                        Progress(n_rows, "rows"))
@@ -470,7 +472,7 @@ def classify(after_copy, chance, context, n_in_text):       # -> (d_sae,) index 
 def context_needed(share):                                  # (d_sae,contexts) -> (d_sae,) x 2
     """needed_index: the index in CONTEXTS of the n that a feature needs; len(CONTEXTS) if more than
     was tried. unstable: whether a smaller n kept MIN_KEPT too. An n that was not measured (NaN)
-    counts as the one before it, and the first as kept."""
+    counts as the one before it, or as kept if it is the first."""
     lost = share < MIN_KEPT
     for i in range(1, len(CONTEXTS)):
         lost[:, i] |= lost[:, i - 1] & share[:, i].isnan()
@@ -510,9 +512,10 @@ def after_copy_shares(collected, reads, tokens, classes, seed=0):
 
 
 def is_copy(classes, row, q, k):                            # (R,T), (n,), (n,), (n,) -> (n,) bool
-    """Whether the tokens at q and k are copies; never for BOS."""
+    """Whether the tokens at q and k are copies. Never for BOS, whose class is -1; it stands at
+    position 0 and between documents. A k below 0 is taken as 0."""
     own = classes[row, q]
-    return (own >= 0) & (k > 0) & (own == classes[row, k.clamp_min(0)])
+    return (own >= 0) & (own == classes[row, k.clamp_min(0)])
 
 
 def activation_share(feature, weight, hit, d_sae):          # (n,), (n,), (n,) -> (d_sae,) float64

@@ -8,12 +8,12 @@ decoder weight, as the paper does; and, since these need not be what the head do
 drawn in proportion to what the head gathers for them. Features that read alike have the same role,
 and a head whose features have several roles is polysemantic.
 
-    profile      what the head gathers for a feature is the DFA of the head's strongest source (BOS
-                 left out; 0 if negative), summed over the text. It is read from the token itself,
-                 the token before, a token after a copy of the current one, or a copy, in some
-                 shares; from the last two is taken off what chance gives. The rest is told by the
-                 tokens that the feature fires on and reads through the head, and by the direction
-                 that it writes.
+    profile      what the head gathers for a feature is the DFA of the head's strongest source
+                 (position 0 left out; 0 if negative), summed over the text. It is read from the
+                 token itself, the token before, a token after a copy of the current one, or a copy,
+                 in some shares; from the last two is taken off what chance gives. The rest is told
+                 by the tokens that the feature fires on and reads through the head, and by the
+                 direction that it writes.
     similarity   of two features: the overlap of these shares, plus the overlap of the rest times
                  how much these tokens and directions are alike
     roles        groups of features, each with a similarity of 0.5 or more to the leader of its

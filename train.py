@@ -101,6 +101,11 @@ class TrainConfig:
     def n_steps(self):
         return self.n_tokens // self.batch_size
 
+    @property
+    def n_activations(self):
+        """n_tokens in whole batches: what each layer is trained on."""
+        return self.n_steps * self.batch_size
+
 
 def as_tuple(setting):
     """l1 or d_sae as a tuple; in a notebook one writes TrainConfig(d_sae=4096)."""
@@ -171,6 +176,7 @@ def check(config, model, tokenizer, layers, folder, team):
         ("--lr", config.lr > 0, "must be above 0."),
         ("--l1", all(weight >= 0 for weight in l1), "must be at least 0."),
         ("--decay", 0 <= config.decay <= 1, "must be between 0 and 1."),
+        # shares of a batch are drawn at random: with 32 expected, none is ever empty
         (f"--batch-size {config.batch_size}", team.size == 1 or config.batch_size >= 32 * team.size,
          f"is too small for {team.size} processes; give {32 * team.size} or more."),
         (f"--n-tokens {config.n_tokens}", config.n_tokens >= config.batch_size,
@@ -188,7 +194,8 @@ def check(config, model, tokenizer, layers, folder, team):
 
 def lasting_settings(config):
     """The config as a dict, without what may differ between a run and its resumption."""
-    # through JSON, where tuples become lists: so they come back from a checkpoint
+    # Through JSON, which makes lists of tuples: the settings of a checkpoint, with which these are
+    # compared, have been through it too.
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in ("resume", "out", "device"):
         del settings[name]
@@ -211,7 +218,7 @@ class Learner:
     l0: float               # active features per input in the last step: decides whether the next
                             # one is sparse, and so is saved too
     use_sparse_step: bool = True
-    on_device: Tensor | None = None     # (3,) of the last step: mse, sparsity, active entries
+    on_device: Tensor | None = None     # (3,) of the last step: mse, sparsity, active entries of f
     mse: float = math.nan               # on the host; `read_back` sets it, sparsity and l0
     sparsity: float = math.nan
 
@@ -238,12 +245,12 @@ def train_step(learner, z, step, config, team=Team()):
     adam_step(learner, result.gradients, lr)
     normalise_decoder(sae)                              # after Adam: what is saved has unit norm
 
-    active = result.fired > 0
+    fired_now = result.fired > 0                        # (d_sae,) on some input of the batch
     n_seen = (step + 1) * config.batch_size
     learner.fired += result.fired
-    learner.last_fired = torch.where(active, n_seen, learner.last_fired)
-    n_active = result.fired.sum().to(result.mse.dtype)
-    learner.on_device = torch.stack([result.mse, result.sparsity, n_active])
+    learner.last_fired = torch.where(fired_now, n_seen, learner.last_fired)
+    n_entries = result.fired.sum().to(result.mse.dtype)     # active entries of f, (B,d_sae)
+    learner.on_device = torch.stack([result.mse, result.sparsity, n_entries])
 
 
 def train(config):                                          # -> {layer: metrics}
@@ -281,10 +288,10 @@ def train(config):                                          # -> {layer: metrics
 def run_steps(config, buffer, learners, first_step, folder, team):  # -> activations per second
     """The training loop, from `first_step` to the last."""
     d_sae = " or ".join(map(str, sorted({learner.sae.d_sae for learner in learners.values()})))
-    print(f"{len(learners)} x SAE {buffer.D} -> {d_sae}, {config.n_tokens:,} activations",
+    print(f"{len(learners)} x SAE {buffer.D} -> {d_sae}, {config.n_activations:,} activations",
           flush=True)
     choose_sparse_step(learners, buffer.device)
-    progress = Progress(config.n_tokens, "tokens")
+    progress = Progress(config.n_activations, "tokens")
     log = TrainingLog(folder, config, first_step, team)
     started = time.monotonic()
     n_done = first_step
@@ -295,6 +302,7 @@ def run_steps(config, buffer, learners, first_step, folder, team):  # -> activat
             n_done = step + 1
             read_back(learners, n_done, config.batch_size)
 
+            # n_done is also the number of the next step, with which lr starts anew
             if n_done in resampling_steps(config):
                 for layer, learner in learners.items():
                     dead = learner.fired == 0           # on nothing since the last resampling
@@ -323,9 +331,8 @@ def run_steps(config, buffer, learners, first_step, folder, team):  # -> activat
                             f"{config.batch_size} activations; give more text, or a smaller "
                             f"--batch-size.")
         raise UserError(f"the text of --corpus {config.corpus} ended after {n_tokens:,} of "
-                        f"{config.n_tokens:,} activations; put more text there and --resume, or "
-                        f"start anew with --n-tokens {n_tokens} and another --out.")
-    progress(n_done * config.batch_size, last=True)
+                        f"{config.n_activations:,} activations; put more text there and --resume, "
+                        f"or start anew with --n-tokens {n_tokens} and another --out.")
     return (n_done - first_step) * config.batch_size / (time.monotonic() - started)
 
 
@@ -359,10 +366,10 @@ def read_back(learners, n_done, batch_size):
     """Bring the numbers of the last step from the device. One transfer for all layers: on a GPU
     each would make the host wait. Raises UserError where a loss is not finite."""
     sums = torch.stack([learner.on_device for learner in learners.values()]).tolist()
-    for (layer, learner), (mse, sparsity, n_active) in zip(learners.items(), sums):
+    for (layer, learner), (mse, sparsity, n_entries) in zip(learners.items(), sums):
         learner.mse = mse
         learner.sparsity = sparsity
-        learner.l0 = n_active / batch_size
+        learner.l0 = n_entries / batch_size
         if not math.isfinite(mse + sparsity):
             raise UserError(f"the loss of layer {layer} is not finite at step {n_done}; the last "
                             f"checkpoint is kept; start again with a lower --lr and another --out.")
@@ -370,7 +377,8 @@ def read_back(learners, n_done, batch_size):
 
 def choose_sparse_step(learners, device):
     """The sparse step assumes that f is pre where pre > threshold, else 0. Fall back to the dense
-    step for an SAE whose `activate` does anything else."""
+    step for an SAE whose `activate` does anything else. (Encoding needs less: the rules of
+    `SAE.activate`.)"""
     for layer, learner in learners.items():
         learner.use_sparse_step = is_threshold_activation(learner.sae)
         if not learner.use_sparse_step and device.type == "cpu":
@@ -431,9 +439,9 @@ class ActivationBuffer:
             order = torch.randperm(self.n_filled, generator=random)
             for i in range(first_batch, self.n_filled // B):
                 batch = order[i * B:(i + 1) * B]
-                # In a team, where those of the batch that are this process's lie in self.z[layer];
-                # alone, `mine` is `batch` itself. Rows are dealt out to processes, and per_row says
-                # which row an activation is from.
+                # `mine` are the places in self.z[layer] of those activations of the batch that this
+                # process holds; alone, it is `batch` itself. per_row tells `share` which row an
+                # activation is from, since rows are dealt out to processes.
                 _, mine = self.team.share(batch, self.per_row)
                 mine = mine.to(self.device)
                 yield step, {layer: self.z[layer][mine] for layer in self.layers}
@@ -675,7 +683,8 @@ def evaluate(model, saes, rows, means):                     # -> {layer: metrics
     """
     T = rows.shape[1]
     widest = max(model.config.d_vocab, *(sae.d_sae for sae in saes.values()))
-    n_rows = max(1, min(8, 2**26 // (T * widest)))          # a tensor of 256 MiB, or one row's
+    # 8 rows at most, and 256 MiB for the largest tensor, or one row's
+    n_rows = max(1, min(8, 2**26 // (T * widest)))
     by_row = {layer: [] for layer in saes}
     for tokens in rows.split(n_rows):
         found = {}
@@ -807,7 +816,7 @@ def finish(config, model, held_out, learners, folder, speed):   # -> {layer: met
     means = {layer: learner.mean for layer, learner in learners.items()}
     metrics = evaluate(model, saes, held_out, means)
 
-    n_tokens = config.n_steps * config.batch_size
+    n_tokens = config.n_activations
     last_resampling = max(resampling_steps(config), default=0)
     since_resampling = n_tokens - config.batch_size * last_resampling
     densities = {}
