@@ -79,13 +79,14 @@ def constant_part(model, layer, sae):                       # -> (d_sae,)
 
 # ---- what heads and features do to the logits ----
 #
-# induction.py, ioi.py and features.py use these three; what follows below does not. With
+# `direct_logits` and `token_effects` are for induction.py, ioi.py and features.py; what follows
+# below does not use them. With
 #
 #     scaled_direction = model.logit_directions(token) / model.final_scale(final residual stream)
 #
 # the dot product of scaled_direction and what is written to the stream is what this adds to the
-# token's logit, less the mean over all tokens, the final norm's scale frozen: direct logit
-# attribution.
+# token's logit (before a soft cap), less the mean over all tokens, the final norm's scale frozen:
+# direct logit attribution.
 
 
 def head_logits(z_cat, matrices, scaled_direction, scale=1.0):  # (...,D), _, (...,d_model)
@@ -246,7 +247,8 @@ def attention_components(layer, kept, sae, f, matrices):    # -> list of Compone
 # where component n was written at position k_n, and scale[k] is scales["attn_in"] there. An active
 # feature j among the components has f_j = pre_j (ReLU passes it unchanged), so what it contributes
 # through a head is a fixed multiple of pre_j; and pre_j is a sum by the same formula, whose terms
-# times that multiple are its children. (In `expand` the multiple is node.value / pre.)
+# times that multiple are its children. (In `expand` values are contributions to the root, and the
+# multiple node.value / pre is the product of these along the path.)
 
 
 class Contributions(NamedTuple):
@@ -372,8 +374,8 @@ def expand(traced, node, terms, least, depth, breadth):     # -> the node with i
     """The children of a node, from the terms of its pre-activation.
 
     The terms sum to the node's own pre-activation; times node.value / pre they sum to what it
-    contributes to the root. For the root that factor is 1, also where its pre is 0, of which
-    `ratio` would make 0.
+    contributes to the root. For the root that factor is 1. It is set apart because ratio(0, 0) is
+    0, and would wipe out the children of a root whose terms cancel.
     """
     is_root = node.head < 0         # a bias has no head either, but is never taken apart
     values = terms.value * (1.0 if is_root else ratio(node.value, terms.pre))
@@ -683,7 +685,8 @@ def writer_at(node, texts):
 
 def describe(traced, texts, layer, position, feature, config):      # -> lines
     """A feature in tables: what else is active there; its heads, sources and tree; what removing
-    the features below it does; and why a head looks at the strongest source."""
+    the features below it does; and why a head looks where the strongest child of the root was
+    written."""
     lines = [" ".join(f"{i}:{text!r}" for i, text in enumerate(texts)), ""]
     for other_layer, f in traced.f.items():
         strongest = f[position].argsort(descending=True)[:6].tolist()
@@ -700,9 +703,9 @@ def describe(traced, texts, layer, position, feature, config):      # -> lines
     lines += ["", f"recursive DFA, in units of the root's {root.value:.4f}:"]
     lines += describe_children(texts, root, root.value)
     lines += describe_ablations(traced, texts, layer, position, feature)
-    sources = [child for child in root.children if child.position >= 0]
-    if sources:
-        lines += describe_qk(traced, texts, layer, sources[0].head, position, sources[0].position)
+    written = [child for child in root.children if child.position >= 0]
+    if written:
+        lines += describe_qk(traced, texts, layer, written[0].head, position, written[0].position)
     return lines
 
 
@@ -729,7 +732,8 @@ def describe_dfa(traced, texts, layer, position, feature):
 
 def describe_children(texts, node, total, indent="  "):
     """The tree below a node as indented lines. Numbers are shares of the root, `total`; only "SAE
-    errors" and "MLP outputs", in a line of smaller ones, are shares of that line's node."""
+    errors" and "MLP outputs", in a line of smaller ones, are shares of that line's node, and count
+    the children shown too."""
     lines = []
     for child in node.children:
         head = f"head {node.layer}.{child.head}"
@@ -748,13 +752,14 @@ def describe_children(texts, node, total, indent="  "):
 
 
 def describe_ablations(traced, texts, layer, position, feature, n=3):
-    """The strongest features below, by attribution and by ablation. Attribution has the direct step
-    alone, through the heads of the feature's layer; ablation has every path."""
+    """The features below with the largest attribution, and what ablating each does. Attribution has
+    the direct step alone, through the heads of the feature's layer; ablation has every path."""
     upstream, attributed = upstream_features(traced, layer, position, feature)
     upstream, attributed = upstream[:n], attributed[:n]
     if not len(upstream):
         return []
-    lines = ["", "the strongest features below it, removed from the model in turn, nothing frozen:"]
+    lines = ["", "the strongest features below it, removed from the model one at a time, nothing "
+             "frozen:"]
     drops = ablation_effects(traced, upstream, layer, position, feature)
     chosen = traced.components.pick(upstream)
     for l, k, j, value, drop in zip(chosen.layer.tolist(), chosen.position.tolist(),

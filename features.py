@@ -1,14 +1,15 @@
 """What every SAE feature does: a dashboard for each, and its family. The paper assigns families by
 eye; this file uses a fixed rule.
 
-    python features.py                      all features of the shipped model's SAEs
+    python features.py                      all features: of your SAEs in out/tiny, or those that
+                                            ship
     python features.py --layers 2 --n-tokens 1e6
     python features.py --sample 30          30 live features of each layer, to judge by eye
 
 Collection. One pass over held-out text keeps, for every feature, how often and how strongly it is
 active, its strongest places (`top`), places from each tenth of its range (`spread`), and 200 places
 drawn in proportion to activation (`sample`, which is not the flag --sample; `weight` says how much
-of the feature's activation each stands for: as much for most, more for the strongest). A second
+of the feature's activation each stands for: the same for most, its own for the strongest). A second
 pass asks what was read at these places. A third one asks, at random cuts of the rows, how much
 context the feature needs. All this is stored, and heads.py reads it too.
 
@@ -36,7 +37,8 @@ feature needs the smallest n from which on at least half is left at every length
 Dashboards. One page for all features, index.html, in <out>/<model>/features/.
 
 Two tokens are copies if they are equal but for one leading space and case
-(data.tokens.fuzzy_classes).
+(data.tokens.fuzzy_classes). A row is documents end to end. The BOS between them is a token like any
+other, but no copy of anything.
 
 Shapes: R rows, T positions (q query, k key/source), H heads, D = H*d_head, d_sae; n places, m
 places of one row, or features asked about; V tokens of the vocabulary.
@@ -111,7 +113,7 @@ class Reads(NamedTuple):
 
 class ExampleDfa(NamedTuple):
     """What a dashboard shows of n places."""
-    window: Tensor          # (n,BEFORE+1+AFTER) activations around q; NaN at BOS and off the row
+    window: Tensor          # (n,BEFORE+1+AFTER) activations around q; NaN at 0 and off the row
     sources: Tensor         # (n,N_SOURCES) strongest k <= q by |DFA|, since pages show negative
                             # ones too; BOS is allowed; -1 where q has no more sources
     by_head: Tensor         # (n,N_SOURCES,H) their DFA
@@ -205,10 +207,11 @@ def example_dfa(moved, activations, q):                     # (m,H,k), (m,T), (m
     around = q[:, None] + torch.arange(-BEFORE, AFTER + 1, device=q.device)
     window = activations.gather(1, around.clamp(0, T - 1))
     window = window.masked_fill((around < 1) | (around >= T), torch.nan)
-    n_sources = min(N_SOURCES, T)       # an early q has fewer: filled up with k > q, then -1
+    n_sources = min(N_SOURCES, T)
     sources = moved.sum(1).abs().topk(n_sources).indices                                # (m,8)
     of_source = sources[:, None].expand(-1, moved.shape[1], -1)
     by_head = moved.gather(2, of_source).transpose(1, 2)                                # (m,8,H)
+    # an early q has fewer: topk took some k > q too, whose DFA is 0
     sources = torch.where(sources <= q[:, None], sources, -1)
     return ExampleDfa(window.half(), sources.short(), by_head, moved.sum(-1))
 
@@ -328,7 +331,7 @@ def collect(study):                                         # -> Collection
                         f"{config.n_tokens}.")
     if config.n_places < 10:
         raise UserError(f"--n-places must be 10 or more, not {config.n_places}.")
-    # no passage repeated on purpose, as in training: copies are those that the text has
+    # unlike in training, no passage is repeated on purpose: copies are those that the text has
     stream = data.rows(config.corpus, study.tokenizer, "held-out", T=study.n_ctx, n=128,
                        seed=config.seed, repeat_share=0.0)
     print("reading text", flush=True)
@@ -471,14 +474,15 @@ def classify(after_copy, chance, context, n_in_text):       # -> (d_sae,) index 
 
 def context_needed(share):                                  # (d_sae,contexts) -> (d_sae,) x 2
     """needed_index: the index in CONTEXTS of the n that a feature needs; len(CONTEXTS) if more than
-    was tried. unstable: whether a smaller n kept MIN_KEPT too. An n that was not measured (NaN)
-    counts as the one before it, or as kept if it is the first."""
+    was tried, -1 if it was never measured. unstable: whether a smaller n kept MIN_KEPT too. An n
+    that was not measured (NaN) counts as the one before it, or as kept if it is the first."""
     lost = share < MIN_KEPT
     for i in range(1, len(CONTEXTS)):
         lost[:, i] |= lost[:, i - 1] & share[:, i].isnan()
     index = torch.arange(len(CONTEXTS))
     needed_index = (lost * (index + 1)).amax(1)             # one after the last that is lost
     unstable = (~lost & (index < needed_index[:, None])).any(1)
+    needed_index[share.isnan().all(1)] = -1
     return needed_index, unstable
 
 
@@ -513,7 +517,8 @@ def after_copy_shares(collected, reads, tokens, classes, seed=0):
 
 def is_copy(classes, row, q, k):                            # (R,T), (n,), (n,), (n,) -> (n,) bool
     """Whether the tokens at q and k are copies. Never for BOS, whose class is -1; it stands at
-    position 0 and between documents. A k below 0 is taken as 0."""
+    position 0 and between documents. A k below 0, where there is no source, is taken as 0: no
+    copy."""
     own = classes[row, q]
     return (own >= 0) & (own == classes[row, k.clamp_min(0)])
 
@@ -573,7 +578,6 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
     raised, lowered = logit_effects(model, sae, layer, live)
     weights = head_weights(sae.W_dec, model.config.n_heads)
     needed_index, _ = context_needed(families.context.share)
-    was_measured = families.context.n_active.amax(1) > 0
     fires_on = commonest_tokens(collected, tokens)
     n_tokens = tokens[:, 1:].numel()
     records = []
@@ -590,7 +594,7 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
             "X": int(families.X[i]),
             "X_share": plain(families.X_share[i]),
             # in CONTEXTS; len(CONTEXTS): more than was tried
-            "context_index": int(needed_index[i]) if was_measured[i] else None,
+            "context_index": int(needed_index[i]) if needed_index[i] >= 0 else None,
             "context_kept": [plain(x) for x in families.context.share[i]],
             "head_weights": [plain(x) for x in weights[i]],
             "fires_on": fires_on[i],

@@ -3,17 +3,17 @@ paper judges by eye.
 
     python heads.py                         all heads of the shipped model
 
-For every head, some features are looked at: the top 10, 25 and 50 of those that lie in it most by
-decoder weight, as the paper does; and, since these need not be what the head does most, 50 features
-drawn in proportion to what the head gathers for them. Features that read alike have the same role,
-and a head whose features have several roles is polysemantic.
+For every head, some features are looked at: the 10 that lie in it most by decoder weight, as the
+paper does, the top 25 and the top 50; and, since these need not be what the head does most, 50
+features drawn in proportion to what the head gathers for them. Features that read alike have the
+same role, and a head whose features have several roles is polysemantic.
 
-    profile      what the head gathers for a feature is the DFA of the head's strongest source
-                 (position 0 left out; 0 if negative), summed over the text. It is read from the
-                 token itself, the token before, a token after a copy of the current one, or a copy,
-                 in some shares; from the last two is taken off what chance gives. The rest is told
-                 by the tokens that the feature fires on and reads through the head, and by the
-                 direction that it writes.
+    gathered     what a head gathers for a feature: the DFA of the head's strongest source (position
+                 0 left out; 0 if negative), summed over the text
+    profile      where this is read: from the token itself, the token before, a token after a copy
+                 of the current one, or a copy, in some shares; from the last two is taken off what
+                 chance gives. The rest is told by the tokens that the feature fires on and reads
+                 through the head, and by the direction that it writes
     similarity   of two features: the overlap of these shares, plus the overlap of the rest times
                  how much these tokens and directions are alike
     roles        groups of features, each with a similarity of 0.5 or more to the leader of its
@@ -48,7 +48,7 @@ from study import begin, finish, reported
 
 CHOICES = {"top 10": 10, "top 25": 25, "top 50": 50, "50 drawn": 50}    # how many features each has
 TOP, DRAWN = "top 25", "50 drawn"           # the two that are told in words
-SIMILARITY_THRESHOLD = 0.5                  # from which on two features share a role
+SIMILARITY_THRESHOLD = 0.5                  # to a role's leader, from which on a feature has it
 POLYSEMANTIC_ABOVE = 1.5                    # roles, as `number_of_roles` counts them: a convention,
                                             # half way between one and two
 
@@ -79,7 +79,8 @@ class HeadPlaces(NamedTuple):
 def places_of_head(of_layer, head):                         # LayerCollection -> HeadPlaces
     """Where one head reads, for every place of the sample."""
     places = of_layer.collected.sample
-    # weight is the activation that a place stands for: over its own, so many places like it
+    # weight is the activation that a place stands for; divided by the place's own activation, it is
+    # the number of such places
     n_represented = of_layer.collected.weight / places.f
     value = of_layer.reads.head_value[:, head].clamp_min(0)
     source = of_layer.reads.head_source[:, head].long()
@@ -90,9 +91,12 @@ def relation_shares(of_layer, places, classes, seed=0):     # -> (d_sae,len(RELA
     """How much of what a head gathers for each feature is read in each relation.
 
     A place counts for the first relation that holds, in the order of RELATIONS. From the shares of
-    the two relations to copies chance is taken off, (share - chance) / (1 - chance), since frequent
-    tokens have copies everywhere; chance is how often the relation holds at the same distance in
-    the feature's other places.
+    the two relations to copies chance is taken off, since frequent tokens have copies everywhere.
+    Let the part `further` be read from further back than the token before, and let the relation
+    hold there by chance at a rate p: how often it holds at the same distance in the feature's other
+    places. If it is meant in a part t of all, then
+
+        share = t + (further - t) p,        so      t = (share - further p) / (1 - p)
     """
     d_sae = len(of_layer.collected.n)
     feature, q, k, gathered = places.feature, places.q, places.source, places.gathered
@@ -105,19 +109,24 @@ def relation_shares(of_layer, places, classes, seed=0):     # -> (d_sae,len(RELA
 
     shares = [activation_share(feature, gathered, k == q, d_sae),
               activation_share(feature, gathered, k == q - 1, d_sae)]
+    is_further = k < q - 1
+    further = activation_share(feature, gathered, is_further, d_sae)
     for relation in (after_copy, copy):
         share = activation_share(feature, gathered, relation(places.row, q, k), d_sae)
         by_chance, n_tries = share_by_chance(places, k, relation, seed)
-        tried = gathered * (n_tries > 0)            # no possible try: it says nothing about chance
-        chance = activation_share(feature, tried, by_chance, d_sae).nan_to_num(0.0)
-        shares.append(((share - chance) / (1 - chance)).clamp_min(0))
-    # NaN: the head gathers nothing for the feature; then no share is read in any relation
+        # places without a possible try say nothing about chance
+        tried = gathered * (is_further & (n_tries > 0))
+        p = activation_share(feature, tried, by_chance, d_sae).nan_to_num(0.0)
+        shares.append(((share - further * p) / (1 - p)).clamp_min(0))
+    # NaN: the head gathers nothing for the feature, or chance explains all; then no share is read
+    # in the relation
     return torch.stack(shares, 1).nan_to_num(0.0).float()
 
 
 def profiles(features, relations, places, tokens, embedding, write):    # (m,) -> Profiles
-    """Profiles of some features, as far as one head gathers their activation. Of the sums of
-    embeddings only the direction is used.
+    """Profiles of some features, as far as one head gathers their activation. The sums of
+    embeddings are over all places of a feature, whatever the relation, and of the sums only the
+    direction is used.
 
     relations (d_sae,len(RELATIONS)), embedding (V,d_model), write (d_sae,d_model).
     """
@@ -166,7 +175,8 @@ def similarity(p):                                          # Profiles -> (m,m)
 
 
 def group_roles(similarities, threshold=SIMILARITY_THRESHOLD):      # (m,m) -> list of lists
-    """Greedy: group the feature with most neighbours and its neighbours; repeat."""
+    """Greedy: group the feature with most neighbours and its neighbours; repeat. So the largest
+    group comes first. A group lists places in 0 to m-1."""
     near = similarities >= threshold
     near.fill_diagonal_(True)
     left = torch.ones(len(near), dtype=torch.bool)
@@ -186,9 +196,9 @@ def number_of_roles(groups):
     it. It is an estimate: where few features share a role it exceeds the number of features (ten
     with one pair: 45), and where none do it is infinite.
     """
-    n = sum(len(group) for group in groups)
+    m = sum(len(group) for group in groups)
     n_pairs = sum(len(group) * (len(group) - 1) for group in groups)
-    return n * (n - 1) / n_pairs if n_pairs else float("inf")
+    return m * (m - 1) / n_pairs if n_pairs else float("inf")
 
 
 # ---- the census ----
@@ -239,7 +249,7 @@ def census_of_layer(model, sae, layer, of_layer, tokens, classes, threshold=SIMI
     """What each head of a layer does.
 
     "features": the top 50 by weight. "roles": {choice: number of roles}, None where there are fewer
-    features than the choice has. "top" and "drawn" say more of these two choices, see
+    features than the choice has. "top" and "drawn" say more of the choices TOP and DRAWN, see
     `describe_choice`.
     """
     text_share = torch.bincount(tokens.flatten().long()).double() / tokens.numel()      # (V,)
@@ -274,9 +284,9 @@ def drawn_features(places, common, seed, n=CHOICES[DRAWN]):     # HeadPlaces -> 
 
 
 def describe_choice(of_head, choice, groups, tokens, text_share):       # HeadFeatures -> dict
-    """One choice of a head's features as plain numbers: their weights in it; "relations", the mean
-    share of what is read for them in each; "groups", their roles, largest first, with the tokens
-    that they fire on and read. text_share (V,): how often each token stands in the text."""
+    """One choice of a head's features as plain numbers: their weights in it; "relations", for each
+    relation its share, averaged over the features; "groups", their roles, largest first, with the
+    tokens that they fire on and read. text_share (V,): how often each token stands in the text."""
     features = of_head.chosen[choice]
     relations = of_head.profiles[choice].relations
     described = []
@@ -333,8 +343,8 @@ def count_polysemantic(census):                             # -> {choice: {...}}
 
 @dataclass(frozen=True)
 class HeadsConfig(CollectionConfig):
-    similarity: float = field(SIMILARITY_THRESHOLD, "from which on two features share a role, as "
-                              "tests/measured/calibrate.py chose it")
+    similarity: float = field(SIMILARITY_THRESHOLD, "to the leader of a role, from which on a "
+                              "feature has it, as tests/measured/calibrate.py chose it")
 
 
 def main():

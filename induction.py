@@ -136,10 +136,10 @@ def query_and_key_positions(tokens):                        # (B,T) -> (T,1), (1
 
 
 def random_rows(model, bos, token_class, n, generator, repeat=False):   # -> (n,T)
-    """BOS and random tokens that all differ, also in class; with `repeat` the first half of them
-    twice (T is then odd). token_class: (n_vocab,)."""
-    T = min(128, model.config.n_ctx)
-    n_different = (T - 1) // 2 if repeat else T - 1
+    """BOS and random tokens that all differ, also in class; with `repeat` half as many, all of them
+    twice. token_class: (n_vocab,)."""
+    longest = min(128, model.config.n_ctx)                  # with `repeat` T is odd: 127
+    n_different = (longest - 1) // 2 if repeat else longest - 1
     class_of = token_class.cpu().numpy()
     _, one_of_each = np.unique(class_of, return_index=True)
     pool = torch.from_numpy(one_of_each[class_of[one_of_each] >= 0])
@@ -359,17 +359,18 @@ def draw(examples, n, generator):                           # -> Examples, n at 
 
 # ---- "X is next" features (Fig. 2) ----
 #
-# On one half of the text, take the places where the feature is most active, and look what followed
-# earlier copies of the token at such a place: the token with the most activation behind it is X,
-# and the feature is named after it. The feature counts if, on the other half, at least MIN_SHARE of
-# its activation is at places where X followed an earlier copy, and that is MIN_EXCESS more than the
-# token at the place alone would give.
+# On one half of the text, take the places where the feature is most active. Each gives its
+# activation to the tokens that followed earlier copies of the token there; the one that is given
+# most is X, and the feature is named after it. The feature counts if, on the other half, it is
+# active often enough, at least MIN_SHARE of its activation is at places where X followed an earlier
+# copy, and that is MIN_EXCESS more than the token at the place alone would give (at the rates of
+# the first half).
 #
 # Entries (data/strongest.py) are the active features of a text: row, q, feature and activation f of
 # each.
 
 MIN_SHARE, MIN_EXCESS = 0.5, 0.25
-MIN_ACTIVE = 100                # positions at which such a feature is active
+MIN_ACTIVE = 100                # positions, at least, at which such a feature is active
 N_NAMING = 32                   # strongest activations that name it
 
 
@@ -472,7 +473,8 @@ def expected_share(model, sae, layer, tokens, classes, features, X, other_tokens
 
     It is the sum over classes of (activation at that class, in `tokens`) * (the share of its
     occurrences, in the other rows, where X followed it earlier), over the sum of activations.
-    features, X: (m,). Other rows, so that a rare token's own hits do not raise the share. A feature
+    features, X: (m,). Other rows, because in the same ones a token that occurs once, where X had
+    followed, would have a rate of 1, and the expected share would be the measured one. A feature
     that reads nothing but the current class has this share, up to the difference of the two texts.
     """
     n_classes = int(max(classes.max(), other_classes.max())) + 2        # class -1 is BOS
@@ -686,9 +688,9 @@ def study_features(study, rows, token_class, layer, feature, n_shown=20):
         layer, feature = found[0]["layer"], found[0]["feature"]
     X = int(names[layer][feature])
     if X < 0:
-        raise UserError(f"feature {layer}.{feature} cannot be named: at its strongest places in "
-                        f"the first half of these rows, the token had not come before. Raise "
-                        f"--n-rows, or name another with --feature.")
+        raise UserError(f"feature {layer}.{feature} cannot be named: it is not active in the first "
+                        f"half of these rows, or at its strongest places there the token had not "
+                        f"come before. Raise --n-rows, or name another with --feature.")
     on_text, = features_on_text(model, saes, [(layer, feature, X)], rows, classes)
     drawn = {"layer": layer, "feature": feature, "X": X, "X_text": study.tokenizer.decode([X]),
              "found": any((one["layer"], one["feature"]) == (layer, feature) for one in found),
@@ -802,10 +804,10 @@ def report_feature(drawn):
         recall = share_text(r["recall"], r["n_proxy"])
         print(f"{r['level']:8.0%} of max   {precision:18}   {recall}")
     for name, meaning in (("direct_logit", "adds to X's logit, directly"),
-                          ("loss_if_X", "loss without it, X next"),
+                          ("loss_if_X", "loss change without it, X next"),
                           ("loss_if_not_X", "X not next")):
         r = drawn["downstream"]
-        print(f"{meaning:28} {format_ci(r[name], r[name + '_ci'], '+.3f')}, n = {r['n_' + name]}")
+        print(f"{meaning:30} {format_ci(r[name], r[name + '_ci'], '+.3f')}, n = {r['n_' + name]}")
     for kind, places in drawn["places"].items():
         print(kind + ":")
         for place in places:

@@ -49,8 +49,9 @@ from study import Study, StudyConfig, begin, finish, held_out_rows, reported
 
 # ---- prompts ----
 
-# (opening, what the two did, what the giver did). The stories that tiny was trained on have the
-# giver's verbs, but never after such text between S1 and S2.
+# (opening, what the two did, what the giver did). In the stories that tiny was trained on nobody
+# gives with these verbs, which occur otherwise ("the snow slid off the roof"); but for "gave", and
+# that never after a bare comma.
 TEMPLATES = (("When", " went to the {place},", " gave a {object} to"),
              ("After", " got to the {place},", " presented a {object} to"),
              ("While", " were working at the {place},", " rolled a {object} to"),
@@ -216,6 +217,8 @@ POSITIONS = ("same", "2 tokens", "a sentence")
 
 def placed(prompts, fillers, position):
     """The prompts with fillers set so that S1 stands where `position` says.
+
+    For `side_and_position`: its base prompts are placed "same", its sources in all three ways.
 
                     ABBA: front, middle     BABA: front, middle
         same              short, longer           longer, short
@@ -399,12 +402,15 @@ def attention_to_previous(pattern, end):                    # (N,H,T,T), (N,) ->
 ROLES = ("name mover", "negative name mover", "S-inhibition", "duplicate token", "induction",
          "previous token")
 LOOKS_AT = 0.2              # mean attention with which a head looks at something
-MIN_EFFECT = 0.05           # effect that counts, as a part of LD_clean - LD_source
+MIN_EFFECT = 0.05           # effect that counts, as a part of LD_clean - LD_source: `find_roles`
 
 
 def find_roles(attention, direct, at_end, at_S2):           # {pair: (L,H)}, (L,H) x 3
-    """Roles by rule, from means over prompts -> {role: [(layer, head)]}. Effects are changes as
-    parts of LD_clean - LD_source: patching a head that helps lowers LD, so its effect is negative.
+    """Roles by rule, from means over prompts -> {role: [(layer, head)]}.
+
+    LD_source is the logit of the base's IO less that of its S in the source run, about -LD_clean.
+    Effects are changes as parts of LD_clean - LD_source: patching a head that helps lowers LD, so
+    its effect is negative.
 
     name mover           looks from the end at IO; direct effect -5% or lower
     negative name mover  looks from the end at IO; direct effect +5% or higher
@@ -817,7 +823,12 @@ def source_prompts(ioi, frequent):                          # -> {name: list of 
 
 def side_and_position(ioi, layers):                         # -> {cell or effect: {...}}
     """Side of the connector crossed with S1's position, from prompts with other names. Empty if no
-    filler of this vocabulary grows by two tokens."""
+    filler of this vocabulary grows by two tokens.
+
+    The other side is the other order, so only at "same" does S1 stand at one position on both
+    sides. At "2 tokens" it moves in opposite directions, and at "a sentence" it is two tokens
+    apart.
+    """
     prompts, seed = ioi.batch.prompts, ioi.study.config.seed
 
     def n_tokens(text):
@@ -839,8 +850,8 @@ def side_and_position(ioi, layers):                         # -> {cell or effect
             ld[side, position] = with_fillers.patch_S2_from(placed(sources, fillers, position),
                                                             layers)
     cells = {f"{side}, {position}": patched for (side, position), patched in ld.items()}
-    # An effect is the difference of two cells, with an interval of its own. `recovered` subtracts
-    # zero from what it is given, and a difference must lose it only once: so it is added here.
+    # An effect is the difference of two cells, with an interval of its own. Zero has cancelled in
+    # it already; `recovered` would subtract it again, so it is added first.
     for p in POSITIONS:
         cells[f"effect of side, at position: {p}"] = ld["same side", p] - ld["other side", p] + zero
     for side in ("same side", "other side"):

@@ -6,12 +6,16 @@ by its reconstruction costs the model.
     python train.py --model gpt2 --preset paper
     python train.py --model gpt2 --corpus c4 --saes kissane     measure SAEs, train nothing
 
-In reading order: the settings; the training loop (`train`); the activation buffer; how an SAE
-starts; stopping and going on; evaluation; what is written and printed at the end.
+In reading order: the settings; the training loop (`train`, `run_steps`); the activation buffer; how
+an SAE starts; stopping and going on; evaluation; what is written and printed at the end.
 
-Every random draw that has an effect depends on the seed and on what it is for (a layer's start, a
-block's order, a resampling), never on earlier draws. So a run that was stopped and resumed ends
-with the same SAEs, byte for byte, as one that was not (on one machine, with as many processes).
+Every random draw that training depends on is made from the seed and what it is for (a layer's
+start, a block's order, a resampling), never from earlier draws. So a run that was stopped and
+resumed ends with the same SAEs, byte for byte, as one that was not (on one machine, with as many
+processes). Evaluation is on the same held-out rows whatever the seed.
+
+`team`, in what follows: under torchrun several processes share each batch (data/team.py); alone it
+does nothing.
 
 Written to <out>/<model>/: in L<layer>/ sae.safetensors, config.json and metrics.json; beside them
 log.jsonl and training.png, and checkpoint.safetensors until the run is finished. With --saes only
@@ -85,9 +89,10 @@ class TrainConfig:
     n_ctx: int = field(128, "tokens per row, BOS included (paper: 128)")
     n_eval_rows: int = field(256, "held-out rows for the metrics")
     block_mib: int = field(512, "memory for a block of activations")
-    seed: int = field(0, "fixes rows, initial weights, batches and resampling")
+    seed: int = field(0, "fixes training rows, initial weights, batches and resampling")
     device: str = field("auto", "cpu, cuda, mps or auto")
-    dtype: str = field("float32", "the model's numbers: float32, or bfloat16 for half the memory")
+    dtype: str = field("float32", "the model's numbers: float32, or bfloat16 for half the memory; "
+                       "training activations take bfloat16 products wherever these are faster")
     preset: str = field("", "paper: the paper's settings for GPT-2 Small, by layer; other flags "
                         "still win")
     saes: str = field("", "measure the SAEs in this folder, or kissane, or gemma-scope; train "
@@ -194,8 +199,8 @@ def check(config, model, tokenizer, layers, folder, team):
 
 def lasting_settings(config):
     """The config as a dict, without what may differ between a run and its resumption."""
-    # Through JSON, which makes lists of tuples: the settings of a checkpoint, with which these are
-    # compared, have been through it too.
+    # Through JSON, which turns tuples into lists, as it did to the settings of a checkpoint, with
+    # which these are compared.
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in ("resume", "out", "device"):
         del settings[name]
@@ -285,8 +290,9 @@ def train(config):                                          # -> {layer: metrics
         return finish(config, model, held_out, learners, folder, speed)
 
 
-def run_steps(config, buffer, learners, first_step, folder, team):  # -> activations per second
-    """The training loop, from `first_step` to the last."""
+def run_steps(config, buffer, learners, first_step, folder, team):
+    """The training loop, from `first_step` to the last -> activations per second; None if no step
+    was left."""
     d_sae = " or ".join(map(str, sorted({learner.sae.d_sae for learner in learners.values()})))
     print(f"{len(learners)} x SAE {buffer.D} -> {d_sae}, {config.n_activations:,} activations",
           flush=True)
@@ -333,6 +339,8 @@ def run_steps(config, buffer, learners, first_step, folder, team):  # -> activat
         raise UserError(f"the text of --corpus {config.corpus} ended after {n_tokens:,} of "
                         f"{config.n_activations:,} activations; put more text there and --resume, "
                         f"or start anew with --n-tokens {n_tokens} and another --out.")
+    if n_done == first_step:
+        return None
     return (n_done - first_step) * config.batch_size / (time.monotonic() - started)
 
 
@@ -354,7 +362,8 @@ def resampling_steps(config):
 
 
 def adam_step(learner, gradients, lr):
-    """Adam with our gradients. They are let go at once, so that only one layer's are in memory."""
+    """Adam with our gradients. They are not kept in .grad, so that only one layer's are in
+    memory."""
     for name, gradient in gradients.items():
         getattr(learner.sae, name).grad = gradient
     learner.optimizer.param_groups[0]["lr"] = lr
@@ -377,8 +386,7 @@ def read_back(learners, n_done, batch_size):
 
 def choose_sparse_step(learners, device):
     """The sparse step assumes that f is pre where pre > threshold, else 0. Fall back to the dense
-    step for an SAE whose `activate` does anything else. (Encoding needs less: the rules of
-    `SAE.activate`.)"""
+    step, which assumes nothing, for an SAE whose `activate` does anything else."""
     for layer, learner in learners.items():
         learner.use_sparse_step = is_threshold_activation(learner.sae)
         if not learner.use_sparse_step and device.type == "cpu":
@@ -466,7 +474,7 @@ class ActivationBuffer:
             self.z = {layer: z.flatten(0, 1) for layer, z in self.z_by_row.items()}
         for i in range(0, len(tokens), 64):
             part = tokens[i:i + 64].to(self.device)
-            # matrix products in bfloat16 where that is faster, results in float32
+            # products in bfloat16 where that is faster, whatever --dtype is; results in float32
             for layer, z in self.model.z_cat_bfloat16(part, self.layers).items():
                 self.z_by_row[layer][i:i + len(part)] = z[:, 1:]
 
@@ -565,7 +573,8 @@ def eigenvectors(covariance):                               # (D,D) -> (D,), (D,
 
 # ---- stopping and going on ----
 
-SAVED = ("fired", "last_fired", "mean", "scale")    # a Learner's tensors besides SAE and Adam
+# A Learner's tensors that last from step to step, besides SAE and Adam.
+SAVED = ("fired", "last_fired", "mean", "scale")
 
 
 def checkpoint_path(folder):
@@ -630,6 +639,7 @@ class TrainingLog:
         self.silent = not team.leads
         if self.silent:
             return
+        # of an earlier run nothing stays; of a resumed one, what came after its checkpoint goes
         lines = [line for line in read_log(self.path) if line["step"] <= first_step]
         with atomic(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -284,14 +284,15 @@ def plot_cells(cells, path):
 
 def plot_families(panels, families, contexts, path):
     """Every feature by the context it needs and by how much it reads after a copy, a panel a layer:
-    {layer: {"context", "after_copy", "family"}}, (d_sae,) each."""
+    {layer: {"context", "after_copy", "family"}}, (d_sae,) each. context: an index in `contexts`;
+    -1, never measured, is not drawn."""
     fig, axes = figure(2.9 * len(panels) + 0.6, 3.6, panels=len(panels), sharey=True, squeeze=False)
     colours = (COLOURS[1], "#777777", COLOURS[0], COLOURS[2], COLOURS[3], "white")
     rng = np.random.default_rng(0)
     for ax, (layer, panel) in zip(axes.flat, panels.items()):
         for i, (name, colour) in enumerate(zip(families, colours)):
             is_family = panel["family"] == i
-            drawn = is_family & (name != "too rare")
+            drawn = is_family & (name != "too rare") & (panel["context"] >= 0)
             beside = rng.uniform(-0.36, 0.36, drawn.sum())  # so that dots do not hide each other
             label = f"{name}: {is_family.sum()}"
             if name == "too rare":

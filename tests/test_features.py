@@ -78,6 +78,7 @@ def test_the_context_needed_by_hand():
     assert unstable.tolist() == [False, False, False, True, False, False]
     short_rows = torch.tensor([[0.1, 0.1, 0.1, 0.1, math.nan, math.nan]])
     assert F.context_needed(short_rows)[0].tolist() == [6], "more than was tried"
+    assert F.context_needed(torch.full((1, 6), math.nan))[0].tolist() == [-1], "never measured"
     n = torch.full((6,), 100)
     context = F.ContextKept(cut, torch.full((6, 6), 100.0))
     after_copy = torch.tensor([0.1, 0.1, 0.9, 0.4, 0.6, 0.6])
