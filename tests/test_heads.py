@@ -114,6 +114,29 @@ def test_a_census_of_an_sae_that_is_all_but_dead_is_empty(wired):
     json.dumps(census, allow_nan=False)
 
 
+def test_chance_is_taken_off_what_is_read_further_back():
+    """Half of the places read the token itself, a quarter a copy that they look for, a quarter
+    anywhere: the share of copies is that quarter, however much is read nearby."""
+    rng = np.random.default_rng(0)
+    n, T, q = 4000, 40, 39
+    classes = rng.integers(0, 5, (n, T))
+    classes[:, 0] = -1
+    source = np.full(n, q)
+    for row in range(n // 2, n):
+        k = np.arange(1, q - 1)
+        if row < 3 * n // 4:
+            own = classes[row, q]
+            k = k[(classes[row, k] == own) & (classes[row, k - 1] != own)]
+        source[row] = rng.choice(k) if len(k) else q
+    places = heads.HeadPlaces(torch.arange(n), torch.full((n,), q), torch.zeros(n, dtype=torch.long),
+                              torch.from_numpy(source), torch.ones(n))
+    of_layer = SimpleNamespace(collected=SimpleNamespace(n=torch.tensor([n])))
+    shares, = heads.relation_shares(of_layer, places, torch.from_numpy(classes)).tolist()
+    for relation, share in {"itself": 0.5, "the token before": 0.0, "a token after a copy": 0.0,
+                            "a copy": 0.25}.items():
+        assert shares[heads.RELATIONS.index(relation)] == pytest.approx(share, abs=0.01), relation
+
+
 def test_similarity_and_roles_by_hand():
     relations = torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0.6, 0], [0, 0, 0.6, 0],
                               [0, 0, 0, 0]])
