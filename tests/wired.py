@@ -153,9 +153,9 @@ def train_sae(z, d_sae=256, l1=0.1, n_steps=600, seed=0):
 
 
 def collection(model, sae, tokens, layer=1, seed=0):    # -> features.LayerCollection, tokens
-    """What features.py collects of one layer over some text."""
+    """What features.py collects of one layer over some text, but for the context needed, which the
+    census does not ask for."""
     saes = {layer: sae}
     tokens, collected = features.collect_places(model, saes, [tokens], len(tokens), seed=seed)
     attributed = features.attribute_places(model, saes, tokens, collected)
-    context = features.context_kept(model, saes, tokens)
-    return features.LayerCollection(collected[layer], *attributed[layer], context[layer]), tokens
+    return features.LayerCollection(collected[layer], *attributed[layer], context=None), tokens
