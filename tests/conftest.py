@@ -17,6 +17,17 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
+
+def pytest_configure(config):
+    """pytest-xdist hands out files with many tests first. Ours with one test is the longest."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """test_kill.py first: at the end one process would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_kill.py")
+
+
 def program(name, *arguments):
     """python <name>.py <arguments> -> returncode, stdout, stderr. It runs in this process, which
     has imported torch and read the text already; test_structure.py starts each once for real."""

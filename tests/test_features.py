@@ -154,7 +154,7 @@ def test_a_bigram_is_short_range_a_topic_long_range_a_token_current_and_the_rest
     rows[bigram] = 11
     rows[:, 0] = 41
     classes = torch.where(rows == 41, -1, rows)
-    of_layer, tokens = W.collection(model, sae, rows, layer=0)
+    of_layer, tokens = W.collection(model, sae, rows, layer=0, with_context=True)
     families = F.find_families(of_layer, tokens, classes)
     names = [F.FAMILIES[i] if i >= 0 else "dead" for i in families.family.tolist()]
     assert names == ["short-range", "long-range", "current token", "dead"]
