@@ -19,13 +19,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_configure(config):
-    """pytest-xdist hands out files with many tests first. Ours with one test is the longest."""
+    """pytest-xdist hands out files with many tests first, and one of ours with one test is long."""
     config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
-    """test_kill.py first: at the end one process would wait for it."""
-    items.sort(key=lambda item: item.path.name != "test_kill.py")
+    """The longest files first: at the end one process would wait for them."""
+    longest = ("test_train.py", "test_kill.py")
+    items.sort(key=lambda item: item.path.name not in longest)
 
 
 def program(name, *arguments):
