@@ -215,7 +215,7 @@ def test_a_collection_is_stored_whole_and_read_back(collected, tmp_path):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    done = program("features", "--saes", "data/tiny", "--layers", "1,3", "--n-tokens", 20_000,
+    done = program("features", "--saes", "data/tiny", "--layers", "1,3", "--n-tokens", 8_000,
                    "--sample", 4, "--out", out)
     assert done.returncode == 0, done.stderr
     return done.stdout, out / "tiny" / "features"
