@@ -14,6 +14,7 @@ if not (shutil.which("chromium") and shutil.which("chromedriver")):
 
 from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver import ActionChains  # noqa: E402
+from selenium.webdriver.common.actions.action_builder import ActionBuilder  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
@@ -103,6 +104,9 @@ def test_a_feature_opens_and_a_source_is_found_in_the_text_on_hover(page):
     assert page.find_elements(By.CSS_SELECTOR, ".histogram div")
     underlined = page.find_element(By.CSS_SELECTOR, ".text .plus, .text .less")
     page.execute_script("arguments[0].scrollIntoView()", underlined)
+    corner = ActionBuilder(page)                        # else it may point at a source already
+    corner.pointer_action.move_to_location(1, 1)
+    corner.perform()
     assert not page.find_elements(By.CSS_SELECTOR, ".lit")
     ActionChains(page).move_to_element(underlined).perform()
     assert len(page.find_elements(By.CSS_SELECTOR, ".lit")) == 2, \
