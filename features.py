@@ -8,10 +8,11 @@ eye; this file uses a fixed rule.
 
 Collection. One pass over held-out text keeps, for every feature, how often and how strongly it is
 active, its strongest places (`top`), places from each tenth of its range (`spread`), and 200 places
-drawn in proportion to activation (`sample`, which is not the flag --sample; `weight` says how much
-of the feature's activation each stands for: the same for most, its own for the strongest). A second
-pass asks what was read at these places. A third one asks, at random cuts of the rows, how much
-context the feature needs. All this is stored, and heads.py reads it too.
+drawn in proportion to activation (`sample`, which is not the flag --sample). `weight` says how much
+of the feature's activation each of these stands for: the same for most; for the strongest, which
+are always kept, their own activation. A second pass asks what was read at these places. A third
+one asks, at random cuts of the rows, how much context the feature needs. All this is stored, and
+heads.py reads it too.
 
 Families. A place is a (row, position) at which the feature is active. Its source is the earlier
 token, position 0 (BOS) left out, with the largest DFA (signed, summed over heads). The first of
@@ -699,9 +700,9 @@ def write_dashboards(study, collection, records):
     vocabulary = [study.tokenizer.decode([i]) for i in range(study.tokenizer.n_vocab)]
     about = (f"Features of the SAEs of {study.config.model}, over {collection.n_tokens:,} tokens "
              f"of held-out text (--corpus {study.config.corpus}). After a copy: share of the "
-             f"activation at places whose strongest source stands right after an earlier copy of "
-             f"the current token. Context: how many of the last tokens keep half of the "
-             f"activation.")
+             f"activation at places where the earlier token with the largest DFA, the first left "
+             f"out, stands right after an earlier copy of the current token. Context: how many of "
+             f"the last tokens keep half of the activation.")
     content = {"about": about, "families": FAMILIES, "contexts": CONTEXTS,
                "n_heads": study.model.config.n_heads, "chunk": pages.CHUNK, "vocab": vocabulary,
                "features": {layer: page_columns(records[layer]) for layer in records}}
