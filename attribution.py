@@ -244,11 +244,12 @@ def attention_components(layer, kept, sae, f, matrices):    # -> list of Compone
 #     pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (component_n @ W_V[h] . w^h)
 #                + sum_h b_V[h] . w^h  +  b_enc[i] - b_dec . w
 #
-# where component n was written at position k_n, and scale[k] is scales["attn_in"] there. An active
-# feature j among the components has f_j = pre_j (ReLU passes it unchanged), so what it contributes
-# through a head is a fixed multiple of pre_j; and pre_j is a sum by the same formula, whose terms
-# times that multiple are its children. (In `expand` values are contributions to the root, and the
-# multiple node.value / pre is the product of these along the path.)
+# where component n was written at position k_n, and scale[k] is scales["attn_in"] there. W_V and b_V
+# are those of model.head_matrices: the norm's gain, centring and bias are in them. An active feature
+# j among the components has f_j = pre_j (ReLU passes it unchanged), so what it contributes through
+# a head is a fixed multiple of pre_j; and pre_j is a sum by the same formula, whose terms times that
+# multiple are its children. (In `expand` values are contributions to the root, and node.value / pre
+# is the product of the fixed multiples along the path.)
 
 
 class Contributions(NamedTuple):
@@ -337,7 +338,7 @@ class Node(NamedTuple):
     position: int           # where it was written; -1 for constants
     feature: int            # -1 if it is none
     head: int               # in the parent's layer, which reads it; -1: this is the root, or the
-                            # bias of the parent feature
+                            # parent feature's own bias, of kind "constant"
     value: float            # what it contributes to the root; the root's is its pre-activation
     # About its children. A node that is not taken apart (no feature, or at the last level) keeps
     # these defaults.
@@ -377,7 +378,8 @@ def expand(traced, node, terms, least, depth, breadth):     # -> the node with i
     contributes to the root. For the root that factor is 1. It is set apart because ratio(0, 0) is
     0, and would wipe out the children of a root whose terms cancel.
     """
-    is_root = node.head < 0         # a bias has no head either, but is never taken apart
+    # (the parent's own bias, a "constant", has no head either, but is never taken apart)
+    is_root = node.head < 0
     values = terms.value * (1.0 if is_root else ratio(node.value, terms.pre))
     size = values.abs()
     by_size = size.argsort(descending=True, stable=True)
@@ -462,7 +464,8 @@ def qk(traced, layer, head, query, key, against=None):      # -> QK
     k_vectors = coefficient[k_position, None] * k_vectors
     scores = traced.model.config.score_scale * q_vectors @ k_vectors.T  # (a,n)
 
-    # A writer at several keys is one column: what it adds at the key, less that at the others.
+    # Each writer at any of these keys is one column: what it adds at the key (0 if it is not there),
+    # less its mean over the keys that the key is compared with.
     column_of = {}
     for writer in k_writers:
         column_of.setdefault(writer, len(column_of))
