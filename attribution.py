@@ -244,12 +244,12 @@ def attention_components(layer, kept, sae, f, matrices):    # -> list of Compone
 #     pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (component_n @ W_V[h] . w^h)
 #                + sum_h b_V[h] . w^h  +  b_enc[i] - b_dec . w
 #
-# where component n was written at position k_n, and scale[k] is scales["attn_in"] there. W_V and b_V
-# are those of model.head_matrices: the norm's gain, centring and bias are in them. An active feature
-# j among the components has f_j = pre_j (ReLU passes it unchanged), so what it contributes through
-# a head is a fixed multiple of pre_j; and pre_j is a sum by the same formula, whose terms times that
-# multiple are its children. (In `expand` values are contributions to the root, and node.value / pre
-# is the product of the fixed multiples along the path.)
+# where component n was written at position k_n, and scale[k] is scales["attn_in"] there. W_V and
+# b_V are those of model.head_matrices: the norm's gain, centring and bias are in them. An active
+# feature j among the components has f_j = pre_j (ReLU passes it unchanged), so what it contributes
+# through a head is a fixed multiple of pre_j; and pre_j is a sum by the same formula, whose terms
+# times that multiple are its children. (In `expand` values are contributions to the root, and
+# node.value / pre is the product of the fixed multiples along the path.)
 
 
 class Contributions(NamedTuple):
@@ -464,8 +464,8 @@ def qk(traced, layer, head, query, key, against=None):      # -> QK
     k_vectors = coefficient[k_position, None] * k_vectors
     scores = traced.model.config.score_scale * q_vectors @ k_vectors.T  # (a,n)
 
-    # Each writer at any of these keys is one column: what it adds at the key (0 if it is not there),
-    # less its mean over the keys that the key is compared with.
+    # Each writer at any of these keys is one column: what it adds at the key (0 if it is not
+    # there), less its mean over the keys that the key is compared with.
     column_of = {}
     for writer in k_writers:
         column_of.setdefault(writer, len(column_of))

@@ -99,8 +99,8 @@ class TrainConfig:
                       "nothing")
     out: str = field("out", "folder for results")
     resume: bool = field(False, "go on with the run that is in --out")
-    half: bool = field(False, "store the SAEs in float16, as the shipped ones are; the metrics are "
-                       "of what is stored")
+    half: bool = field(False, "store the SAEs in float16, as the shipped ones are; the metrics, but "
+                       "for dead features, are of what is stored")
 
     @property
     def n_steps(self):
@@ -362,8 +362,8 @@ def resampling_steps(config):
 
 
 def adam_step(learner, gradients, lr):
-    """Adam with our gradients. They are not kept in .grad, so that only one layer's are in
-    memory."""
+    """Adam with our gradients. They are in .grad for this step only, so that only one layer's are
+    in memory."""
     for name, gradient in gradients.items():
         getattr(learner.sae, name).grad = gradient
     learner.optimizer.param_groups[0]["lr"] = lr
@@ -385,8 +385,9 @@ def read_back(learners, n_done, batch_size):
 
 
 def choose_sparse_step(learners, device):
-    """The sparse step assumes that f is pre where pre > threshold, else 0. Fall back to the dense
-    step, which assumes nothing, for an SAE whose `activate` does anything else."""
+    """The sparse step assumes that f is pre where pre > threshold, else 0. For an SAE whose
+    `activate` does anything else, fall back to the dense step, which assumes only that each entry
+    of f is that of pre, or 0. (What else `SAE.activate` asks is for sparse.py's encoding.)"""
     for layer, learner in learners.items():
         learner.use_sparse_step = is_threshold_activation(learner.sae)
         if not learner.use_sparse_step and device.type == "cpu":
