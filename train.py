@@ -99,8 +99,8 @@ class TrainConfig:
                       "nothing")
     out: str = field("out", "folder for results")
     resume: bool = field(False, "go on with the run that is in --out")
-    half: bool = field(False, "store the SAEs in float16, as the shipped ones are; the metrics, but "
-                       "for dead features, are of what is stored")
+    half: bool = field(False, "store the SAEs in float16, as the shipped ones are; the metrics, "
+                       "but for dead features, are of what is stored")
 
     @property
     def n_steps(self):
