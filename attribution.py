@@ -448,7 +448,7 @@ class QK(NamedTuple):
 
 @torch.no_grad()
 def qk(traced, layer, head, query, key, against=None):      # -> QK
-    """Why head `head` at `query` looks at `key`: the score as a sum over pairs of components.
+    """Why head `head` at `query` looks at `key`: the score as a sum over pairs of writers.
 
     against: None for the score itself; "others" for the score less the mean over the other keys
     that the query sees, if there are any; a position for the score less that key's. Raises
