@@ -122,11 +122,11 @@ def direct_logits(model, matrices, tokens, position, direction, look=lambda kept
 
 
 @torch.no_grad()
-def token_effects(model, layer, sae, features):             # int or (m,) -> (...,d_vocab)
+def token_effects(model, layer, sae, features):             # int or (m,) -> (...,n_tokens)
     """W_dec[i] @ W_O @ unembedding: what a feature adds to every token's logit per unit of
     activation, less the mean over all tokens, with the scales of the final norm and of Gemma's
     post-norm taken as 1."""
-    tokens = torch.arange(model.config.d_vocab, device=sae.W_dec.device)
+    tokens = torch.arange(model.n_tokens, device=sae.W_dec.device)
     W_O = model.head_matrices(layer).W_O.flatten(0, 1)                  # (D,d_model)
     return sae.W_dec[features] @ W_O @ model.logit_directions(tokens).T
 

@@ -545,7 +545,7 @@ def downstream(model, sae, layer, feature, X, tokens, on_text, n_rows=64, seed=0
     generator = torch.Generator().manual_seed(seed)
     active_rows = (on_text.f > 0).any(1).nonzero()[:, 0].cpu()
     active_rows = active_rows[torch.randperm(len(active_rows), generator=generator)[:n_rows]]
-    effects = token_effects(model, layer, sae, feature)                 # (d_vocab,)
+    effects = token_effects(model, layer, sae, feature)                 # (n_tokens,)
     direct, loss_change, is_X, row_of_place = [], [], [], []
     for rows in active_rows.split(16):
         part = tokens[rows]

@@ -117,10 +117,17 @@ class LayerCache(NamedTuple):
 class Transformer(nn.Module):
     """A stack of blocks with the seam at z_cat.
 
-    A subclass has `config` and `blocks`, and says how the residual stream begins (`embed_parts`)
-    and ends (`unembed`, `final_scale`, `logit_directions`). `head_matrices` and `rotate` take its
-    attention apart for attribution.py.
+    A subclass has `blocks`, and says how the residual stream begins (`embed_parts`) and ends
+    (`unembed`, `final_scale`, `logit_directions`). `head_matrices` and `rotate` take its attention
+    apart for attribution.py.
     """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # Embeddings are often padded to a round number of rows. Rows from n_tokens on are no
+        # tokens: they have logits, but no part in means over tokens, effects and ranks.
+        self.n_tokens = config.d_vocab                      # `data.tokens.fit` lowers it
 
     def forward(self, tokens, edit_z=None, keep=()):  # (B,T) -> (B,T,d_vocab), {layer: LayerCache}
         """Logits and, for the layers in `keep`, what the layer computed.
@@ -361,8 +368,7 @@ class GPT2(Transformer):
     """tokens -> logits. The unembedding is the token embedding (tied weights)."""
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.wte = nn.Embedding(config.d_vocab, config.d_model)
         self.wpe = nn.Embedding(config.n_ctx, config.d_model)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -397,7 +403,7 @@ class GPT2(Transformer):
         The last term does not depend on x and is not in it; the norm's gain and centring are.
         """
         wte = precise(self.wte.weight)
-        direction = precise(self.ln_f.weight) * (wte[tokens] - wte.mean(0))
+        direction = precise(self.ln_f.weight) * (wte[tokens] - wte[:self.n_tokens].mean(0))
         return direction - direction.mean(-1, keepdim=True)
 
     @torch.no_grad()
@@ -625,8 +631,7 @@ class Gemma(Transformer):
     embedding."""
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(config.d_vocab, config.d_model)
         self.layers = nn.ModuleList(GemmaBlock(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.eps)
@@ -657,7 +662,8 @@ class Gemma(Transformer):
         """Direction whose dot product with x / final_scale(x) is a token's logit, before the soft
         cap, less the mean over all tokens. The norm's gain is folded in."""
         embedding = precise(self.embed_tokens.weight)
-        return (1 + precise(self.norm.weight)) * (embedding[tokens] - embedding.mean(0))
+        mean = embedding[:self.n_tokens].mean(0)
+        return (1 + precise(self.norm.weight)) * (embedding[tokens] - mean)
 
     @torch.no_grad()
     def head_matrices(self, layer):                         # -> HeadMatrices

@@ -49,7 +49,7 @@ from data.machine import deferred_interrupt, keep_freed_memory, pick_device, pic
 from data.progress import Progress
 from data.stats import bootstrap, format_ci
 from data.team import Team, join, leave
-from data.tokens import check_fits
+from data.tokens import fit
 from model import load_model
 from sae import (SAE, dense_step, load_saes, normalise_decoder, project_decoder_gradient, resample,
                  splice)
@@ -153,7 +153,7 @@ def preset(config):
 def check(config, model, tokenizer, layers, folder, team):
     """Raise UserError for settings that cannot work, before any time is spent."""
     model.check_layers(layers)
-    check_fits(tokenizer, model, config.model)
+    fit(tokenizer, model, config.model)
     n_layers = len(layers)
     longest = model.config.n_ctx
     l1, d_sae = as_tuple(config.l1), as_tuple(config.d_sae)

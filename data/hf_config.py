@@ -15,6 +15,7 @@ class Layout(NamedTuple):
     """How a checkpoint's tensors become parameters."""
     rename: Callable        # their name -> ours; None for a tensor without weights of its own
     transposed: tuple       # endings of our names whose tensors are stored (d_out, d_in)
+    embedding: str          # our name of the token embedding, to which the unembedding is tied
 
 
 def read_config(path):
@@ -25,11 +26,11 @@ def read_config(path):
     raw = read_json(path)
     check_options(raw, {"model_type": ["gpt2", *GEMMA_VERSIONS]}, path)
     if raw.get("model_type", "gpt2") == "gpt2":
-        return "gpt2", gpt2_settings(raw, path), Layout(gpt2_name, ())
+        return "gpt2", gpt2_settings(raw, path), Layout(gpt2_name, (), "wte.weight")
     version = GEMMA_VERSIONS[raw["model_type"]]
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     layout = Layout(lambda name: gemma_name(name, version),
-                    tuple(f".{name}.weight" for name in projections))
+                    tuple(f".{name}.weight" for name in projections), "embed_tokens.weight")
     return "gemma", gemma_settings(raw, version, path), layout
 
 
@@ -82,11 +83,9 @@ def gpt2_settings(raw, path):
 
 
 def gpt2_name(name):
-    """Our name of a tensor. The unembedding is tied, and masks are computed."""
+    """Our name of a tensor; None for masks, which are computed."""
     name = name.removeprefix("transformer.")
-    if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-        return None
-    return name
+    return None if name.endswith((".attn.bias", ".attn.masked_bias")) else name
 
 
 # ---- Gemma ----
@@ -176,9 +175,9 @@ def rotation_thetas(raw, version, path):                    # -> global, local
 
 
 def gemma_name(name, version):
-    """Our name of a tensor. The unembedding is tied, and rotations are computed."""
+    """Our name of a tensor; None for rotations, which are computed."""
     name = name.removeprefix("model.")
-    if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+    if name.endswith("rotary_emb.inv_freq"):
         return None
     if version == 1:    # it names its second pre-norm by where it stands, which in 2 is a post-norm
         name = name.replace("post_attention_layernorm", "pre_feedforward_layernorm")

@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back, for GPT-2 and Gemma, and what is asked of tokens.
 
 A model's tokenizer is read from its directory: GPT-2's `vocab.json` into a `tiktoken.Encoding`, or
-a `tokenizer.json`, Gemma's, by the package `tokenizers`.
+a `tokenizer.json`, Gemma's or one with added tokens, by the package `tokenizers`.
 """
 
 import tiktoken
@@ -16,16 +16,19 @@ from data.weights import PUBLISHED, find, find_config, local_folder
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "\ufffd"          # the replacement sign
 
 
 class Tokenizer:
     """GPT-2's: `encode(text) -> ids`, `decode(ids) -> text`, `bos` (the id that starts every row),
-    `n_vocab` (ids are below it)."""
+    `n_vocab` (BOS and all ids that `encode` can give are below it), `special` (ids that it cannot
+    give, BOS among them)."""
 
     def __init__(self, encoding):
         self.encoding = encoding
         self.bos = encoding.eot_token
         self.n_vocab = encoding.n_vocab
+        self.special = {self.bos}
 
     def encode(self, text):
         """Token ids of the text. "<|endoftext|>" inside it is ordinary text, no special token."""
@@ -36,8 +39,14 @@ class Tokenizer:
         return self.encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids):
-        """Text of the ids; bytes that are not UTF-8 become the replacement sign."""
-        return self.encoding.decode([int(i) for i in ids])
+        """Text of the ids. Bytes that are not UTF-8 become the replacement sign, and so does an id
+        that is no token."""
+        ids = [int(i) for i in ids]
+        try:
+            return self.encoding.decode(ids)
+        except KeyError:
+            known = [i if 0 <= i < self.n_vocab else None for i in ids]
+            return "".join(UNKNOWN if i is None else self.encoding.decode([i]) for i in known)
 
     def single(self, text):
         """The id of a text that must be exactly one token. Raises UserError if it is more."""
@@ -62,9 +71,12 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:      # the package raises nothing narrower
             raise UserError(f"{path} is not a tokenizer ({error}); fetch it again.") from error
         self.encoding.encode_special_tokens = True              # "<bos>" in a text is ordinary text
-        words = self.encoding.get_vocab(with_added_tokens=False)
+        added = self.encoding.get_added_tokens_decoder()
         self.bos = bos
-        self.n_vocab = max(max(words.values(), default=0), bos) + 1
+        self.special = {i for i, token in added.items() if token.special} | {bos}
+        ids = set(self.encoding.get_vocab(with_added_tokens=True).values())
+        # Special ids may lie beyond the embedding: in Gemma 3 one for images does.
+        self.n_vocab = max((ids - self.special) | {bos}) + 1
 
     def encode(self, text):
         return self.encoding.encode(text, add_special_tokens=False).ids
@@ -74,22 +86,27 @@ class JsonTokenizer(Tokenizer):
         return [text.ids for text in encoded]
 
     def decode(self, ids):
-        return self.encoding.decode([int(i) for i in ids], skip_special_tokens=False)
+        ids = [int(i) for i in ids]
+        if all(self.encoding.id_to_token(i) is not None for i in ids):
+            return self.encoding.decode(ids, skip_special_tokens=False)
+        if len(ids) == 1:
+            return UNKNOWN
+        return "".join(self.decode([i]) for i in ids)
 
 
 # ---- finding a model's tokenizer ----
 
 
 def load_tokenizer(name_or_dir):
-    """The tokenizer of a model: vocab.json of its directory ("tiny" ships with the project), else
-    its tokenizer.json, else, for GPT-2, tiktoken's.
+    """The tokenizer of a model: vocab.json of its directory ("tiny" ships with the project) if that
+    says all, else its tokenizer.json, else, for GPT-2, tiktoken's.
 
     Raises UserError if the files are damaged, or have to be downloaded and cannot be.
     """
     folder = local_folder(name_or_dir)
     if folder is None and name_or_dir in PUBLISHED and str(name_or_dir).startswith("gpt2"):
         return download_gpt2()
-    if folder and (folder / "vocab.json").is_file():
+    if folder and (folder / "vocab.json").is_file() and says_all(folder):
         return Tokenizer(read_vocabulary(folder / "vocab.json"))
     if name_or_dir == "tiny":
         raise UserError(f"{folder}/vocab.json is missing; restore it from the repository, or run "
@@ -105,6 +122,27 @@ def load_tokenizer(name_or_dir):
     if config.get("model_type") != "gpt2":
         raise UserError(f"--model {name_or_dir} has no tokenizer.json; fetch it into that folder.")
     return download_gpt2()
+
+
+def says_all(folder):
+    """Whether vocab.json is all that there is to a tokenizer: not if a tokenizer.json beside it adds
+    tokens, or is there and vocab.json is of another kind than GPT-2's.
+
+    Raises UserError for added tokens that stand in added_tokens.json alone.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if (folder / "added_tokens.json").is_file():
+            raise UserError(f"{folder}/added_tokens.json adds tokens to vocab.json, and is not "
+                            f"read; write a tokenizer.json there, as transformers' "
+                            f"save_pretrained does.")
+        return True
+    try:
+        read_vocabulary(folder / "vocab.json")
+    except UserError:
+        return False
+    added = read_json(path).get("added_tokens") or []
+    return all(isinstance(one, dict) and one.get("content") == END_OF_TEXT for one in added)
 
 
 def download_gpt2():
@@ -127,8 +165,8 @@ def read_vocabulary(path):
             if token != END_OF_TEXT:
                 ranks[bytes(byte_of_sign[sign] for sign in token)] = rank
         numbered_in_order = sorted(ranks.values()) == list(range(len(ranks)))
-        has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
-        if not numbered_in_order or not has_all_bytes:
+        bytes_come_first = all(ranks[bytes([byte])] < 256 for byte in range(256))
+        if not numbered_in_order or not bytes_come_first:
             raise ValueError
         return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                  special_tokens={END_OF_TEXT: len(ranks)})
@@ -146,11 +184,13 @@ def byte_signs():
     return signs | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def check_fits(tokenizer, model, name):
-    """Raise UserError if the tokenizer has tokens for which the model has no embedding."""
+def fit(tokenizer, model, name):
+    """Let a model know which rows of its embedding are tokens: those below n_vocab. Raises UserError
+    if the tokenizer has tokens for which the model has no embedding."""
     if tokenizer.n_vocab > model.config.d_vocab:
         raise UserError(f"--model {name} has {model.config.d_vocab} tokens and its tokenizer "
                         f"{tokenizer.n_vocab}; put the model's own vocab.json beside its weights.")
+    model.n_tokens = tokenizer.n_vocab
 
 
 # ---- rows of tokens ----
@@ -168,8 +208,8 @@ def pad_prompts(prompts, bos):                          # list of lists of ids -
 def fuzzy_classes(tokenizer):                                   # -> (n_vocab,)
     """A class for every token: tokens that differ in one leading space or in case share one.
 
-    BOS has class -1. A token that is no text by itself, such as a part of a character, has a class
-    of its own.
+    BOS and the other special tokens, which no text gives, have class -1. A token that is no text by
+    itself, such as a part of a character, has a class of its own.
     """
     class_of_text = {}
     classes = []
@@ -178,7 +218,7 @@ def fuzzy_classes(tokenizer):                                   # -> (n_vocab,)
         if text[:1] == " " and len(text) > 1:
             text = text[1:]
         key = i if "\ufffd" in text else text.lower()
-        if i == tokenizer.bos:
+        if i in tokenizer.special:
             classes.append(-1)
         else:
             classes.append(class_of_text.setdefault(key, len(class_of_text)))

@@ -11,6 +11,7 @@ from data import hub
 from data.errors import UserError
 from data.files import read_json
 
+UNEMBEDDING = "lm_head.weight"
 TINY = Path(__file__).parent / "tiny"
 PUBLISHED = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
              "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
@@ -90,6 +91,9 @@ def load_into(model, name_or_dir, layout, device, dtype):
     for path in weight_files(name_or_dir):
         for theirs, tensor in read_tensors(path):
             ours = layout.rename(theirs)
+            if theirs == UNEMBEDDING:
+                # Tied to the embedding, for which it stands where a file keeps one of the two.
+                ours = None if layout.embedding in loaded else layout.embedding
             if ours is None:
                 continue
             if ours not in expected:

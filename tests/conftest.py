@@ -56,6 +56,7 @@ class Words:
 
     def __init__(self, words):
         self.words, self.bos, self.n_vocab = words, len(words) - 1, len(words)
+        self.special = {self.bos}
 
     def decode(self, ids):
         return "".join(self.words[i] for i in ids)

@@ -7,14 +7,18 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import model as models
-from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, random_gemma, random_gpt2
+import sae as S
+from attribution import token_effects
+from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, SHAPES, random_gemma, random_gpt2
 from data.errors import UserError
+from data.tokens import fit
 from data.weights import TINY
 
 
@@ -235,6 +239,51 @@ def test_the_original_layout_without_prefix_and_with_masks_loads_the_same(saved)
 
     change_weights(saved, as_first_released)
     assert torch.equal(models.load_model(saved)(tokens)[0], before)
+
+
+@pytest.mark.parametrize("shape", ["GPT-2 small", "Gemma 2"])
+@pytest.mark.parametrize("kept", ["as lm_head alone", "as both, lm_head first"])
+def test_the_tied_pair_is_read_under_either_name(tmp_path, shape, kept):
+    write, sizes = SHAPES[shape]
+    write(tmp_path, **sizes)
+    tokens = torch.arange(3, 20)[None]
+    before = models.load_model(tmp_path)(tokens)[0]
+
+    def rename(tensors):
+        name = next(name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight")))
+        tensors["lm_head.weight"] = tensors[name]
+        if kept == "as lm_head alone":
+            del tensors[name]
+        else:
+            tensors["lm_head.weight"] = 0 * tensors[name]   # the embedding is what counts
+
+    change_weights(tmp_path, rename)
+    assert torch.equal(models.load_model(tmp_path)(tokens)[0], before)
+
+
+@pytest.mark.parametrize("shape", ["GPT-2 small", "Gemma 2"])
+def test_rows_of_a_padded_embedding_are_no_tokens(tmp_path, shape):
+    """What a token does to the logits is compared with the mean over tokens alone."""
+    write, sizes = SHAPES[shape]
+    write(tmp_path, **sizes)
+    plain = models.load_model(tmp_path)
+    n = plain.config.d_vocab
+
+    def pad(tensors):
+        name = next(name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight")))
+        tensors[name] = torch.cat([tensors[name], 3 + tensors[name][:27]])
+
+    change_weights(tmp_path, pad)
+    change_config(tmp_path, vocab_size=n + 27)
+    padded = models.load_model(tmp_path)
+    assert padded.n_tokens == n + 27, "as far as the model knows"
+    fit(SimpleNamespace(n_vocab=n), padded, tmp_path)
+    tokens = torch.arange(n)
+    assert torch.equal(padded.logit_directions(tokens), plain.logit_directions(tokens))
+    sae = S.SAE(plain.config.d_z_cat, 8)
+    effects = token_effects(padded, 0, sae, torch.arange(8))
+    assert torch.equal(effects, token_effects(plain, 0, sae, torch.arange(8)))
+    assert effects.shape == (8, n)
 
 
 @pytest.mark.parametrize("change, words", [

@@ -152,6 +152,70 @@ def test_gemma_text_goes_through_tokenizer_json(gemma_folder):
     assert (rows[:, 0] == 2).all() and rows.max() < tokenizer.n_vocab
 
 
+def test_n_vocab_counts_what_text_can_give_and_bos(gemma_folder):
+    """Special ids may lie beyond the embedding, as one of Gemma 3's does; added tokens may not."""
+    tokenizers = pytest.importorskip("tokenizers")
+    before = data.load_tokenizer(gemma_folder)
+    assert before.n_vocab == 300 and before.special == {0, 1, 2, 3, 300}
+    assert before.decode([300]) == "<image>", "which is a token all the same"
+    assert before.decode([301]) == "\ufffd" and before.decode([5, 301])[-1] == "\ufffd"
+    path = str(gemma_folder / "tokenizer.json")
+    made = tokenizers.Tokenizer.from_file(path)
+    made.add_tokens(["<speaker>"])
+    made.save(path)
+    after = data.load_tokenizer(gemma_folder)
+    assert 301 in after.encode("<speaker> cats") and after.n_vocab == 302
+    classes = tokens.fuzzy_classes(after)
+    assert (classes[[0, 1, 2, 3, 300]] == -1).all(), "special tokens match nothing"
+    assert (classes[4:300] >= 0).all() and classes[301] >= 0
+
+
+def byte_level(folder, special):
+    """tokenizer.json and vocab.json as tokenizers writes them, with the special tokens first."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator([SAMPLE], vocab_size=300, special_tokens=special, show_progress=False)
+    made.save_model(str(folder))
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 0}))
+    return made
+
+
+def test_special_tokens_first_are_read_from_tokenizer_json(tmp_path):
+    theirs = byte_level(tmp_path, ["<s>", "<pad>"])
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert tokenizer.encode(SAMPLE) == theirs.encode(SAMPLE).ids
+    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE
+    assert tokenizer.bos == 0 and tokenizer.special == {0, 1}
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="vocab.json is not a GPT-2 vocabulary"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_added_tokens_of_a_gpt2_are_not_lost(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 4095}))
+    theirs = transformers.GPT2Tokenizer(str(TINY / "vocab.json"), str(TINY / "merges.txt"))
+    theirs.add_tokens(["<speaker1>"])
+    theirs.save_pretrained(tmp_path)
+    tokenizer = data.load_tokenizer(tmp_path)
+    text = "<speaker1> the cat"
+    assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert 4096 in tokenizer.encode(text) and tokenizer.n_vocab == 4097
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "added_tokens.json").write_text('{"<speaker1>": 4096}')
+    with pytest.raises(UserError, match="added_tokens.json adds tokens.*tokenizer.json"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_an_id_that_is_no_token_is_decoded_as_such():
+    tokenizer = data.load_tokenizer("tiny")
+    a, b = tokenizer.encode("a cat")[:2]
+    assert tokenizer.decode([a, 5000, b]) == tokenizer.decode([a]) + "\ufffd" + tokenizer.decode([b])
+
+
 def test_a_model_without_a_tokenizer_is_named(gemma_folder):
     (gemma_folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer.json is not a tokenizer"):
