@@ -334,7 +334,7 @@ def collect(study):                                         # -> Collection
         raise UserError(f"--n-places must be 10 or more, not {config.n_places}.")
     # unlike in training, no passage is repeated on purpose: copies are those that the text has
     stream = data.rows(config.corpus, study.tokenizer, "held-out", T=study.n_ctx, n=128,
-                       seed=config.seed, repeat_share=0.0)
+                       seed=config.seed, repeat_share=0.0, held_out_share=config.held_out_share)
     print("reading text", flush=True)
     tokens, collected = collect_places(model, saes, stream, n_rows, config.n_places, config.seed,
                                        Progress(n_rows, "rows"))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import data
+from data.corpus import HELD_OUT_SHARE
 from data.errors import UserError
 from data.files import check_writable, run_folder, write_json
 from data.flags import field
@@ -25,6 +26,8 @@ class StudyConfig:
     saes: str = field("", "folder with SAEs, kissane, gemma-scope; if not given, the run in --out, "
                       "or for tiny those that ship")
     corpus: str = field("python", "real text, of which held-out rows are read: see train.py")
+    held_out_share: float = field(HELD_OUT_SHARE, "of the documents of a text of yours; as in "
+                                  "training")
     seed: int = field(0, "fixes all that is drawn at random")
     device: str = field("auto", "cpu, cuda, mps or auto")
     out: str = field("out", "folder for results")
@@ -70,7 +73,7 @@ def finish(study):
 def held_out_rows(study, n_rows, at_least=16, flag="--n-rows"):     # -> (n_rows,T) at most
     """Rows of held-out text. Raises UserError if the text has fewer than a study needs."""
     rows = next(data.rows(study.config.corpus, study.tokenizer, "held-out", study.n_ctx, n_rows,
-                          repeat_share=0.0))
+                          repeat_share=0.0, held_out_share=study.config.held_out_share))
     if len(rows) < at_least:
         short = f"raise {flag}" if n_rows < at_least else "give more text"
         raise UserError(f"--corpus {study.config.corpus} gave {len(rows)} held-out rows, and "

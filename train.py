@@ -41,6 +41,7 @@ from torch import Tensor
 
 import data
 from data.checkpoint import damaged, load_checkpoint, restore_, save_checkpoint
+from data.corpus import HELD_OUT_SHARE
 from data.errors import UserError, run
 from data.figures import plot_training
 from data.files import (atomic, check_writable, parse_json, run_folder, sole_writer, write_json)
@@ -78,6 +79,9 @@ class TrainConfig:
     normalise: bool = field(True, "train on z_cat divided by its mean distance to the mean, so "
                             "that one l1 suits all layers (paper: no)")
     lr: float = field(3.4e-3, "Adam's peak learning rate (paper: 1.2e-3)")
+    passes: int = field(1, "how often a text that ends is read in training")
+    held_out_share: float = field(HELD_OUT_SHARE, "of the documents of a text of yours, for the "
+                                  "metrics")
     n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
     batch_size: int = field(2048, "activations per step (paper: 4096)")
     warmup: int = field(100, "steps from 0.1 to 1 x lr, at the start and after each resampling; at "
@@ -175,6 +179,7 @@ def check(config, model, tokenizer, layers, folder, team):
         ("--batch-size", config.batch_size >= 1, at_least_1),
         ("--n-eval-rows", config.n_eval_rows >= 1, at_least_1),
         ("--block-mib", config.block_mib >= 1, at_least_1),
+        ("--passes", config.passes >= 1, at_least_1),
         ("--resample-every", config.resample_every >= 1, at_least_1),
         ("--warmup", config.warmup >= 1, at_least_1),
         ("--seed", config.seed >= 0, "must be at least 0."),
@@ -272,7 +277,8 @@ def train(config):                                          # -> {layer: metrics
     folder = run_folder(config.out, config.model)
     check(config, model, tokenizer, layers, folder, team)
     held_out = next(data.rows(config.corpus, tokenizer, "held-out", T=config.n_ctx,
-                              n=config.n_eval_rows)).to(device)             # (R,T)
+                              n=config.n_eval_rows,
+                              held_out_share=config.held_out_share)).to(device)     # (R,T)
     if config.saes:
         return measure_saes(config, model, tokenizer, held_out, folder) if team.leads else {}
 
@@ -338,7 +344,8 @@ def run_steps(config, buffer, learners, first_step, folder, team):
                             f"--batch-size.")
         raise UserError(f"the text of --corpus {config.corpus} ended after {n_tokens:,} of "
                         f"{config.n_activations:,} activations; put more text there and --resume, "
-                        f"or start anew with --n-tokens {n_tokens} and another --out.")
+                        f"or start anew with another --out and more --passes or --n-tokens "
+                        f"{n_tokens}.")
     if n_done == first_step:
         return None
     return (n_done - first_step) * config.batch_size / (time.monotonic() - started)
@@ -461,8 +468,10 @@ class ActivationBuffer:
 
     def blocks(self, first_number):                         # -> (n_rows,T) tokens, ...
         """Rows of training text, from block `first_number` on."""
-        return data.rows(self.config.corpus, self.tokenizer, "train", self.config.n_ctx,
-                         self.n_rows, self.config.seed, start=first_number * self.n_rows)
+        config = self.config
+        return data.rows(config.corpus, self.tokenizer, "train", config.n_ctx, self.n_rows,
+                         config.seed, start=first_number * self.n_rows, passes=config.passes,
+                         held_out_share=config.held_out_share)
 
     def fill(self, tokens, number):                         # (R,T), fewer rows where the text ends
         """Run the model on a block and keep its z_cat, but not that of position 0."""
@@ -865,7 +874,8 @@ def measure_saes(config, model, tokenizer, held_out, folder):   # -> {layer: met
     saes = load_saes(config.saes, model, config.layers, held_out.device)    # (): all that are there
     print(f"measuring {config.saes} on {len(held_out)} held-out rows ...", flush=True)
     training_rows = next(data.rows(config.corpus, tokenizer, "train", T=config.n_ctx,
-                                   n=config.n_eval_rows)).to(held_out.device)
+                                   n=config.n_eval_rows,
+                                   held_out_share=config.held_out_share)).to(held_out.device)
     metrics = evaluate(model, saes, held_out, mean_z_cat(model, list(saes), training_rows))
     layers = {f"L{layer}": values for layer, values in metrics.items()}
     write_json(folder / "measured.json",

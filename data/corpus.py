@@ -1,15 +1,16 @@
 """Documents from outside: a text file, a folder of them, an address, or the C4 corpus, streamed.
 
-    book.txt        pages of some 3000 characters, cut at line ends: each page is a document
+    book.txt        pages of some 3000 characters, cut at line ends: each page is a document (a line
+                    is cut too where it has more than 12,000 bytes)
     posts.jsonl     a JSON object a line, its "text" a document; so .json.gz (C4) and .jsonl.gz
     folder/         every such file in it, in order of name
 
 Nothing is skipped in silence: a line that is not such an object, or text that is not UTF-8, is an
-error that names the place. A document is held out if a hash of its text says so (one in 20), so
-that the two splits are the same on every machine, and a document that occurs twice is never in
-both.
+error that names the place. A document is held out if a hash of its text says so, so that the two
+splits are the same on every machine, and a document that occurs twice is never in both.
 """
 
+import codecs
 import contextlib
 import gzip
 import hashlib
@@ -26,10 +27,11 @@ from data.files import parse_json
 SUFFIXES = (".txt", ".jsonl", ".json.gz", ".jsonl.gz", ".txt.gz")
 C4 = "{}/datasets/allenai/c4/resolve/main/en/c4-{}.{:05d}-of-{:05d}.json.gz"
 PAGE = 3000                 # characters
-HELD_OUT = 20               # one document in 20 is held out
+LONGEST_LINE = 4 * PAGE     # bytes; one without end would be one page, and in one split
+HELD_OUT_SHARE = 0.05       # of the documents
 
 
-def documents(corpus, split):
+def documents(corpus, split, held_out_share=HELD_OUT_SHARE):
     """The documents of `corpus` ("c4", a file, a folder or an address) in `split` ("train" or
     "held-out").
 
@@ -43,14 +45,15 @@ def documents(corpus, split):
         return
     for source in sources(corpus):
         for document in read_documents(source):
-            if is_held_out(document) == (split == "held-out"):
+            if is_held_out(document, held_out_share) == (split == "held-out"):
                 yield document
 
 
-def is_held_out(document):
-    """Whether a document is one of those held out, by a hash of its text."""
+def is_held_out(document, share):
+    """Whether a document is one of those held out, by a hash of its text. With a larger share they
+    are the same and more."""
     digest = hashlib.sha256(document.encode("utf8", "replace")).digest()
-    return int.from_bytes(digest[:4], "big") < 2**32 // HELD_OUT
+    return int.from_bytes(digest[:4], "big") < int(2**32 * share)
 
 
 def sources(corpus):
@@ -59,7 +62,7 @@ def sources(corpus):
         return [corpus]
     path = Path(corpus)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    readable = [str(file) for file in files if file.name.endswith(SUFFIXES)]
+    readable = [str(file) for file in files if is_readable(file.name)]
     if not path.exists():
         raise UserError(f"--corpus {corpus} is not there; give python, c4, a file, a folder or an "
                         f"address.")
@@ -72,25 +75,29 @@ def sources(corpus):
     return readable
 
 
+def is_readable(name):
+    """Whether a file is of a kind that is read, by its name; capitals are as good."""
+    return name.lower().endswith(SUFFIXES)
+
+
 def read_documents(source):
     """The documents of one file or address."""
     path = urlsplit(source).path if "://" in source else source
-    if not path.endswith(SUFFIXES):
+    if not is_readable(path):
         raise UserError(f"--corpus {source} does not end in one of {' '.join(SUFFIXES)}.")
+    is_json = ".json" in os.path.basename(path).lower()
     line_number = 0
     try:
-        with opened(source, path) as lines:
-            if ".json" in os.path.basename(path):
-                for line_number, line in enumerate(lines, start=1):
+        with opened(source, path) as file:
+            if is_json:
+                for line_number, line in enumerate(lines_of(file, source), start=1):
                     if line.strip():
                         yield text_of_json(line)
             else:
-                yield from pages(lines)
+                yield from pages(lines_of(file, source, LONGEST_LINE))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"--corpus {source} is damaged or cut short ({error}); fetch it again."
                         ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--corpus {source} is not UTF-8 text ({error}); convert it.") from error
     except ValueError as error:
         raise UserError(f"--corpus {source}, line {line_number}: {error}; each line should be a "
                         f"JSON object with a string \"text\".") from error
@@ -100,7 +107,7 @@ def read_documents(source):
 
 @contextlib.contextmanager
 def opened(source, path):
-    """A file or address as lines of text, unpacked if it is packed."""
+    """A file or address as bytes, unpacked if it is packed."""
     with contextlib.ExitStack() as stack:
         if "://" in source:
             raw = stack.enter_context(hub.open_url(source))
@@ -108,9 +115,41 @@ def opened(source, path):
             raw = stack.enter_context(open(source, "rb"))
         if raw is None:
             raise UserError(f"--corpus {source} is not there (HTTP 404); check the address.")
-        if path.endswith(".gz"):
+        if path.lower().endswith(".gz"):
             raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
-        yield io.TextIOWrapper(raw, encoding="utf8")
+        yield raw
+
+
+def lines_of(file, source, longest=-1):
+    """The lines of a file of bytes as text; a line of more than `longest` bytes in several pieces.
+
+    The file is UTF-8; a byte order mark before it is left out, and line ends are all made "\\n".
+    Raises UserError for a byte that is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf8")()        # keeps a character that is cut in two
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    n_read = 0                                              # bytes
+    is_first = True
+    while piece := file.readline(longest):
+        waiting, _ = decoder.getstate()
+        try:
+            text = newlines.decode(decoder.decode(piece))
+        except UnicodeDecodeError as error:
+            raise not_utf8(source, n_read - len(waiting) + error.start) from error
+        n_read += len(piece)
+        yield text.removeprefix("\ufeff") if is_first else text
+        is_first = False
+    waiting, _ = decoder.getstate()
+    if waiting:
+        raise not_utf8(source, n_read - len(waiting))
+    yield newlines.decode("", final=True)
+
+
+def not_utf8(source, place):
+    """The UserError for a byte that is not UTF-8; `place` is how many bytes are before it."""
+    return UserError(f"--corpus {source} is not UTF-8 text: byte {place:,} (the first is 0; of what "
+                     f"is unpacked, if it is packed) belongs to no character; convert it, with "
+                     f"iconv for instance.")
 
 
 def text_of_json(line):

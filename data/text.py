@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.corpus import documents, pages
+from data.corpus import HELD_OUT_SHARE, documents, pages
 from data.errors import UserError
 from data.stories import story
 
@@ -35,30 +35,38 @@ SHUFFLED_TOGETHER = 1024    # rows
 
 
 def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_share=REPEAT_SHARE,
-         story_share=STORY_SHARE):
+         story_share=STORY_SHARE, passes=1, held_out_share=HELD_OUT_SHARE):
     """An iterator of int64 tensors (n, T) of token ids, each row starting with BOS.
 
     corpus: "python", which is endless: each pass shuffles the pages anew and has new stories, and
     repeat_share of its rows hold a passage twice. Or what data/corpus.py reads: "c4", a file, a
     folder, an address. Then the iterator ends with the text, its last tensor may have fewer rows,
     and fewer than T-1 tokens are left over.
-    split: "train" or "held-out"; the two share no file, no story and no document.
+    split: "train" or "held-out"; the two share no file, no story and no document. held_out_share:
+    of the documents of a text of yours.
+    passes: how often a text that ends is read. The passes are packed one after the other, as if
+    they were one text.
     start: the first row's number. A stream with start=k is the stream with start=0 after k rows;
     rows depend on the arguments alone.
 
-    Raises UserError if the text is not there, is damaged, or is shorter than a row.
+    Raises UserError if the text is not there, is damaged, or is shorter than a row, and for a
+    held_out_share that leaves nothing.
     """
     assert split in ("train", "held-out"), f"split is train or held-out, not {split!r}"
+    if not 0 < held_out_share < 1:
+        raise UserError(f"--held-out-share must be above 0 and below 1, not {held_out_share}.")
     is_python = str(corpus) == "python"
     if is_python:
         texts = python_documents(split, seed, story_share)
     else:
-        texts = documents(str(corpus), split)
+        texts = itertools.chain.from_iterable(documents(str(corpus), split, held_out_share)
+                                              for _ in range(passes))
     stream = shuffled(packed(texts, tokenizer, T), seed)
     first = next(stream, None)
     if first is None:
-        raise UserError(f"--corpus {corpus} has less than a row of {T} tokens of {split} text (one "
-                        f"document in 20 is held out); give more text.")
+        raise UserError(f"--corpus {corpus} has less than a row of {T} tokens of {split} text (of "
+                        f"its documents {held_out_share:.0%} are held out); give more text, or "
+                        f"another --held-out-share.")
     stream = itertools.islice(itertools.chain([first], stream), start, None)
     for number in itertools.count(start, n):
         block = list(itertools.islice(stream, n))

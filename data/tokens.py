@@ -17,6 +17,7 @@ GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\ufffd"          # the replacement sign
+LONGEST_PIECE = 100_000     # characters that tiktoken gets at once: a million blanks overflow its stack
 
 
 class Tokenizer:
@@ -32,10 +33,12 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids of the text. "<|endoftext|>" inside it is ordinary text, no special token."""
-        return self.encoding.encode_ordinary(text)
+        return [i for piece in pieces(text) for i in self.encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts):
         """`encode` of many texts, on all cores."""
+        if max(map(len, texts), default=0) > LONGEST_PIECE:
+            return [self.encode(text) for text in texts]
         return self.encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids):
@@ -55,6 +58,21 @@ class Tokenizer:
             raise UserError(f"{text!r} is {len(ids)} tokens in this model's vocabulary, and one is "
                             f"needed; choose another word.")
         return ids[0]
+
+
+def pieces(text):                                               # -> str, str, ...
+    """A long text in pieces, cut where a word ends, which changes no token. (A run of blanks or of
+    signs longer than a piece is cut where it is.)"""
+    start = 0
+    while len(text) - start > LONGEST_PIECE:
+        end = start + LONGEST_PIECE
+        while end > start and (text[end] not in " \n" or text[end - 1].isspace()):
+            end -= 1
+        if end == start:
+            end = start + LONGEST_PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 class JsonTokenizer(Tokenizer):

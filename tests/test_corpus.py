@@ -65,6 +65,93 @@ def test_a_text_file_is_read_in_pages(tmp_path):
     assert all(3000 <= len(page) < 3100 for page in whole[:-1]) and pages["held-out"]
 
 
+def all_of(path):
+    """Every document of a corpus."""
+    return [*documents(str(path), "train"), *documents(str(path), "held-out")]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\nau lait\r\n")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "tea"}\r\n')
+    assert sorted(all_of(tmp_path)) == ["caf\u00e9\nau lait\n", "tea"]
+
+
+@pytest.mark.parametrize("name", ["A.TXT", "B.Jsonl", "C.JSON.GZ"])
+def test_capitals_in_a_suffix_are_as_good(tmp_path, name):
+    text = b"tea\n" if name == "A.TXT" else b'{"text": "tea\\n"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(text) if name == "C.JSON.GZ" else text)
+    assert all_of(tmp_path) == all_of(tmp_path / name) == ["tea\n"]
+
+
+def test_a_line_without_end_has_pages_in_both_splits(tmp_path):
+    line = "".join(f"{i} caf\u00e9s, " for i in range(100_000))
+    (tmp_path / "a.txt").write_text(line, encoding="utf8")
+    train, held_out = (list(documents(str(tmp_path / "a.txt"), split))
+                       for split in ("train", "held-out"))
+    assert sorted("".join(train + held_out)) == sorted(line), "text was lost at a cut"
+    assert held_out and len(train) > 10 * len(held_out)
+    assert max(map(len, train + held_out)) <= 12_000 + 3000
+
+
+@pytest.mark.parametrize("sign", [" ", "\n", "a", "\u00e9"])
+def test_a_million_signs_without_a_word_are_read(tmp_path, sign):
+    """tiktoken's own stack does not take a million blanks at once."""
+    tokenizer = data.load_tokenizer("tiny")
+    assert tokenizer.decode(tokenizer.encode(sign * 10**6)) == sign * 10**6
+    assert len(tokenizer.encode_batch(["tea", sign * 10**6])[1]) > 1000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": sign * 10**6}) + "\n")
+    split = "train" if list(documents(str(tmp_path / "a.jsonl"), "train")) else "held-out"
+    assert len(next(data.rows(tmp_path / "a.jsonl", tokenizer, split, n=8))) == 8
+
+
+def test_a_long_text_is_cut_where_no_token_changes():
+    tokenizer = data.load_tokenizer("tiny")
+    text = "".join(f"The {i}th cat's hat;  \n\n def f(x):\n\treturn {i}\n" for i in range(8000))
+    assert len(text) > 3 * 100_000
+    assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("n_before", [0, 7, 11_999, 12_000, 50_000])
+def test_the_place_of_a_byte_that_is_not_utf8_is_its_own(tmp_path, n_before):
+    """Also after a byte order mark, and where a line is read in pieces."""
+    good = (b"\xef\xbb\xbf" + "\u00e9".encode() * n_before)[:max(n_before, 3) // 3 * 3]
+    good = good if n_before else b""
+    good = good.decode("utf8", "ignore").encode()
+    for name, rest in (("a.txt", b"\xe9 and more\n"), ("a.txt", b"\xe2\x82")):
+        (tmp_path / name).write_bytes(good + rest)
+        with pytest.raises(UserError, match=f"a.txt is not UTF-8 text: byte {len(good):,} "):
+            all_of(tmp_path / name)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "tea"}\n{"text": "\xff"}\n'))
+    with pytest.raises(UserError, match="not UTF-8 text: byte 26 "):
+        all_of(tmp_path / "b.jsonl.gz")
+
+
+def test_a_text_can_be_read_several_times(tmp_path):
+    tokenizer = data.load_tokenizer("tiny")
+    path = write_corpus(tmp_path, "jsonl")
+    once = torch.cat(list(data.rows(path, tokenizer, "train", T=32)))
+    thrice = torch.cat(list(data.rows(path, tokenizer, "train", T=32, passes=3)))
+    assert 0 <= len(thrice) - 3 * len(once) <= 3
+    counts = torch.bincount(thrice[:, 1:].flatten(), minlength=4096)
+    expected = 3 * torch.bincount(once[:, 1:].flatten(), minlength=4096)
+    assert (counts - expected).abs().sum() < 200, "but for what was left over after a row"
+
+
+def test_how_much_is_held_out_is_a_setting(tmp_path):
+    path = str(write_corpus(tmp_path, "jsonl"))
+    by_share = {share: set(documents(path, "held-out", share)) for share in (0.05, 0.3, 0.9)}
+    assert by_share[0.05] < by_share[0.3] < by_share[0.9]
+    assert 0.2 < len(by_share[0.3]) / len(DOCUMENTS) < 0.4
+    assert by_share[0.3].isdisjoint(documents(path, "train", 0.3))
+    tokenizer = data.load_tokenizer("tiny")
+    (tmp_path / "short.jsonl").write_text('{"text": "%s"}\n' % ("tea and cake " * 100))
+    with pytest.raises(UserError, match="has less than a row of 128 tokens of held-out text .of its "
+                       "documents 5% are held out.*--held-out-share"):
+        next(data.rows(tmp_path / "short.jsonl", tokenizer, "held-out"))
+    with pytest.raises(UserError, match="--held-out-share must be above 0 and below 1, not 1"):
+        next(data.rows(path, tokenizer, held_out_share=1))
+
+
 @pytest.mark.parametrize("name, content, words", [
     ("a.jsonl", b'{"text": "fine"}\n{"text": 7}\n', ["a.jsonl, line 2", "text"]),
     ("a.jsonl", b'{"text": "fine"}\n\n{"text": \n', ["a.jsonl, line 3"]),
