@@ -326,14 +326,14 @@ def run_steps(config, buffer, learners, first_step, folder, team):
             progress(n_done * config.batch_size, "L0 by layer: " + "  ".join(
                 f"{learner.l0:.1f}" for learner in learners.values()))
             log(n_done, learners)
-            stop = team.any(interrupted())
+            stop = team.any(interrupted() is not None)
             is_last = n_done == config.n_steps      # saved too: should evaluation fail, --resume
                                                     # goes straight to it
             if team.leads and (stop or is_last or n_done % CHECKPOINT_EVERY == 0):
                 save(folder, config, n_done, learners)
             if stop:
-                raise KeyboardInterrupt(f"stopped after step {n_done}; --resume goes on from "
-                                        f"there.")
+                kind = interrupted() or KeyboardInterrupt   # another process's, perhaps
+                raise kind(f"stopped after step {n_done}; --resume goes on from there.")
     if n_done < config.n_steps:
         if team.leads and n_done > first_step:
             save(folder, config, n_done, learners)

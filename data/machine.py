@@ -1,4 +1,4 @@
-"""What this machine has, and how to use it: device, number type, memory, Ctrl-C."""
+"""What this machine has, and how to use it: device, number type, memory, Ctrl-C and SIGTERM."""
 
 import contextlib
 import ctypes
@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from data.errors import UserError
+from data.errors import Terminated, UserError
 
 
 def pick_device(name):
@@ -72,24 +72,26 @@ def keep_freed_memory():
 
 @contextlib.contextmanager
 def deferred_interrupt():
-    """Yields a function that tells whether Ctrl-C was pressed, so that a loop can stop between two
-    steps.
+    """Yields a function that tells by what the loop is to stop between two steps: KeyboardInterrupt
+    for Ctrl-C, Terminated for SIGTERM, None for nothing yet.
 
-    Pressed twice, it stops at once. Outside the main thread Python delivers no signals, and nothing
-    is deferred.
+    The second signal stops it at once. Outside the main thread Python delivers no signals, and
+    nothing is deferred.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: None
         return
-    pressed = []
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    received = []
 
     def handler(number, frame):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
+        if received:
+            raise kinds[number]
+        received.append(kinds[number])
 
-    handler_before = signal.signal(signal.SIGINT, handler)
+    handlers_before = {number: signal.signal(number, handler) for number in kinds}
     try:
-        yield lambda: bool(pressed)
+        yield lambda: received[0] if received else None
     finally:
-        signal.signal(signal.SIGINT, handler_before)
+        for number, before in handlers_before.items():
+            signal.signal(number, before)

@@ -1,9 +1,11 @@
 """data/flags.py, files.py, stats.py, machine.py: the small shared helpers."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +90,63 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_nothing(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+# ---- printing and ending ----
+
+PRINTING = """
+import sys
+from pathlib import Path
+from data.errors import run
+def main():
+    for i in range(3):
+        print("\\u27e8here\\u27e9", "x" * 5000, flush=i == 1)
+    Path(sys.argv[1]).write_text("done")
+run(main)
+"""
+
+
+def start_printing(result, **options):
+    """A program that prints, with a sign that few code pages have, and writes a result."""
+    return subprocess.Popen([sys.executable, "-c", PRINTING, result], cwd=ROOT,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_program_whose_output_nobody_reads_ends_quietly_with_its_work_done(tmp_path):
+    process = start_printing(tmp_path / "result", stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.communicate()[1] == "" and process.returncode == 0
+    assert (tmp_path / "result").read_text() == "done"
+
+
+def test_a_program_without_standard_output_does_its_work(tmp_path):
+    process = start_printing(tmp_path / "result", preexec_fn=lambda: os.close(1))
+    assert process.communicate()[1] == "" and process.returncode == 0
+    assert (tmp_path / "result").read_text() == "done"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_standard_output_is_said_once(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start_printing(tmp_path / "result", stdout=full)
+        said = process.communicate()[1]
+    assert said.count("\n") == 1 and "standard output cannot be written (No space left" in said
+    assert process.returncode == 0 and (tmp_path / "result").read_text() == "done"
+
+
+def test_signs_that_a_code_page_lacks_are_written_as_escapes(tmp_path):
+    process = start_printing(tmp_path / "result", stdout=subprocess.PIPE,
+                             env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    printed, said = process.communicate()
+    assert said == "" and process.returncode == 0
+    assert printed.startswith("\\u27e8here\\u27e9 xxx")
+
+
+def test_sigterm_ends_a_program_with_its_own_code():
+    code = ("import os, signal\nfrom data.errors import run\n"
+            "def main():\n    os.kill(os.getpid(), signal.SIGTERM)\n    signal.pause()\nrun(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 143 and done.stderr == "-c: stopped.\n"
+
+
 # ---- statistics ----
 
 
@@ -139,4 +198,4 @@ def test_ctrl_c_is_left_alone_outside_the_main_thread():
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert said == [False], "signal handlers can be set in the main thread only"
+    assert said == [None], "signal handlers can be set in the main thread only"

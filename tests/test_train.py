@@ -335,15 +335,16 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
         run_short(tmp_path, resume=True)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("signal_sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, signal_sent, code):
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--out", tmp_path, "--d-sae", "256", "--layers", "0"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "tokens" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal_sent)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors, errors
+    assert process.returncode == code and "--resume" in errors and "Traceback" not in errors, errors
     assert (tmp_path / "tiny" / "checkpoint.safetensors").is_file()
 
 
@@ -355,6 +356,20 @@ def test_a_run_stopped_while_it_is_measured_trains_nothing_again(finished, tmp_p
         run_short(tmp_path)
     monkeypatch.setattr(T, "train_step", stopped)
     run_short(tmp_path, resume=True)
+    for layer in (0, 2):
+        file = f"L{layer}/sae.safetensors"
+        assert (tmp_path / "tiny" / file).read_bytes() == (finished[0] / file).read_bytes()
+
+
+def test_training_goes_on_when_nobody_reads_what_it_prints(finished, tmp_path):
+    """python train.py ... | head -1"""
+    flags = ("--layers 0,2 --d-sae 128 --n-tokens 12000 --batch-size 256 --lr 2.4e-3 --warmup 10 "
+             "--resample-every 10 --n-eval-rows 8 --block-mib 8").split()        # SHORT
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--out", tmp_path, *flags],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "x SAE" in process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(120) == 0
     for layer in (0, 2):
         file = f"L{layer}/sae.safetensors"
         assert (tmp_path / "tiny" / file).read_bytes() == (finished[0] / file).read_bytes()
