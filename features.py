@@ -45,7 +45,6 @@ Shapes: R rows, T positions (q query, k key/source), H heads, D = H*d_head, d_sa
 places of one row, or features asked about; V tokens of the vocabulary.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +64,7 @@ from data.flags import field, parse_flags
 from data.progress import Progress
 from data.strongest import Collected, Collector, feature_token_mass, rank_in_group
 from data.tokens import fuzzy_classes, text_around
+from data.weights import digest
 from sparse import active_entries
 from study import StudyConfig, begin, finish
 
@@ -362,15 +362,6 @@ def collection_settings(study):                             # -> {layer or "toke
     for layer, sae in study.saes.items():
         by_file[layer] = settings | {"sae": digest(sae)}
     return by_file
-
-
-def digest(module):
-    """A fingerprint of a module's weights."""
-    total = hashlib.blake2b(digest_size=16)
-    for name, tensor in module.state_dict().items():
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def save_collection(collection, folder, settings):

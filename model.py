@@ -213,6 +213,12 @@ class Transformer(nn.Module):
         ln_1.bias @ W_V and the checkpoint's own bias of the values; in Gemma it is 0."""
         return self.head_matrices(layer).b_V.flatten()
 
+    def architecture(self):
+        """What an SAE of this model needs of another that is to take it."""
+        c = self.config
+        return (f"{type(self).__name__} of {c.n_layers} layers, {c.n_heads} heads of {c.d_head}, "
+                f"d_model {c.d_model}")
+
     def check_layers(self, layers):
         """Raise UserError for a layer that the model does not have."""
         last = self.config.n_layers - 1

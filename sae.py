@@ -13,6 +13,7 @@ unit norm and revives dead features; edits of z_cat that use an SAE; loading.
 Shapes: B batch (or any leading dimensions), d_in, d_sae.
 """
 
+import json
 from typing import NamedTuple
 
 import torch
@@ -23,15 +24,16 @@ from torch import Tensor, nn
 from data.errors import UserError
 from data.files import atomic
 from data.sae_files import FOLDED_Z_CAT, Z_CAT, read_sae, sae_paths
+from data.weights import digest
 
 
 class SAE(nn.Module):
     """f = encode(z), z_hat = decode(f).
 
     Parameters: W_enc (d_in,d_sae), b_enc (d_sae,), W_dec (d_sae,d_in), b_dec (d_in,), and the
-    constant threshold (d_sae,). `reads` names the input it takes: "z_cat", or what the config.json
-    beside its file says. The paper's SAEs were trained on a z_cat without value biases and take
-    "z_cat less value_bias", until `load_saes` converts them.
+    constant threshold (d_sae,). `about` says what it is of (data/sae_files.py), and `reads`, which
+    is in it, the input it takes: "z_cat". The paper's SAEs were trained on a z_cat without value
+    biases and take "z_cat less value_bias", until `load_saes` converts them.
     """
 
     def __init__(self, d_in, d_sae, generator=None):
@@ -43,7 +45,11 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(d_sae))
-        self.reads = Z_CAT
+        self.about = {"reads": Z_CAT}
+
+    @property
+    def reads(self):
+        return self.about["reads"]
 
     @property
     def d_in(self):
@@ -81,7 +87,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def shift(self, c):
-        """Convert an SAE trained on z - c to take z. In place; returns self. `reads` is left to the
+        """Convert an SAE trained on z - c to take z. In place; returns self. `about` is left to the
         caller."""
         self.b_dec += c
         return self
@@ -96,28 +102,27 @@ class SAE(nn.Module):
         return self
 
     def save(self, path, dtype=torch.float32):
-        """Write the five tensors to `path` (a .safetensors file); the same SAE gives the same
-        bytes. `reads` is no tensor: put it into a config.json beside the file, as train.py does."""
+        """Write the five tensors to `path` (a .safetensors file), and `about` into its header; the
+        same SAE gives the same bytes."""
         tensors = {}
         for name, tensor in self.state_dict().items():
             tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
         with atomic(path) as temporary:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata={"about": json.dumps(self.about)})
 
     @classmethod
     def load(cls, path, device="cpu"):
         """Read what `save` wrote, or an SAE that others published (formats: data/sae_files.py).
 
-        Its `reads` is what the config.json beside the file says, "z_cat" if there is none. Raises
-        UserError if a file is missing or damaged, or if a tensor is missing, has another shape or
-        is not finite.
+        Raises UserError if a file is missing or damaged, or if a tensor is missing, has another
+        shape or is not finite.
         """
-        tensors, reads = read_sae(path)
+        tensors, about = read_sae(path)
         with torch.device("meta"):              # no memory yet: the tensors take their places
             sae = cls(*tensors["W_enc"].shape)
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         sae.load_state_dict(tensors, assign=True)
-        sae.reads = reads
+        sae.about = about
         return sae.requires_grad_(False)
 
 
@@ -262,28 +267,49 @@ def load_saes(where, model, layers=None, device="cpu"):
 
     where: a folder with L<layer>/ in it, as train.py writes (out/tiny); or a published set:
     "kissane" (the paper's, GPT-2 Small) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about 100).
-    layers: all that are there if not given. Raises UserError if one is missing or does not fit the
-    model.
+    layers: all that are there if not given. Raises UserError if one is missing, or is of another
+    architecture, layer or width; prints a line if they are of other weights, or do not say of which.
 
     The paper trained on a model whose value biases had been folded into b_O, so that its z_cat
     lacks model.value_bias. Such SAEs are shifted to take z_cat itself.
     """
     model.check_layers(layers or ())
     D = model.config.d_z_cat
+    architecture, weights = model.architecture(), digest(model)
     saes = {}
     for layer, path in sae_paths(where, layers, model.config.n_layers).items():
         sae = SAE.load(path, device)
         if sae.reads not in (Z_CAT, FOLDED_Z_CAT):
             raise UserError(f"--saes {where}: the SAE of layer {layer} reads {sae.reads}, and "
                             f"{Z_CAT} is what this program has for it.")
+        if sae.about.get("layer", layer) != layer:
+            raise UserError(f"--saes {where}: the SAE in the place of layer {layer} is of layer "
+                            f"{sae.about['layer']}; put it where it belongs.")
+        if sae.about.get("architecture", architecture) != architecture:
+            raise UserError(f"--saes {where}: the SAE of layer {layer} is of another model, a "
+                            f"{sae.about['architecture']}; this one is a {architecture}.")
         if sae.d_in != D:
             raise UserError(f"--saes {where}: the SAE of layer {layer} reads {sae.d_in} numbers "
                             f"and this model's z_cat has {D}; they do not belong together.")
         if sae.reads == FOLDED_Z_CAT:
             sae.shift(model.value_bias(layer).to(device))
-            sae.reads = Z_CAT
+            sae.about["reads"] = Z_CAT
         saes[layer] = sae
+    print_doubts(saes, weights, where)
     return saes
+
+
+def print_doubts(saes, weights, where):
+    """Print a line on SAEs of other weights than these, and one on those that do not say of which
+    they are. (The same model in another number type may have other weights.)"""
+    other = [layer for layer, sae in saes.items() if sae.about.get("weights", weights) != weights]
+    silent = [layer for layer, sae in saes.items() if "weights" not in sae.about]
+    if other:
+        print(f"note: SAEs of layers {', '.join(map(str, other))} in {where} were trained on other "
+              f"weights, those of {saes[other[0]].about.get('model')}")
+    if silent:
+        print(f"note: SAEs of layers {', '.join(map(str, silent))} in {where} do not say which "
+              f"weights they were trained on")
 
 
 def check_feature(saes, layer, feature):

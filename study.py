@@ -11,11 +11,12 @@ from torch import nn
 import data
 from data.corpus import HELD_OUT_SHARE
 from data.errors import UserError
-from data.files import check_writable, run_folder, write_json
+from data.files import check_writable, claim, run_folder, write_json
 from data.flags import field
 from data.machine import pick_device
 from data.sae_files import find_saes
 from data.tokens import Tokenizer, fit
+from data.weights import digest
 from model import load_model
 from sae import load_saes
 
@@ -57,8 +58,10 @@ def begin(config, name, layers=()):                         # -> Study
     fit(tokenizer, model, config.model)
     saes_from = str(find_saes(config.saes, config.out, config.model))
     saes = load_saes(saes_from, model, layers, device)
-    folder = run_folder(config.out, config.model) / name
+    run = run_folder(config.out, config.model)
+    folder = run / name
     check_writable(folder)
+    claim(run, config.model, digest(model))
     print(f"SAEs of layers {', '.join(map(str, saes))}: {saes_from}", flush=True)
     return Study(config, model, tokenizer, saes, saes_from, folder, device)
 

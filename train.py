@@ -44,13 +44,15 @@ from data.checkpoint import damaged, load_checkpoint, restore_, save_checkpoint
 from data.corpus import HELD_OUT_SHARE
 from data.errors import UserError, run
 from data.figures import plot_training
-from data.files import (atomic, check_writable, parse_json, run_folder, sole_writer, write_json)
+from data.files import (atomic, check_writable, claim, parse_json, run_folder, sole_writer,
+                        write_json)
 from data.flags import field, parse_flags
 from data.machine import deferred_interrupt, keep_freed_memory, pick_device, pick_dtype
 from data.progress import Progress
 from data.stats import bootstrap, format_ci
 from data.team import Team, join, leave
 from data.tokens import fit
+from data.weights import digest
 from model import load_model
 from sae import (SAE, dense_step, load_saes, normalise_decoder, project_decoder_gradient, resample,
                  splice)
@@ -283,6 +285,8 @@ def train(config):                                          # -> {layer: metrics
         return measure_saes(config, model, tokenizer, held_out, folder) if team.leads else {}
 
     with sole_writer(folder) if team.leads else contextlib.nullcontext():
+        if team.leads:
+            claim(folder, config.model, digest(model))
         buffer = ActivationBuffer(model, tokenizer, config, layers, device, team)
         learners = make_learners(config, layers, buffer.D, device)
         first_step = 0
@@ -831,7 +835,7 @@ def mean_z_cat(model, layers, rows):                        # (R,T) -> {layer: (
 
 def finish(config, model, held_out, learners, folder, speed):   # -> {layer: metrics}
     """Write the SAEs, measure what was written, write metrics, figure and table."""
-    saes = write_saes(config, learners, folder)
+    saes = write_saes(config, model, learners, folder)
     print(f"measuring on {len(held_out)} held-out rows ...", flush=True)
     means = {layer: learner.mean for layer, learner in learners.items()}
     metrics = evaluate(model, saes, held_out, means)
@@ -853,17 +857,21 @@ def finish(config, model, held_out, learners, folder, speed):   # -> {layer: met
     return metrics
 
 
-def write_saes(config, learners, folder):                   # -> {layer: SAE}, as they were stored
-    """Write every SAE, and beside it a config.json that says what it is. This ends training: the
-    learners' SAEs are converted, in place, to take z_cat in its own units."""
+def write_saes(config, model, learners, folder):            # -> {layer: SAE}, as they were stored
+    """Write every SAE, and beside it a config.json that says what it is of and how it was made.
+    This ends training: the learners' SAEs are converted, in place, to take z_cat in its own
+    units."""
+    of_model = {"model": config.model, "architecture": model.architecture(),
+                "weights": digest(model), "left_out": "position 0", "units": "those of the model"}
     saes = {}
     for layer, learner in learners.items():
         path = folder / f"L{layer}" / "sae.safetensors"
         sae = learner.sae.rescale(learner.scale)
+        sae.about |= {"layer": layer, **of_model}
         sae.save(path, torch.float16 if config.half else torch.float32)
         write_json(path.with_name("config.json"),
-                   {"layer": layer, "reads": sae.reads, "d_in": sae.d_in,
-                    "l1_of_layer": learner.l1, **lasting_settings(config)})
+                   {**sae.about, "d_in": sae.d_in, "l1_of_layer": learner.l1,
+                    **lasting_settings(config)})
         saes[layer] = SAE.load(path, learner.mean.device)
     return saes
 
@@ -871,6 +879,7 @@ def write_saes(config, learners, folder):                   # -> {layer: SAE}, a
 def measure_saes(config, model, tokenizer, held_out, folder):   # -> {layer: metrics}
     """Measure the SAEs of --saes on held-out text; nothing is trained. Mean ablation puts in the
     mean of z_cat over n_eval_rows rows of training text."""
+    claim(folder, config.model, digest(model))
     saes = load_saes(config.saes, model, config.layers, held_out.device)    # (): all that are there
     print(f"measuring {config.saes} on {len(held_out)} held-out rows ...", flush=True)
     training_rows = next(data.rows(config.corpus, tokenizer, "train", T=config.n_ctx,

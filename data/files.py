@@ -72,6 +72,19 @@ def run_folder(out, model):
     return Path(out) / Path(model).resolve().name
 
 
+def claim(folder, model, weights):
+    """Write down in a folder's model.json whose results it holds. Raises UserError if it holds those
+    of another model, such as one whose directory has the same name."""
+    path = folder / "model.json"
+    if not path.is_file():
+        write_json(path, {"model": str(Path(model).resolve()), "weights": weights})
+        return
+    owner = read_json(path)
+    if owner.get("weights") != weights:
+        raise UserError(f"{folder} holds results of a model with other weights, {owner.get('model')} "
+                        f"at that time; choose another --out.")
+
+
 def check_writable(folder):
     """Make the folder. Raises UserError now, rather than in an hour, if nothing can be written to
     it."""

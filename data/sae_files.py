@@ -8,9 +8,17 @@
     *.npz                               Gemma Scope (JumpReLU)   b_enc += b_dec @ W_enc
     cfg.json, sae_weights.safetensors   SAELens                  the same if configured; scale of z
 
-A file also says what its SAE was trained on: z_cat, or a z_cat without its constant part. Where
-LayerNorm and value biases were folded into the model's weights, as for the paper's SAEs, z lacks
-model.value_bias(layer); `sae.shift(model.value_bias(layer))` makes such an SAE read ours.
+What an SAE is of goes with it as `about`, in the header of our own files and in the config.json
+beside them, and as far as the others say it:
+
+    model, architecture, weights    the model's name, its shape, and the digest of its weights
+    layer, reads                    which layer, and what of it: z_cat, or a z_cat without its
+                                    constant part
+    left_out, units                 positions that it was not trained on; what a number of its input
+                                    stands for
+
+Where LayerNorm and value biases were folded into the model's weights, as for the paper's SAEs, z
+lacks model.value_bias(layer); `sae.shift(model.value_bias(layer))` makes such an SAE read ours.
 """
 
 import re
@@ -18,17 +26,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import hub
 from data.errors import UserError
-from data.files import atomic, read_json, run_folder, write_json
+from data.files import atomic, parse_json, read_json, run_folder, write_json
 from data.hf_config import check_options
 from data.weights import TINY, read_tensors
 
 Z_CAT = "z_cat"                                 # what an SAE of this project reads
 FOLDED_Z_CAT = "z_cat less value_bias"          # what the paper's read
 NAMES = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
+ABOUT = ("model", "architecture", "weights", "layer", "reads", "left_out", "units")
 
 # Published sets: (repository on the hub, {layer: file}).
 _KISSANE_RUNS = [
@@ -114,9 +124,9 @@ def sae_file(path):
 # ---- reading ----
 
 
-def read_sae(path):                                         # -> {name: tensor}, what it reads
+def read_sae(path):                                         # -> {name: tensor}, about
     """The five tensors of an SAE in any of these formats, float32, shapes and values checked; and
-    what it was trained on, Z_CAT or FOLDED_Z_CAT, or what config.json beside our own file says.
+    what the file says the SAE is of. "reads" is always there: Z_CAT if nothing else is said.
 
     Raises UserError if a file is missing, damaged, has an option that our form lacks, or numbers
     that are not finite. Nothing is unpickled with code execution.
@@ -141,9 +151,26 @@ def read_own(path):
     norms = tensors["W_dec"].norm(dim=-1, keepdim=True)
     if stored["W_dec"].dtype == torch.float16 and (norms - 1).abs().max() < 1e-2:
         tensors["W_dec"] /= norms
+    return tensors, {"reads": Z_CAT} | about_own(path)
+
+
+def about_own(path):
+    """What our own file says of its SAE; files from before that was in their header say it, or a
+    part of it, in the config.json beside them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("about")
+        about = parse_json(header) if header else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); make it again.") from error
     config = path.with_name("config.json")
-    reads = read_json(config).get("reads", Z_CAT) if config.is_file() else Z_CAT
-    return tensors, reads
+    if about is None and config.is_file():
+        about = read_json(config)
+    if about is None:
+        return {}
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: its header is not what this project writes; make it again.")
+    return {name: about[name] for name in ABOUT if name in about}
 
 
 def read_kissane(path):
@@ -153,11 +180,17 @@ def read_kissane(path):
     except Exception as error:      # so many kinds does a damaged archive raise
         raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again.") from error
     tensors = checked(tensors, NAMES - {"threshold"}, path)
+    about = {"reads": FOLDED_Z_CAT}
+    if match := re.match(r"(gpt2-small)_L(\d+)_Hcat_z_", path.name):
+        about |= {"model": match[1], "layer": int(match[2])}
     config = path.with_name(path.stem + "_cfg.json")
     if config.is_file():
         d_sae, d_in = tensors["W_dec"].shape
-        check_options(read_json(config), {"act_size": [d_in], "dict_size": [d_sae]}, config)
-    return tensors, FOLDED_Z_CAT
+        settings = read_json(config)
+        check_options(settings, {"act_size": [d_in], "dict_size": [d_sae]}, config)
+        if "act_name" in settings:
+            about["layer"] = layer_of_hook(settings["act_name"], config)
+    return tensors, about
 
 
 def read_gemma_scope(path):
@@ -170,7 +203,10 @@ def read_gemma_scope(path):
     tensors = checked(tensors, NAMES, path)
     tensors["threshold"].clamp_(min=0)
     tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
-    return tensors, Z_CAT
+    about = {"reads": Z_CAT}
+    if match := re.search(r"layer_(\d+)[/\\\\]", str(path)):     # as the hub's folders are named
+        about |= {"model": "gemma-2-2b", "layer": int(match[1])}
+    return tensors, about
 
 
 def read_saelens(folder):
@@ -185,7 +221,7 @@ def read_saelens(folder):
         "finetuning_scaling_factor": [False],
         "reshape_activations": ["none", "hook_z"],
         "hook_head_index": [None]}, config)
-    check_hook(settings, config)
+    about = about_saelens(settings, config)
     is_jumprelu = settings.get("architecture") == "jumprelu"
     names = NAMES if is_jumprelu else NAMES - {"threshold"}
     tensors = checked(dict(read_tensors(folder / "sae_weights.safetensors")), names, folder)
@@ -199,20 +235,33 @@ def read_saelens(folder):
                             f"scaling_factor in activation_scaler.json.")
         for name in ("b_enc", "b_dec", "threshold"):        # its features were factor times ours
             tensors[name] = tensors[name] / factor
-    return tensors, Z_CAT
+    return tensors, about
 
 
-def check_hook(settings, config):
-    """Raise UserError if a SAELens SAE reads another site than z, or z of folded weights."""
+def about_saelens(settings, config):
+    """What a SAELens SAE is of. Raises UserError if it reads another site than z, or z of folded
+    weights, or does not say what it reads."""
     metadata = settings.get("metadata")
     settings = settings | (metadata if isinstance(metadata, dict) else {})
-    hook = str(settings.get("hook_name", "blocks.0.attn.hook_z"))
-    if not re.fullmatch(r"blocks\.\d+\.attn\.hook_z", hook):
-        raise UserError(f"{config}: hook_name {hook!r} is not supported, only blocks.<layer>.attn."
-                        f"hook_z: this SAE does not read z_cat.")
+    # hook_point is the name of 2024
+    layer = layer_of_hook(settings.get("hook_name", settings.get("hook_point")), config)
     weights = settings.get("model_from_pretrained_kwargs")
     if isinstance(weights, dict):
         check_options(weights, {"fold_ln": [False], "fold_value_biases": [False]}, config)
+    about = {"reads": Z_CAT, "layer": layer}
+    if isinstance(settings.get("model_name"), str):
+        about["model"] = settings["model_name"]
+    return about
+
+
+def layer_of_hook(hook, config):
+    """The layer in TransformerLens' name of z, blocks.<layer>.attn.hook_z. Raises UserError for
+    another site, and for none."""
+    match = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", str(hook))
+    if not match:
+        raise UserError(f"{config}: hook_name {hook!r} is not supported, only blocks.<layer>.attn."
+                        f"hook_z: this SAE does not read z_cat, or does not say so.")
+    return int(match[1])
 
 
 def checked(tensors, names, path):

@@ -147,6 +147,13 @@ def test_sigterm_ends_a_program_with_its_own_code():
     assert done.returncode == 143 and done.stderr == "-c: stopped.\n"
 
 
+def test_one_folder_holds_the_results_of_one_model(tmp_path):
+    files.claim(tmp_path, "a/checkpoint-1000", "0123")
+    files.claim(tmp_path, "moved/checkpoint-1000", "0123")
+    with pytest.raises(UserError, match="other weights, .*a/checkpoint-1000 at that time.*--out"):
+        files.claim(tmp_path, "b/checkpoint-1000", "4567")
+
+
 # ---- statistics ----
 
 

@@ -14,7 +14,8 @@ import model as models
 import sae as S
 from conftest import GEMMA_SHAPES, GPT2_SHAPES, random_gemma, random_gpt2
 from data.errors import UserError
-from data.sae_files import read_sae, sae_paths, write_saelens
+from data.sae_files import ABOUT, read_sae, sae_paths, write_saelens
+from data.weights import TINY, digest
 
 D_IN, D_SAE = 32, 70
 
@@ -55,15 +56,15 @@ def assert_equal(sae, f, z_hat, z, message, scale=1.0):
     assert (f > 0).float().mean() > 0.1, "this test should have active features"
 
 
-def write_kissane(folder, tensors, **config):
-    path = folder / "gpt2-small_L1_Hcat_z_v9.pt"
+def write_kissane(folder, tensors, layer=1, **config):
+    path = folder / f"gpt2-small_L{layer}_Hcat_z_v9.pt"
     torch.save({name: one for name, one in tensors.items() if name != "threshold"}, path)
     d_sae, d_in = tensors["W_dec"].shape
     cfg = {
-        "act_size": d_in, "dict_size": d_sae, "act_name": "blocks.1.attn.hook_z", "l1_coeff": 0.8,
-        "layer": 1, "seq_len": 128, "enc_dtype": "fp32"
+        "act_size": d_in, "dict_size": d_sae, "act_name": f"blocks.{layer}.attn.hook_z",
+        "l1_coeff": 0.8, "layer": layer, "seq_len": 128, "enc_dtype": "fp32"
     }
-    (folder / "gpt2-small_L1_Hcat_z_v9_cfg.json").write_text(json.dumps(cfg | config))
+    path.with_name(f"{path.stem}_cfg.json").write_text(json.dumps(cfg | config))
     return path
 
 
@@ -88,7 +89,7 @@ def saelens_folder(folder, tensors, factor=None, **config):
     cfg = {
         "architecture": "jumprelu" if "threshold" in tensors else "standard", "d_in": d_in,
         "d_sae": d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
-        "normalize_activations": "none"
+        "normalize_activations": "none", "hook_name": "blocks.2.attn.hook_z"
     }
     (folder / "cfg.json").write_text(json.dumps(cfg | config))
     if factor:
@@ -163,7 +164,7 @@ def test_published_sets_are_loaded_shifted_and_fitted(tmp_path, monkeypatch):
         folder = tmp_path / str(len(asked))
         folder.mkdir()
         if filename.endswith(".pt"):
-            return write_kissane(folder, random_tensors(len(asked)))
+            return write_kissane(folder, random_tensors(len(asked)), layer=len(asked) - 1)
         np.savez(folder / "params.npz", **{n: x.numpy() for n, x in random_tensors().items()})
         return folder / "params.npz"
 
@@ -205,6 +206,76 @@ def test_saes_that_do_not_fit_or_are_not_there(tmp_path, tiny):
         S.load_saes(tmp_path / "nowhere", tiny)
     with pytest.raises(UserError, match="out of range"):
         S.load_saes(tmp_path, tiny, (7,))
+
+
+# ---- what an SAE says it is of ----
+
+
+@pytest.fixture
+def of_tiny(tmp_path, tiny):
+    """An SAE of tiny's layer 2 as train.py leaves it, in a folder of its own."""
+    sae = S.SAE(256, 16)
+    sae.about |= {"model": "tiny", "architecture": tiny.architecture(), "weights": digest(tiny),
+                  "layer": 2, "left_out": "position 0", "units": "those of the model"}
+    sae.save(tmp_path / "L2" / "sae.safetensors")
+    return tmp_path
+
+
+def test_the_saes_that_ship_say_what_they_are_of(tiny, capsys):
+    for layer, sae in S.load_saes(TINY, tiny).items():
+        assert sae.about["layer"] == layer and sae.about["weights"] == digest(tiny)
+        in_config = json.loads((TINY / f"L{layer}" / "config.json").read_text())
+        assert sae.about == {name: in_config[name] for name in ABOUT}
+    assert capsys.readouterr().out == "", "nothing to doubt"
+
+
+def test_a_file_that_is_copied_still_says_it(of_tiny, tiny, capsys):
+    assert S.load_saes(of_tiny, tiny)[2].about["weights"] == digest(tiny)
+    (of_tiny / "L2" / "config.json").write_text('{"layer": 1}')
+    assert S.load_saes(of_tiny, tiny)[2].about["layer"] == 2, "the file's own header counts"
+    (of_tiny / "L2").rename(of_tiny / "L1")
+    with pytest.raises(UserError, match="in the place of layer 1 is of layer 2"):
+        S.load_saes(of_tiny, tiny)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_sae_of_another_model_is_refused_or_doubted(of_tiny, tiny, tmp_path, capsys):
+    random_gpt2(tmp_path / "deep", n_layer=5, n_head=4, n_embd=256, vocab_size=50, n_positions=20)
+    with pytest.raises(UserError, match="of another model, a GPT2 of 4 layers, 4 heads of 64, "
+                       "d_model 256; this one is a GPT2 of 5 layers"):
+        S.load_saes(of_tiny, models.load_model(tmp_path / "deep"))
+    random_gpt2(tmp_path / "twin", n_layer=4, n_head=4, n_embd=256, vocab_size=50, n_positions=20)
+    S.load_saes(of_tiny, models.load_model(tmp_path / "twin"))
+    assert "layers 2 in" in (said := capsys.readouterr().out)
+    assert "trained on other weights, those of tiny" in said
+
+
+def test_an_sae_that_says_nothing_is_read_with_a_line(tmp_path, tiny, capsys):
+    S.SAE(256, 16).save(tmp_path / "L0" / "sae.safetensors")
+    S.SAE(256, 16).save(tmp_path / "L3" / "sae.safetensors")
+    assert list(S.load_saes(tmp_path, tiny)) == [0, 3]
+    assert "layers 0, 3 in" in (said := capsys.readouterr().out)
+    assert said.count("\n") == 1 and "do not say which weights" in said
+
+
+def test_site_and_layer_of_published_saes_are_checked(tmp_path, tiny):
+    t = random_tensors(d_in=256)
+    folder = saelens_folder(tmp_path / "L1", t)
+    with pytest.raises(UserError, match="in the place of layer 1 is of layer 2"):
+        S.load_saes(tmp_path, tiny)
+    for hook in ({"hook_name": "blocks.1.hook_resid_pre"},
+                 {"hook_point": "blocks.1.attn.hook_q", "hook_name": None}, {"hook_name": None}):
+        settings = json.loads((folder / "cfg.json").read_text()) | hook
+        settings = {name: value for name, value in settings.items() if value is not None}
+        (folder / "cfg.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match="hook_name .* is not supported, only blocks"):
+            read_sae(folder)
+    settings["hook_point"] = "blocks.1.attn.hook_z"
+    (folder / "cfg.json").write_text(json.dumps(settings))
+    assert S.load_saes(tmp_path, tiny)[1].about["layer"] == 1, "the name of 2024"
+    write_kissane(tmp_path, random_tensors(), act_name="blocks.1.hook_mlp_out")
+    with pytest.raises(UserError, match="hook_mlp_out"):
+        read_sae(tmp_path / "gpt2-small_L1_Hcat_z_v9.pt")
 
 
 # ---- sae-lens itself ----
