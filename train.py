@@ -18,8 +18,8 @@ processes). Evaluation is on the same held-out rows whatever the seed.
 does nothing.
 
 Written to <out>/<model>/: in L<layer>/ sae.safetensors, config.json and metrics.json; beside them
-log.jsonl and training.png, and checkpoint.safetensors until the run is finished. With --saes only
-measured.json.
+log.jsonl, training.png and model.json, which says whose results these are; and
+checkpoint.safetensors until the run is finished. With --saes only measured.json.
 
 Shapes: R rows, T positions, B batch of activations, D = H*d_head = d_in, d_sae.
 """
@@ -348,8 +348,8 @@ def run_steps(config, buffer, learners, first_step, folder, team):
                             f"--batch-size.")
         raise UserError(f"the text of --corpus {config.corpus} ended after {n_tokens:,} of "
                         f"{config.n_activations:,} activations; put more text there and --resume, "
-                        f"or start anew with another --out and more --passes or --n-tokens "
-                        f"{n_tokens}.")
+                        f"or start anew with --n-tokens {n_tokens} or with more --passes, and "
+                        f"another --out.")
     if n_done == first_step:
         return None
     return (n_done - first_step) * config.batch_size / (time.monotonic() - started)

@@ -46,7 +46,7 @@ def test_a_run_writes_what_the_design_promises(finished):
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
         "L0/config.json", "L0/metrics.json", "L0/sae.safetensors", "L2/config.json", "L2/metrics.json",
         "L2/sae.safetensors",
-        "log.jsonl", "training.png"], \
+        "log.jsonl", "model.json", "training.png"], \
         "a file is missing, or a temporary one was left behind"
     for layer in (0, 2):
         written = json.loads((folder / f"L{layer}" / "metrics.json").read_text())
@@ -410,6 +410,9 @@ def test_a_text_that_ends_stops_the_run_with_a_checkpoint(tmp_path):
     metrics = run_short(tmp_path / "again", corpus=str(tmp_path / "book.txt"), n_tokens=enough)
     assert metrics[0]["n_train_tokens"] == enough, \
         "the number that the message advises does not work"
+    metrics = run_short(tmp_path / "twice", corpus=str(tmp_path / "book.txt"), passes=2,
+                        n_tokens=2 * enough - 256)
+    assert metrics[0]["n_train_tokens"] == 2 * enough - 256
 
 
 def test_saes_of_a_folder_are_measured_without_training(finished, tmp_path):
@@ -419,7 +422,7 @@ def test_saes_of_a_folder_are_measured_without_training(finished, tmp_path):
     for layer in measured:
         for key in ("l0", "ce_sae", "ce_zero", "explained_variance"):
             assert measured[layer][key] == pytest.approx(metrics[layer][key], rel=1e-6)
-    assert [p.name for p in (tmp_path / "tiny").iterdir()] == ["measured.json"]
+    assert {p.name for p in (tmp_path / "tiny").iterdir()} == {"measured.json", "model.json"}
 
 
 def test_a_model_in_bfloat16_gives_nearly_the_same_metrics(finished, tmp_path):
