@@ -268,7 +268,8 @@ def load_saes(where, model, layers=None, device="cpu"):
     where: a folder with L<layer>/ in it, as train.py writes (out/tiny); or a published set:
     "kissane" (the paper's, GPT-2 Small) or "gemma-scope" (Gemma 2 2B, width 16k, L0 about 100).
     layers: all that are there if not given. Raises UserError if one is missing, or is of another
-    architecture, layer or width; prints a line if they are of other weights, or do not say of which.
+    architecture, layer or width; prints a line if they are of other weights, or do not say of
+    which.
 
     The paper trained on a model whose value biases had been folded into b_O, so that its z_cat
     lacks model.value_bias. Such SAEs are shifted to take z_cat itself.

@@ -147,9 +147,9 @@ def lines_of(file, source, longest=-1):
 
 def not_utf8(source, place):
     """The UserError for a byte that is not UTF-8; `place` is how many bytes are before it."""
-    return UserError(f"--corpus {source} is not UTF-8 text: byte {place:,} (the first is 0; of what "
-                     f"is unpacked, if it is packed) belongs to no character; convert it, with "
-                     f"iconv for instance.")
+    return UserError(f"--corpus {source} is not UTF-8 text: byte {place:,} (the first is 0; of "
+                     f"what is unpacked, if it is packed) belongs to no character; convert it, "
+                     f"with iconv for instance.")
 
 
 def text_of_json(line):

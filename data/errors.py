@@ -35,7 +35,8 @@ def run(main):
 
 @contextlib.contextmanager
 def sigterm_as_exception():
-    """A block in which SIGTERM raises Terminated. (Python gives signals to the main thread only.)"""
+    """A block in which SIGTERM raises Terminated. (Python gives signals to the main thread
+    only.)"""
     def terminate(number, frame):
         raise Terminated
 

@@ -73,16 +73,16 @@ def run_folder(out, model):
 
 
 def claim(folder, model, weights):
-    """Write down in a folder's model.json whose results it holds. Raises UserError if it holds those
-    of another model, such as one whose directory has the same name."""
+    """Write down in a folder's model.json whose results it holds. Raises UserError if it holds
+    those of another model, such as one whose directory has the same name."""
     path = folder / "model.json"
     if not path.is_file():
         write_json(path, {"model": str(Path(model).resolve()), "weights": weights})
         return
     owner = read_json(path)
     if owner.get("weights") != weights:
-        raise UserError(f"{folder} holds results of a model with other weights, {owner.get('model')} "
-                        f"at that time; choose another --out.")
+        raise UserError(f"{folder} holds results of a model with other weights, "
+                        f"{owner.get('model')} at that time; choose another --out.")
 
 
 def check_writable(folder):

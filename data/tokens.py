@@ -17,7 +17,8 @@ GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\ufffd"          # the replacement sign
-LONGEST_PIECE = 100_000     # characters that tiktoken gets at once: a million blanks overflow its stack
+LONGEST_PIECE = 100_000     # characters that tiktoken gets at once: a million blanks are too
+                            # much for its stack
 
 
 class Tokenizer:
@@ -143,8 +144,8 @@ def load_tokenizer(name_or_dir):
 
 
 def says_all(folder):
-    """Whether vocab.json is all that there is to a tokenizer: not if a tokenizer.json beside it adds
-    tokens, or is there and vocab.json is of another kind than GPT-2's.
+    """Whether vocab.json is all that there is to a tokenizer: not if a tokenizer.json beside it
+    adds tokens, or is there and vocab.json is of another kind than GPT-2's.
 
     Raises UserError for added tokens that stand in added_tokens.json alone.
     """
@@ -203,8 +204,8 @@ def byte_signs():
 
 
 def fit(tokenizer, model, name):
-    """Let a model know which rows of its embedding are tokens: those below n_vocab. Raises UserError
-    if the tokenizer has tokens for which the model has no embedding."""
+    """Let a model know which rows of its embedding are tokens: those below n_vocab. Raises
+    UserError if the tokenizer has tokens for which the model has no embedding."""
     if tokenizer.n_vocab > model.config.d_vocab:
         raise UserError(f"--model {name} has {model.config.d_vocab} tokens and its tokenizer "
                         f"{tokenizer.n_vocab}; put the model's own vocab.json beside its weights.")
