@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from data import files, flags, machine, stats
+from data import figures, files, flags, machine, stats
 from data.errors import UserError
 from data.stats import mean_with_ci, spearman, wilson
 
@@ -152,6 +153,15 @@ def test_one_folder_holds_the_results_of_one_model(tmp_path):
     files.claim(tmp_path, "moved/checkpoint-1000", "0123")
     with pytest.raises(UserError, match="other weights, .*a/checkpoint-1000 at that time.*--out"):
         files.claim(tmp_path, "b/checkpoint-1000", "4567")
+
+
+@pytest.mark.parametrize("token", ["$$", "$x_1$", "$", "\\$", "a $b$ c$", "\\frac{$$", "\n$$"])
+def test_a_token_in_a_figure_is_text_and_no_formula(tmp_path, token):
+    # what matplotlib itself makes of it: the text that it draws, and whether as a formula
+    assert Text()._preprocess_math(figures.as_text(token)) == (token, False)
+    f = np.array([1.0, 2.0, 3.0])
+    figures.plot_feature(f, f > 1, f"1.2, named after {token!r}", tmp_path / "feature.png")
+    assert (tmp_path / "feature.png").stat().st_size > 0
 
 
 # ---- statistics ----
