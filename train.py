@@ -910,7 +910,7 @@ def table(metrics):
 
 def main():
     if int(os.environ.get("RANK", 0)):
-        sys.stdout = open(os.devnull, "w")                  # of several processes one speaks
+        sys.stdout = open(os.devnull, "w", encoding="utf8")     # of several processes one speaks
     try:
         train(parse_flags(TrainConfig, __doc__, preset=preset))
     finally:

@@ -241,6 +241,22 @@ def test_the_program_writes_tables_json_figures_and_pages(written):
     assert len((folder / "sample.csv").read_text().splitlines()) == 1 + 2 * 4
 
 
+def test_an_sae_in_which_nothing_fires_has_empty_tables(tmp_path):
+    """Beside one of another layer that is alive."""
+    for layer, bias in ((1, 0.0), (3, -1000.0)):
+        sae = S.SAE(256, 32, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            sae.b_enc += bias
+        sae.save(tmp_path / "saes" / f"L{layer}" / "sae.safetensors")
+    flags = ["--saes", tmp_path / "saes", "--n-tokens", 3000, "--out", tmp_path / "out"]
+    for name in ("features", "heads"):
+        done = program(name, *flags)
+        assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "tiny" / "features"
+    assert json.loads((folder / "L3" / "features.json").read_text())["features"] == []
+    assert len(json.loads((folder / "L1" / "features.json").read_text())["features"]) > 20
+
+
 def test_the_page_lists_every_live_feature_and_finds_its_file(written):
     _, folder = written
     found = page_data((folder / "index.html").read_text())

@@ -164,6 +164,15 @@ def test_a_token_in_a_figure_is_text_and_no_formula(tmp_path, token):
     assert (tmp_path / "feature.png").stat().st_size > 0
 
 
+def test_figures_are_drawn_whatever_backend_a_notebook_left_behind(tmp_path):
+    code = ("import sys, numpy\nfrom data import figures\nf = numpy.ones(3)\n"
+            "figures.plot_feature(f, f > 0, 'x', sys.argv[1] + '/feature.png')")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"MPLBACKEND": "module://no_such_backend"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "feature.png").stat().st_size > 0
+
+
 # ---- statistics ----
 
 
