@@ -142,7 +142,8 @@ def lines_of(file, source, longest=-1):
     waiting, _ = decoder.getstate()
     if waiting:
         raise not_utf8(source, n_read - len(waiting))
-    yield newlines.decode("", final=True)
+    if last := newlines.decode("", final=True):             # a carriage return that waited
+        yield last
 
 
 def not_utf8(source, place):

@@ -145,7 +145,7 @@ def load_tokenizer(name_or_dir):
 
 def says_all(folder):
     """Whether vocab.json is all that there is to a tokenizer: not if a tokenizer.json beside it
-    adds tokens, or is there and vocab.json is of another kind than GPT-2's.
+    adds tokens that text can give, or is there and vocab.json is of another kind than GPT-2's.
 
     Raises UserError for added tokens that stand in added_tokens.json alone.
     """
@@ -161,7 +161,7 @@ def says_all(folder):
     except UserError:
         return False
     added = read_json(path).get("added_tokens") or []
-    return all(isinstance(one, dict) and one.get("content") == END_OF_TEXT for one in added)
+    return all(isinstance(one, dict) and one.get("special") for one in added)
 
 
 def download_gpt2():

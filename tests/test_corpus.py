@@ -63,6 +63,8 @@ def test_a_text_file_is_read_in_pages(tmp_path):
     whole = sorted(pages["train"] + pages["held-out"], key=lambda page: int(page.split()[1]))
     assert "".join(whole) == "".join(lines), "text was lost between pages"
     assert all(3000 <= len(page) < 3100 for page in whole[:-1]) and pages["held-out"]
+    (tmp_path / "page.txt").write_text("".join(whole[:2]))
+    assert sorted(all_of(tmp_path / "page.txt")) == sorted(whole[:2]), "no empty page at the end"
 
 
 def all_of(path):

@@ -198,12 +198,15 @@ def test_added_tokens_of_a_gpt2_are_not_lost(tmp_path):
         (tmp_path / name).write_bytes((TINY / name).read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 4095}))
     theirs = transformers.GPT2Tokenizer(str(TINY / "vocab.json"), str(TINY / "merges.txt"))
+    theirs.add_special_tokens({"pad_token": "<pad>"})
+    theirs.save_pretrained(tmp_path)
+    assert type(data.load_tokenizer(tmp_path)) is tokens.Tokenizer, "no text gives a special token"
     theirs.add_tokens(["<speaker1>"])
     theirs.save_pretrained(tmp_path)
     tokenizer = data.load_tokenizer(tmp_path)
     text = "<speaker1> the cat"
     assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
-    assert 4096 in tokenizer.encode(text) and tokenizer.n_vocab == 4097
+    assert 4097 in tokenizer.encode(text) and tokenizer.n_vocab == 4098
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "added_tokens.json").write_text('{"<speaker1>": 4096}')
     with pytest.raises(UserError, match="added_tokens.json adds tokens.*tokenizer.json"):
