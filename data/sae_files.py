@@ -210,7 +210,7 @@ def read_gemma_scope(path):
 
 
 def read_saelens(folder):
-    """A SAELens folder of the plain or the JumpReLU kind, on hook_z of plain weights."""
+    """A SAELens folder of the plain or the JumpReLU kind, on hook_z."""
     config = folder / "cfg.json"
     settings = read_json(config)
     check_options(settings, {
@@ -239,19 +239,40 @@ def read_saelens(folder):
 
 
 def about_saelens(settings, config):
-    """What a SAELens SAE is of. Raises UserError if it reads another site than z, or z of folded
-    weights, or does not say what it reads."""
+    """What a SAELens SAE is of. Raises UserError if it reads another site than z, or does not say
+    what it reads."""
     metadata = settings.get("metadata")
     settings = settings | (metadata if isinstance(metadata, dict) else {})
     # hook_point is the name of 2024
     layer = layer_of_hook(settings.get("hook_name", settings.get("hook_point")), config)
-    weights = settings.get("model_from_pretrained_kwargs")
-    if isinstance(weights, dict):
-        check_options(weights, {"fold_ln": [False], "fold_value_biases": [False]}, config)
-    about = {"reads": Z_CAT, "layer": layer}
+    about = {"reads": FOLDED_Z_CAT if is_folded(settings, config) else Z_CAT, "layer": layer}
     if isinstance(settings.get("model_name"), str):
         about["model"] = settings["model_name"]
     return about
+
+
+def is_folded(settings, config):
+    """Whether a SAELens SAE was trained on a model whose value biases were folded into b_O.
+
+    From version 3.19.2 on, SAELens loads models as they are, but for what
+    model_from_pretrained_kwargs asks; before, as TransformerLens does by itself, which folds.
+    (Centring of what is written to the stream does not reach z.) Raises UserError where nothing
+    tells, and for value biases folded without those of LayerNorm.
+    """
+    asked = settings.get("model_from_pretrained_kwargs")
+    if isinstance(asked, dict):
+        folds_values = bool(asked.get("fold_value_biases", False))
+        if folds_values and not asked.get("fold_ln", False):
+            raise UserError(f"{config}: fold_value_biases True without fold_ln is not supported: "
+                            f"its z lacks a part of model.value_bias.")
+        return folds_values
+    version = settings.get("sae_lens_training_version") or settings.get("sae_lens_version")
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", str(version))
+    if not numbers:
+        raise UserError(f"{config} does not say whether value biases were folded into b_O, on "
+                        f"which z depends: put \"model_from_pretrained_kwargs\" there, {{}} for "
+                        f"plain weights, or the \"sae_lens_training_version\".")
+    return tuple(map(int, numbers.groups())) < (3, 19, 2)
 
 
 def layer_of_hook(hook, config):

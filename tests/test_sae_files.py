@@ -89,7 +89,8 @@ def saelens_folder(folder, tensors, factor=None, **config):
     cfg = {
         "architecture": "jumprelu" if "threshold" in tensors else "standard", "d_in": d_in,
         "d_sae": d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
-        "normalize_activations": "none", "hook_name": "blocks.2.attn.hook_z"
+        "normalize_activations": "none", "hook_name": "blocks.2.attn.hook_z",
+        "sae_lens_training_version": "6.0.0"
     }
     (folder / "cfg.json").write_text(json.dumps(cfg | config))
     if factor:
@@ -349,12 +350,38 @@ def test_options_of_saelens_that_we_lack_are_named(tmp_path, option):
         read_sae(folder)
 
 
-def test_saes_of_folded_weights_are_refused(tmp_path):
-    metadata = {
-        "hook_name": "blocks.5.attn.hook_z", "model_from_pretrained_kwargs": {"fold_ln": True}
-    }
-    with pytest.raises(UserError, match="fold_ln True is not supported"):
-        read_sae(saelens_folder(tmp_path / "sae", random_tensors(), metadata=metadata))
+@pytest.mark.parametrize("said, folded", [
+    ({"model_from_pretrained_kwargs": {}, "sae_lens_training_version": "2.0.0"}, False),
+    ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, False),
+    ({"model_from_pretrained_kwargs": {"fold_ln": True}}, False),
+    ({"model_from_pretrained_kwargs": {"fold_ln": True, "fold_value_biases": True}}, True),
+    ({"sae_lens_training_version": "3.19.1"}, True),
+    ({"sae_lens_training_version": "2.1.3", "sae_lens_version": "6.1.0"}, True),
+    ({"sae_lens_training_version": "3.19.2"}, False),
+    ({"sae_lens_training_version": "10.0.0"}, False),
+    ({"sae_lens_training_version": None, "sae_lens_version": "3.9.9"}, True),
+    ({"metadata": {"sae_lens_training_version": "3.2.0"}}, True),
+], ids=str)
+def test_whether_a_saelens_sae_reads_folded_z(tmp_path, said, folded):
+    """By what was asked of the model, else by how SAELens loaded it in that version; the shift then
+    puts the constant back, as for the paper's."""
+    folder = saelens_folder(tmp_path / "L2", random_tensors(), **said)
+    assert (read_sae(folder)[1]["reads"] == "z_cat less value_bias") == folded
+    random_gpt2(tmp_path / "gpt2", **GPT2_SHAPES["small"])
+    model = models.load_model(tmp_path / "gpt2")
+    sae = S.load_saes(tmp_path, model)[2]
+    moved = sae.b_dec - S.SAE.load(folder).b_dec
+    assert sae.reads == "z_cat"
+    assert torch.allclose(moved, model.value_bias(2) * folded, atol=1e-6)
+
+
+def test_a_saelens_sae_that_does_not_say_is_refused(tmp_path):
+    folder = saelens_folder(tmp_path / "sae", random_tensors(), sae_lens_training_version=None)
+    with pytest.raises(UserError, match="does not say whether value biases were folded"):
+        read_sae(folder)
+    asked = {"model_from_pretrained_kwargs": {"fold_value_biases": True}}
+    with pytest.raises(UserError, match="fold_value_biases True without fold_ln"):
+        read_sae(saelens_folder(tmp_path / "sae", random_tensors(), **asked))
 
 
 def test_float16_keeps_rows_that_never_had_unit_norm(tmp_path):
