@@ -337,9 +337,12 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
 
 @pytest.mark.parametrize("signal_sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, signal_sent, code):
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--out", tmp_path, "--d-sae", "256", "--layers", "0"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "book.txt").write_text("".join(f"Line {i} of a book on {i % 17} owls.\n"
+                                               for i in range(20_000)))
+    flags = ["--out", tmp_path, "--corpus", tmp_path / "book.txt", "--passes", "100",
+             "--d-sae", "256", "--layers", "0", "--n-tokens", "10e6"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while "tokens" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal_sent)
