@@ -73,16 +73,25 @@ def run_folder(out, model):
 
 
 def claim(folder, model, weights):
-    """Write down in a folder's model.json whose results it holds. Raises UserError if it holds
-    those of another model, such as one whose directory has the same name."""
+    """Write down in a folder's model.json whose results it holds.
+
+    Raises UserError if it holds those of another model, such as one whose directory has the same
+    name. A model in the same place with other weights, in another number type or trained since,
+    gets a line that says so.
+    """
     path = folder / "model.json"
+    place = str(Path(model).resolve())
     if not path.is_file():
-        write_json(path, {"model": str(Path(model).resolve()), "weights": weights})
+        write_json(path, {"model": place, "weights": weights})
         return
     owner = read_json(path)
-    if owner.get("weights") != weights:
-        raise UserError(f"{folder} holds results of a model with other weights, "
-                        f"{owner.get('model')} at that time; choose another --out.")
+    if owner.get("weights") == weights:
+        return
+    if owner.get("model") != place:
+        raise UserError(f"{folder} holds results of another model, {owner.get('model')}; choose "
+                        f"another --out.")
+    print(f"note: {folder} also holds results of other weights of this model, in another number "
+          f"type or from before it was trained on")
 
 
 def check_writable(folder):

@@ -204,7 +204,8 @@ def read_gemma_scope(path):
     tensors["threshold"].clamp_(min=0)
     tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
     about = {"reads": Z_CAT}
-    if match := re.search(r"layer_(\d+)[/\\\\]", str(path)):     # as the hub's folders are named
+    # as the published files are named
+    if match := re.search(r"layer_(\d+)/width_\w+/average_l0_\d+/[^/]+$", path.as_posix()):
         about |= {"model": "gemma-2-2b", "layer": int(match[1])}
     return tensors, about
 

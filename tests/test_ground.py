@@ -148,11 +148,14 @@ def test_sigterm_ends_a_program_with_its_own_code():
     assert done.returncode == 143 and done.stderr == "-c: stopped.\n"
 
 
-def test_one_folder_holds_the_results_of_one_model(tmp_path):
+def test_one_folder_holds_the_results_of_one_model(tmp_path, capsys):
     files.claim(tmp_path, "a/checkpoint-1000", "0123")
     files.claim(tmp_path, "moved/checkpoint-1000", "0123")
-    with pytest.raises(UserError, match="other weights, .*a/checkpoint-1000 at that time.*--out"):
+    with pytest.raises(UserError, match="results of another model, .*a/checkpoint-1000.*--out"):
         files.claim(tmp_path, "b/checkpoint-1000", "4567")
+    assert capsys.readouterr().out == ""
+    files.claim(tmp_path, "a/checkpoint-1000", "4567")
+    assert capsys.readouterr().out.startswith("note: "), "the same model in another precision"
 
 
 @pytest.mark.parametrize("token", ["$$", "$x_1$", "$", "\\$", "a $b$ c$", "\\frac{$$", "\n$$"])
