@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         self.config = config
         # Embeddings are often padded to a round number of rows. Rows from n_tokens on are no
         # tokens: they have logits, but no part in means over tokens, effects and ranks.
-        self.n_tokens = config.d_vocab                      # `data.tokens.fit` lowers it
+        self.n_tokens = config.d_vocab                      # until `data.tokens.set_n_tokens`
 
     def forward(self, tokens, edit_z=None, keep=()):  # (B,T) -> (B,T,d_vocab), {layer: LayerCache}
         """Logits and, for the layers in `keep`, what the layer computed.
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         return self.head_matrices(layer).b_V.flatten()
 
     def architecture(self):
-        """What an SAE of this model needs of another that is to take it."""
+        """The model's shape in words; an SAE is refused by a model of another one."""
         c = self.config
         return (f"{type(self).__name__} of {c.n_layers} layers, {c.n_heads} heads of {c.d_head}, "
                 f"d_model {c.d_model}")

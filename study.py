@@ -15,7 +15,7 @@ from data.files import check_writable, claim, run_folder, write_json
 from data.flags import field
 from data.machine import pick_device
 from data.sae_files import find_saes
-from data.tokens import Tokenizer, fit
+from data.tokens import Tokenizer, set_n_tokens
 from data.weights import digest
 from model import load_model
 from sae import load_saes
@@ -55,7 +55,7 @@ def begin(config, name, layers=()):                         # -> Study
     device = pick_device(config.device)
     model = load_model(config.model, device)
     tokenizer = data.load_tokenizer(config.model)
-    fit(tokenizer, model, config.model)
+    set_n_tokens(model, tokenizer, config.model)
     saes_from = str(find_saes(config.saes, config.out, config.model))
     saes = load_saes(saes_from, model, layers, device)
     run = run_folder(config.out, config.model)

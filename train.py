@@ -51,7 +51,7 @@ from data.machine import deferred_interrupt, keep_freed_memory, pick_device, pic
 from data.progress import Progress
 from data.stats import bootstrap, format_ci
 from data.team import Team, join, leave
-from data.tokens import fit
+from data.tokens import set_n_tokens
 from data.weights import digest
 from model import load_model
 from sae import (SAE, dense_step, load_saes, normalise_decoder, project_decoder_gradient, resample,
@@ -156,10 +156,9 @@ def preset(config):
             "n_ctx": 128, "corpus": "c4"}
 
 
-def check(config, model, tokenizer, layers, folder, team):
+def check(config, model, layers, folder, team):
     """Raise UserError for settings that cannot work, before any time is spent."""
     model.check_layers(layers)
-    fit(tokenizer, model, config.model)
     n_layers = len(layers)
     longest = model.config.n_ctx
     l1, d_sae = as_tuple(config.l1), as_tuple(config.d_sae)
@@ -275,9 +274,10 @@ def train(config):                                          # -> {layer: metrics
     device = pick_device(config.device)
     model = load_model(config.model, device, pick_dtype(config.dtype))
     tokenizer = data.load_tokenizer(config.model)
+    set_n_tokens(model, tokenizer, config.model)
     layers = config.layers or tuple(range(model.config.n_layers))
     folder = run_folder(config.out, config.model)
-    check(config, model, tokenizer, layers, folder, team)
+    check(config, model, layers, folder, team)
     held_out = next(data.rows(config.corpus, tokenizer, "held-out", T=config.n_ctx,
                               n=config.n_eval_rows,
                               held_out_share=config.held_out_share)).to(device)     # (R,T)

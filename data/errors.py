@@ -80,6 +80,7 @@ class Output:
         """All that is still to be written, by Python's own last flush too, goes nowhere."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
         if not isinstance(error, BrokenPipeError):
             complain(f"standard output cannot be written ({error.strerror}); going on without it.")
 

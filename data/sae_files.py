@@ -155,8 +155,8 @@ def read_own(path):
 
 
 def about_own(path):
-    """What our own file says of its SAE; files from before that was in their header say it, or a
-    part of it, in the config.json beside them."""
+    """What our own file says of its SAE: in its header, or, if it is too old for that, as far as
+    the config.json beside it does."""
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("about")

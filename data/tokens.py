@@ -49,8 +49,8 @@ class Tokenizer:
         try:
             return self.encoding.decode(ids)
         except KeyError:
-            known = [i if 0 <= i < self.n_vocab else None for i in ids]
-            return "".join(UNKNOWN if i is None else self.encoding.decode([i]) for i in known)
+            return "".join(self.encoding.decode([i]) if 0 <= i < self.n_vocab else UNKNOWN
+                           for i in ids)
 
     def single(self, text):
         """The id of a text that must be exactly one token. Raises UserError if it is more."""
@@ -203,7 +203,7 @@ def byte_signs():
     return signs | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def fit(tokenizer, model, name):
+def set_n_tokens(model, tokenizer, name):
     """Let a model know which rows of its embedding are tokens: those below n_vocab. Raises
     UserError if the tokenizer has tokens for which the model has no embedding."""
     if tokenizer.n_vocab > model.config.d_vocab:

@@ -18,7 +18,7 @@ import sae as S
 from attribution import token_effects
 from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, SHAPES, random_gemma, random_gpt2
 from data.errors import UserError
-from data.tokens import fit
+from data.tokens import set_n_tokens
 from data.weights import TINY
 
 
@@ -277,7 +277,7 @@ def test_rows_of_a_padded_embedding_are_no_tokens(tmp_path, shape):
     change_config(tmp_path, vocab_size=n + 27)
     padded = models.load_model(tmp_path)
     assert padded.n_tokens == n + 27, "as far as the model knows"
-    fit(SimpleNamespace(n_vocab=n), padded, tmp_path)
+    set_n_tokens(padded, SimpleNamespace(n_vocab=n), tmp_path)
     tokens = torch.arange(n)
     assert torch.equal(padded.logit_directions(tokens), plain.logit_directions(tokens))
     sae = S.SAE(plain.config.d_z_cat, 8)

@@ -28,7 +28,7 @@ from data.flags import field, parse_flags  # noqa: E402
 from data.machine import keep_freed_memory, pick_device  # noqa: E402
 from data.progress import Progress  # noqa: E402
 from data.stats import format_ci, mean_with_ci  # noqa: E402
-from data.tokens import fit  # noqa: E402
+from data.tokens import set_n_tokens  # noqa: E402
 from model import load_model  # noqa: E402
 
 # least correlation of a match, least places of a feature compared
@@ -104,7 +104,7 @@ def main():
     own = parse_flags(SpacesConfig, __doc__)
     device = pick_device(own.device)
     model, tokenizer = load_model(own.model, device), data.load_tokenizer(own.model)
-    fit(tokenizer, model, own.model)
+    set_n_tokens(model, tokenizer, own.model)
     layers = own.layers or tuple(range(model.config.n_layers))
     model.check_layers(layers)
     config = replace(train.TrainConfig(), batch_size=1024, lr=2.4e-3, warmup=200, seed=own.seed,
