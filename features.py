@@ -355,7 +355,7 @@ def collection_settings(study):                             # -> {layer or "toke
     SAEs."""
     config = study.config
     settings = {name: str(getattr(config, name))
-                for name in ("model", "corpus", "n_tokens", "n_places", "seed")}
+                for name in ("model", "corpus", "held_out_share", "n_tokens", "n_places", "seed")}
     settings["constants"] = str((CONTEXTS, BEFORE, AFTER, N_SOURCES))
     settings["weights"] = digest(study.model)
     by_file = {"tokens": settings}

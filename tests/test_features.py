@@ -4,6 +4,7 @@ features whose families are known."""
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,20 @@ def test_the_program_writes_tables_json_figures_and_pages(written):
                  "L1/features.json", "L3/features.json", "collection/L1.safetensors"):
         assert (folder / name).stat().st_size > 0
     assert len((folder / "sample.csv").read_text().splitlines()) == 1 + 2 * 4
+
+
+@pytest.mark.parametrize("change", [
+    {"corpus": "book.txt"}, {"held_out_share": 0.1}, {"n_tokens": 5000}, {"n_places": 11},
+    {"seed": 1}, {"model": "gpt2"}], ids=str)
+def test_what_was_collected_with_another_setting_is_not_read(change):
+    def settings(**change):
+        study = SimpleNamespace(config=F.CollectionConfig(**change), model=torch.nn.Linear(2, 2),
+                                saes={0: S.SAE(4, 8)})
+        torch.nn.init.ones_(study.model.weight)
+        torch.nn.init.zeros_(study.model.bias)
+        return F.collection_settings(study)["tokens"]
+
+    assert settings() == settings() != settings(**change)
 
 
 def test_an_sae_in_which_nothing_fires_has_empty_tables(tmp_path):
