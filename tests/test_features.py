@@ -1,4 +1,4 @@
-"""features.py, data/keep.py and the dashboards: brute-force counts, and hand-wired heads and
+"""features.py, data/strongest.py and the dashboards: brute-force counts, and hand-wired heads and
 features whose families are known."""
 
 import json
