@@ -442,8 +442,9 @@ class GPT2(Transformer):
 def load_model(name_or_dir, device="cpu", dtype=torch.float32):
     """A model in eval mode, without gradients -> GPT2 or Gemma.
 
-    name_or_dir: "tiny" (shipped), a published name ("gpt2", "gemma-2-2b" ...: data/weights.py), or
-    a directory in Hugging Face layout (config.json, *.safetensors).
+    name_or_dir: "tiny" (shipped), a directory in Hugging Face layout (config.json, *.safetensors),
+    or a model of the Hugging Face hub: owner/name, or a short name ("gpt2", "gemma-2-2b" ...:
+    data/weights.py).
 
     Strict: every tensor in the files is used or known to carry nothing, every parameter is found,
     every shape is checked. Takes no more memory than the model and its largest tensor. Raises

@@ -16,14 +16,15 @@ from data.flags import field
 from data.machine import pick_device
 from data.sae_files import find_saes
 from data.tokens import Tokenizer, set_n_tokens
-from data.weights import digest
+from data.weights import PUBLISHED, digest
 from model import load_model
 from sae import load_saes
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
+    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., the owner/name of a model on the "
+                       "Hugging Face hub, or a directory in its layout")
     saes: str = field("", "folder with SAEs, kissane, gemma-scope; if not given, the run in --out, "
                       "or for tiny those that ship")
     corpus: str = field("python", "real text, of which held-out rows are read: see train.py")
@@ -96,5 +97,5 @@ def parse_feature(text):
 
 def reported(study, text):
     """Print what others report, beside results of the same model and of no other."""
-    if study.config.model == "gpt2":
+    if study.config.model in ("gpt2", PUBLISHED["gpt2"]):
         print(f"reported (GPT-2 Small): {text}")

@@ -69,10 +69,11 @@ CHECKPOINT_EVERY = 250      # steps: what a power cut can cost
 
 @dataclass(frozen=True)
 class TrainConfig:
-    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., or a directory in Hugging Face layout")
+    model: str = field("tiny", "tiny, gpt2, gemma-2-2b ..., the owner/name of a model on the "
+                       "Hugging Face hub, or a directory in its layout")
     corpus: str = field("python", "text: \"python\" is what tiny was trained on, \"c4\" is "
-                        "streamed from the hub; or a .txt, .jsonl or .json.gz file, a folder of "
-                        "them, an address")
+                        "streamed from the hub; or a .txt, .jsonl or .json.gz file, or a folder "
+                        "of them")
     layers: tuple[int, ...] = field((), "layers, such as 0,2; all of them if not given")
     d_sae: tuple[int, ...] = field((2048,), "features per SAE: one number for all layers, or one "
                                    "for each (paper: 24576 = 32 x d_in, layers 5 and 7 49152)")

@@ -1,4 +1,4 @@
-"""Documents from outside: a text file, a folder of them, an address, or the C4 corpus, streamed.
+"""Documents from outside: a text file, a folder of them, or the C4 corpus, streamed.
 
     book.txt        pages of some 3000 characters, cut at line ends: each page is a document (a line
                     is cut too where it has more than 12,000 bytes)
@@ -18,22 +18,20 @@ import io
 import os
 import zlib
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from data import hub
 from data.errors import UserError
 from data.files import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".json.gz", ".jsonl.gz", ".txt.gz")
-C4 = "{}/datasets/allenai/c4/resolve/main/en/c4-{}.{:05d}-of-{:05d}.json.gz"
+C4 = "datasets/allenai/c4/en/c4-{}.{:05d}-of-{:05d}.json.gz"     # on the Hugging Face hub
 PAGE = 3000                 # characters
 LONGEST_LINE = 4 * PAGE     # bytes; one without end would be one page, and in one split
 HELD_OUT_SHARE = 0.05       # of the documents
 
 
 def documents(corpus, split, held_out_share=HELD_OUT_SHARE):
-    """The documents of `corpus` ("c4", a file, a folder or an address) in `split` ("train" or
-    "held-out").
+    """The documents of `corpus` ("c4", a file or a folder) in `split` ("train" or "held-out").
 
     C4 has a split of its own, published as validation. Raises UserError for a corpus that is not
     there, holds no file that can be read, or is damaged.
@@ -41,10 +39,12 @@ def documents(corpus, split, held_out_share=HELD_OUT_SHARE):
     if corpus == "c4":
         name, n_files = ("train", 1024) if split == "train" else ("validation", 8)
         for number in range(n_files):
-            yield from read_documents(C4.format(hub.endpoint(), name, number, n_files))
+            path = C4.format(name, number, n_files)
+            with contextlib.closing(hub.Stream(path)) as raw:
+                yield from documents_in(raw, path)
         return
-    for source in sources(corpus):
-        for document in read_documents(source):
+    for path in files_of(corpus):
+        for document in read_documents(path):
             if is_held_out(document, held_out_share) == (split == "held-out"):
                 yield document
 
@@ -56,16 +56,13 @@ def is_held_out(document, share):
     return int.from_bytes(digest[:4], "big") < int(2**32 * share)
 
 
-def sources(corpus):
-    """The files or the address that `corpus` names."""
-    if "://" in corpus:
-        return [corpus]
+def files_of(corpus):
+    """The paths of the files that `corpus` names."""
     path = Path(corpus)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     readable = [str(file) for file in files if is_readable(file.name)]
     if not path.exists():
-        raise UserError(f"--corpus {corpus} is not there; give python, c4, a file, a folder or an "
-                        f"address.")
+        raise UserError(f"--corpus {corpus} is not there; give python, c4, a file or a folder.")
     if not readable:
         raise UserError(f"--corpus {corpus} is not, or does not hold, a file of "
                         f"{' '.join(SUFFIXES)}.")
@@ -80,47 +77,36 @@ def is_readable(name):
     return name.lower().endswith(SUFFIXES)
 
 
-def read_documents(source):
-    """The documents of one file or address."""
-    path = urlsplit(source).path if "://" in source else source
-    if not is_readable(path):
-        raise UserError(f"--corpus {source} does not end in one of {' '.join(SUFFIXES)}.")
+def read_documents(path):
+    """The documents of one file."""
+    try:
+        with open(path, "rb") as raw:
+            yield from documents_in(raw, path)
+    except OSError as error:
+        raise UserError(f"--corpus {path} cannot be read ({error.strerror or error}).") from error
+
+
+def documents_in(raw, path):
+    """The documents in a file of bytes; its kind is seen by its name."""
     is_json = ".json" in os.path.basename(path).lower()
+    file = gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
     line_number = 0
     try:
-        with opened(source, path) as file:
-            if is_json:
-                for line_number, line in enumerate(lines_of(file, source), start=1):
-                    if line.strip():
-                        yield text_of_json(line)
-            else:
-                yield from pages(lines_of(file, source, LONGEST_LINE))
+        if is_json:
+            for line_number, line in enumerate(lines_of(file, path), start=1):
+                if line.strip():
+                    yield text_of_json(line)
+        else:
+            yield from pages(lines_of(file, path, LONGEST_LINE))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"--corpus {source} is damaged or cut short ({error}); fetch it again."
+        raise UserError(f"--corpus {path} is damaged or cut short ({error}); fetch it again."
                         ) from error
     except ValueError as error:
-        raise UserError(f"--corpus {source}, line {line_number}: {error}; each line should be a "
-                        f"JSON object with a string \"text\".") from error
-    except OSError as error:
-        raise UserError(f"--corpus {source} cannot be read ({error.strerror or error}).") from error
+        raise UserError(f"--corpus {path}, line {line_number}: {error}; each line should be a JSON "
+                        f"object with a string \"text\".") from error
 
 
-@contextlib.contextmanager
-def opened(source, path):
-    """A file or address as bytes, unpacked if it is packed."""
-    with contextlib.ExitStack() as stack:
-        if "://" in source:
-            raw = stack.enter_context(hub.open_url(source))
-        else:
-            raw = stack.enter_context(open(source, "rb"))
-        if raw is None:
-            raise UserError(f"--corpus {source} is not there (HTTP 404); check the address.")
-        if path.lower().endswith(".gz"):
-            raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
-        yield raw
-
-
-def lines_of(file, source, longest=-1):
+def lines_of(file, path, longest=-1):
     """The lines of a file of bytes as text; a line of more than `longest` bytes in several pieces.
 
     The file is UTF-8; a byte order mark before it is left out, and line ends are all made "\\n".
@@ -135,20 +121,20 @@ def lines_of(file, source, longest=-1):
         try:
             text = newlines.decode(decoder.decode(piece))
         except UnicodeDecodeError as error:
-            raise not_utf8(source, n_read - len(waiting) + error.start) from error
+            raise not_utf8(path, n_read - len(waiting) + error.start) from error
         n_read += len(piece)
         yield text.removeprefix("\ufeff") if is_first else text
         is_first = False
     waiting, _ = decoder.getstate()
     if waiting:
-        raise not_utf8(source, n_read - len(waiting))
+        raise not_utf8(path, n_read - len(waiting))
     if last := newlines.decode("", final=True):             # a carriage return that waited
         yield last
 
 
-def not_utf8(source, place):
+def not_utf8(path, place):
     """The UserError for a byte that is not UTF-8; `place` is how many bytes are before it."""
-    return UserError(f"--corpus {source} is not UTF-8 text: byte {place:,} (the first is 0; of "
+    return UserError(f"--corpus {path} is not UTF-8 text: byte {place:,} (the first is 0; of "
                      f"what is unpacked, if it is packed) belongs to no character; convert it, "
                      f"with iconv for instance.")
 

@@ -80,7 +80,7 @@ def claim(folder, model, weights):
     gets a line that says so.
     """
     path = folder / "model.json"
-    place = str(Path(model).resolve())
+    place = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     if not path.is_file():
         write_json(path, {"model": place, "weights": weights})
         return

@@ -103,7 +103,7 @@ def sae_paths(where, layers, n_layers):
         return {layer: sae_file(files[layer]) for layer in wanted}
     paths = {}
     for layer in wanted:
-        paths[layer] = hub.cached(repo, files[layer]) or hub.fetch(repo, files[layer])
+        paths[layer] = hub.fetch(repo, files[layer])
     if None in paths.values():
         raise UserError(f"{repo} on the hub has no longer all of its files; fetch what it has into "
                         "a folder with L0/, L1/ ..., and name that.")
@@ -178,7 +178,8 @@ def read_kissane(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # so many kinds does a damaged archive raise
-        raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again.") from error
+        raise UserError(f"{path} is damaged, or holds more than tensors and would run code, for "
+                        f"which it is refused; fetch it again.") from error
     tensors = checked(tensors, NAMES - {"threshold"}, path)
     about = {"reads": FOLDED_Z_CAT}
     if match := re.match(r"(gpt2-small)_L(\d+)_Hcat_z_", path.name):
@@ -199,7 +200,8 @@ def read_gemma_scope(path):
         with np.load(path, allow_pickle=False) as archive:
             tensors = {name: torch.from_numpy(archive[name]) for name in archive.files}
     except Exception as error:      # so many kinds does a damaged archive raise
-        raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again.") from error
+        raise UserError(f"{path} is damaged, or holds more than numbers and would run code, for "
+                        f"which it is refused; fetch it again.") from error
     tensors = checked(tensors, NAMES, path)
     tensors["threshold"].clamp_(min=0)
     tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
@@ -306,11 +308,6 @@ def checked(tensors, names, path):
                             f"needed, of finite numbers.")
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     return {"threshold": torch.zeros(d_sae)} | copies
-
-
-def first_line(error):
-    """An error in one line: some messages of other libraries go on for pages."""
-    return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 # ---- writing for others ----

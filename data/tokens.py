@@ -9,6 +9,7 @@ import torch
 
 from data.errors import UserError
 from data.files import read_json
+from data.hub import cached
 from data.weights import PUBLISHED, find, find_config, local_folder
 
 # GPT-2's split into words: contractions, letters, digits and other signs, each with the space
@@ -117,22 +118,24 @@ class JsonTokenizer(Tokenizer):
 
 
 def load_tokenizer(name_or_dir):
-    """The tokenizer of a model: vocab.json of its directory ("tiny" ships with the project) if that
-    says all, else its tokenizer.json, else, for GPT-2, tiktoken's.
+    """The tokenizer of a model: its vocab.json if that says all, else its tokenizer.json, else, for
+    GPT-2, tiktoken's.
 
     Raises UserError if the files are damaged, or have to be downloaded and cannot be.
     """
-    folder = local_folder(name_or_dir)
-    if folder is None and name_or_dir in PUBLISHED and str(name_or_dir).startswith("gpt2"):
-        return download_gpt2()
-    if folder and (folder / "vocab.json").is_file() and says_all(folder):
-        return Tokenizer(read_vocabulary(folder / "vocab.json"))
-    if name_or_dir == "tiny":
-        raise UserError(f"{folder}/vocab.json is missing; restore it from the repository, or run "
-                        f"python -m data.tiny.make.")
+    is_gpt2 = name_or_dir in PUBLISHED and str(name_or_dir).startswith("gpt2")
+    if is_gpt2 and local_folder(name_or_dir) is None:
+        vocabulary = cached(PUBLISHED[name_or_dir], "vocab.json")
+        return Tokenizer(read_vocabulary(vocabulary)) if vocabulary else download_gpt2()
+    vocabulary = find(name_or_dir, "vocab.json", optional=True)
+    if vocabulary and says_all(vocabulary, name_or_dir):
+        return Tokenizer(read_vocabulary(vocabulary))
     config_path = find_config(name_or_dir)
     config = read_json(config_path)
-    if path := find(name_or_dir, "tokenizer.json"):
+    if name_or_dir == "tiny":
+        raise UserError(f"{config_path.with_name('vocab.json')} is missing; restore it from the "
+                        f"repository, or run python -m data.tiny.make.")
+    if path := find(name_or_dir, "tokenizer.json", optional=True):
         bos = config.get("bos_token_id")
         if type(bos) is not int or bos < 0:
             raise UserError(f"{config_path}: bos_token_id should be a token's number, and is "
@@ -143,21 +146,21 @@ def load_tokenizer(name_or_dir):
     return download_gpt2()
 
 
-def says_all(folder):
-    """Whether vocab.json is all that there is to a tokenizer: not if a tokenizer.json beside it
-    adds tokens that text can give, or is there and vocab.json is of another kind than GPT-2's.
+def says_all(vocabulary, name_or_dir):
+    """Whether vocab.json is all that there is to a model's tokenizer: not if a tokenizer.json
+    beside it adds tokens that text can give, or is there and vocab.json is of another kind than
+    GPT-2's.
 
     Raises UserError for added tokens that stand in added_tokens.json alone.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        if (folder / "added_tokens.json").is_file():
-            raise UserError(f"{folder}/added_tokens.json adds tokens to vocab.json, and is not "
-                            f"read; write a tokenizer.json there, as transformers' "
-                            f"save_pretrained does.")
+    path = find(name_or_dir, "tokenizer.json", optional=True)
+    if path is None:
+        if added := find(name_or_dir, "added_tokens.json", optional=True):
+            raise UserError(f"{added} adds tokens to vocab.json, and is not read; write a "
+                            f"tokenizer.json there, as transformers' save_pretrained does.")
         return True
     try:
-        read_vocabulary(folder / "vocab.json")
+        read_vocabulary(vocabulary)
     except UserError:
         return False
     added = read_json(path).get("added_tokens") or []

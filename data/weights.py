@@ -2,6 +2,7 @@
 a digest by which weights are known again."""
 
 import hashlib
+import re
 import struct
 from pathlib import Path
 
@@ -21,8 +22,8 @@ PUBLISHED = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/g
              "gemma-3-270m": "google/gemma-3-270m", "gemma-3-1b-pt": "google/gemma-3-1b-pt"}
 
 
-def local_folder(name_or_dir):
-    """The directory of a model that is here, "tiny" among them; None for a published name and for
+def local_folder(name_or_dir):                                  # -> Path | None
+    """The directory of a model that is here, "tiny" among them; None for one of the hub, and for
     nothing.
 
     A directory that happens to have a published name counts only if it holds a model.
@@ -33,23 +34,30 @@ def local_folder(name_or_dir):
     return None
 
 
-def find(name_or_dir, *filenames):
+def find(name_or_dir, *filenames, optional=False):              # -> Path | None
     """The path of the first of these files that a model has; None if it has none of them.
 
-    name_or_dir: "tiny" (shipped), a directory, or a published name, whose files are read from the
-    Hugging Face cache or fetched into it. Raises UserError for an unknown model and for a fetch
+    name_or_dir: "tiny" (shipped), a directory, or a model of the Hugging Face hub, as owner/name or
+    by one of the short names in PUBLISHED. optional: where nobody can be asked, a model has no more
+    of these files than are in the cache. Raises UserError for what is no model, and for a fetch
     that fails.
     """
     if folder := local_folder(name_or_dir):
         return next((folder / name for name in filenames if (folder / name).is_file()), None)
-    if name_or_dir not in PUBLISHED:
+    repo = PUBLISHED.get(name_or_dir, str(name_or_dir))
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         raise UserError(f"--model {name_or_dir} is unknown; give a directory in Hugging Face "
-                        f"layout, or one of: tiny, {', '.join(PUBLISHED)}.")
-    repo = PUBLISHED[name_or_dir]
-    for look in (hub.cached, hub.fetch):        # the cache first: it needs no network
-        for name in filenames:
-            if path := look(repo, name):
+                        f"layout, the owner/name of a model on the hub, or one of: tiny, "
+                        f"{', '.join(PUBLISHED)}.")
+    unanswered = None
+    for name in filenames:
+        try:
+            if path := hub.fetch(repo, name):
                 return path
+        except hub.NobodyAnswers as error:      # the next may be in the cache
+            unanswered = error
+    if unanswered and not optional:
+        raise unanswered
     return None
 
 
@@ -58,7 +66,8 @@ def find_config(name_or_dir):
     path = find(name_or_dir, "config.json")
     if path is None:
         raise UserError(f"--model {name_or_dir}: there is no {name_or_dir}/config.json; give "
-                        "\"tiny\", a published name, or a directory in Hugging Face layout.")
+                        "\"tiny\", a directory in Hugging Face layout, or the owner/name of a model "
+                        "on the hub.")
     return path
 
 
@@ -109,6 +118,10 @@ def load_into(model, name_or_dir, layout, device, dtype):
                 raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, and "
                                 f"config.json asks for {expected[ours]}.")
             loaded[ours] = torch.empty(expected[ours], dtype=dtype, device=device).copy_(tensor)
+            if not loaded[ours].isfinite().all():
+                raise UserError(f"{path}: tensor {theirs} has numbers that are not finite, in "
+                                f"{str(dtype).removeprefix('torch.')}; fetch it again, or load it "
+                                f"in another --dtype.")
     missing = sorted(expected.keys() - loaded.keys())
     if missing:
         raise UserError(f"--model {name_or_dir}: {len(missing)} tensors are missing from the "

@@ -184,5 +184,5 @@ def test_unknown_corpus_is_named():
         next(data.rows("wikipedia", data.load_tokenizer("tiny")))
     with pytest.raises(AssertionError, match="split is train or held-out"):
         next(data.rows("python", data.load_tokenizer("tiny"), "validation"))
-    with pytest.raises(UserError, match="does not end in"):
-        next(data.rows("http://127.0.0.1:9/page.html", data.load_tokenizer("tiny")))
+    with pytest.raises(UserError, match="--corpus https://example.org/a.txt is not there; give"):
+        next(data.rows("https://example.org/a.txt", data.load_tokenizer("tiny")))

@@ -1,239 +1,247 @@
-"""data/hub.py against a local server that answers as the Hugging Face hub does: small files itself,
-with git's checksum; large ones by redirect to another host, with SHA-256."""
+"""data/hub.py: files of the Hugging Face hub. huggingface_hub reads its variables when it is
+imported, so programs of their own ask a server that answers as the hub does."""
 
-import hashlib
-import http.server
-import socket
-import struct
-import threading
+import gzip
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, random_gemma, random_gpt2
+from hub_server import COMMIT, Hub
 
 import data
-import model as models
-from conftest import GEMMA_SHAPES, GPT2_SHAPES, random_gemma, random_gpt2
 from data import hub
 from data.errors import UserError
+from data.sae_files import PUBLISHED, sae_paths
+from model import load_model
+from sae import SAE
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NOBODY = "http://127.0.0.1:9"
 
+# What goes wrong: {repository: (what the server does, words of the sentence)}.
+FAULTS = {
+    "fault/gated": ({"error": (401, "GatedRepo")}, ["fault/gated", "licence", "HF_TOKEN"]),
+    "fault/private": ({"error": (401, "RepoNotFound")}, ["no fault/private", "HF_TOKEN"]),
+    "fault/forbidden": ({"error": (403, "")}, ["fault/forbidden", "HTTP 403"]),
+    "fault/down": ({"error": (500, "")}, ["HTTP 500", "hf download fault/down config.json"]),
+    "fault/other": ({"no commit": True}, ["config.json", "FileMetadataError"]),
+    "fault/cut": ({"cut": True}, ["model.safetensors", "hf download"]),
+    "fault/storage": ({"storage": (503, "")}, ["model.safetensors", "HTTP 503"]),
+    "fault/kind": ({}, ["config.json: model_type 'gpt_neox' is not supported"]),
+    "fault/pickle": ({}, ["fault/pickle has no model.safetensors"]),
+    "fault/empty": ({}, ["no fault/empty/config.json"]),
+}
+UNKNOWN = {"nobody/nothing": ["no nobody/nothing"], "nonsense": ["--model nonsense is unknown"],
+           "a/b/c": ["unknown"], "../../none": ["unknown"], "-x/y": ["unknown"],
+           "a--b/c..d": ["a--b/c..d is no name"]}
 
-class Hub(http.server.ThreadingHTTPServer):
-    """Serves {"repo/name": folder}; `cdn` is the other host's server. `faults` changes what is
-    sent."""
+ASK = """
+import json, os, sys, time
+import torch
+import data
+from data.errors import UserError
+from data.corpus import documents
+from data.sae_files import sae_paths
+from model import load_model
+time.sleep = lambda seconds: None       # the package waits before it tries again
 
-    def __init__(self, repos, cdn=None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.cdn, self.seen, self.faults = repos, cdn, [], {}
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+def said(ask, *arguments):
+    try:
+        return ask(*arguments)
+    except UserError as error:
+        return f"UserError: {error}"
 
+def logits(name):
+    return load_model(name)(torch.arange(20)[None])[0].double().sum().item()
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        server, path = self.server, self.path.lstrip("/")
-        server.seen.append((path, self.headers.get("Authorization")))
-        if status := server.faults.get("status"):
-            return self.answer(status)
-        if path.startswith("moved/"):
-            path = path.removeprefix("moved/")
-        repo, _, file = path.partition("/resolve/")
-        file = file.partition("/")[2]
-        source = server.repos.get(repo, None)
-        if source is None or not (source / file).is_file():
-            return self.answer(404)
-        body = (source / file).read_bytes()
-        facts = {"X-Repo-Commit": server.faults.get("commit", COMMIT)}
-        if server.faults.get("loop"):
-            return self.answer(302, facts | {"Location": self.path})
-        if address := server.faults.get("elsewhere"):
-            return self.answer(302, facts | {"Location": address})
-        if len(body) < 5000:
-            if server.faults.get("moves") and not self.path.startswith("/moved"):
-                return self.answer(307, facts | {"Location": "/moved" + self.path})
-            etag = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-            return self.send(body, facts | {"ETag": f'"{etag}"'})
-        facts |= {
-            "X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"',
-            "X-Linked-Size": str(len(body))
-        }
-        if server.cdn:
-            return self.answer(302, facts | {"Location": f"{server.cdn.url}/{path}"})
-        self.send(body, {} if server.faults.get("plain") else facts)
+def ids(name):
+    return data.load_tokenizer(name).encode("John gave a drink")
 
-    do_HEAD = do_GET
+def c4(split, n):
+    stream = documents("c4", split)
+    return [next(stream) for _ in range(n)]
 
-    def send(self, body, headers):
-        body = body[:-1] + b"?" if self.server.faults.get("damage") else body
-        self.send_response(200)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.server.faults.get("reset"):
-            self.wfile.write(body[:1000])
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            return self.connection.close()
-        if self.command == "GET":
-            self.wfile.write(body[:len(body) // 2] if self.server.faults.get("cut") else body)
+def saes(where):
+    return str(sae_paths(where, [5], 12)[5])
 
-    def answer(self, status, headers=()):
-        self.send_response(status)
-        for name, value in dict(headers, **{"Content-Length": "0"}).items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
+"""
 
 
-@pytest.fixture
-def gpt2(tmp_path, monkeypatch):
-    """A hub that has a small GPT-2 under the published name, and an empty cache -> (hub, cdn,
-    cache)."""
-    random_gpt2(tmp_path / "gpt2", **GPT2_SHAPES["small"])
-    repos = {"openai-community/gpt2": tmp_path / "gpt2"}
-    cdn = Hub(repos)
-    server = Hub(repos, cdn)
-    cdn.faults["plain"] = True
-    for name in ("HF_HUB_CACHE", "HF_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    yield server, cdn, tmp_path / "home" / "hub"
-    for one in (server, cdn):
+def ask(code, home, endpoint, **variables):
+    """What a fresh Python finds at an endpoint, with its cache in `home` -> a value of JSON."""
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith("HF_") and "proxy" not in name.lower()}
+    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint,
+                    "TIKTOKEN_CACHE_DIR": str(home / "none")} | variables
+    done = subprocess.run([sys.executable, "-c", ASK + f"print(json.dumps({code}))"], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A hub with a GPT-2 under the published name, a Gemma in shards under a name of its own, C4's
+    first files, an SAE of the paper's set, and all that goes wrong."""
+    folder = tmp_path_factory.mktemp("hub")
+    repos = {"openai-community/gpt2": folder / "gpt2", "someone/a-Gemma.2": folder / "gemma",
+             "datasets/allenai/c4": folder / "c4", PUBLISHED["kissane"][0]: folder / "kissane",
+             "members/only": folder / "gpt2"}
+    random_gpt2(folder / "gpt2", **GPT2_SHAPES["small"] | {"vocab_size": 4100})
+    for name in ("vocab.json", "tokenizer.json"):
+        if (path := ROOT / "data" / "tiny" / name).is_file():
+            (folder / "gpt2" / name).write_bytes(path.read_bytes())
+    random_gemma(folder / "whole", **GEMMA_SHAPES["2"]).save_pretrained(
+        folder / "gemma", max_shard_size="100KB")
+    assert len(list((folder / "gemma").glob("model-0*"))) > 1, "this should be several shards"
+    for number in (0, 1):
+        write_c4(folder / "c4" / "en" / f"c4-train.0000{number}-of-01024.json.gz")
+    write_c4(folder / "c4" / "en" / "c4-validation.00000-of-00008.json.gz")
+    write_kissane(folder / "kissane")
+    for repo in FAULTS:
+        repos[repo] = folder / "gpt2"
+    repos["fault/kind"] = folder / "neox"
+    repos["fault/pickle"] = folder / "pickle"
+    repos["fault/empty"] = folder / "whole" / "none"
+    for name in ("neox", "pickle"):
+        config = json.loads((folder / "gpt2" / "config.json").read_text())
+        if name == "neox":
+            config["model_type"] = "gpt_neox"
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    torch.save({}, folder / "pickle" / "pytorch_model.bin")
+    storage = Hub(repos)
+    server = Hub(repos, storage)
+    server.folder = folder
+    server.storage = storage
+    for repo, (fault, _) in FAULTS.items():
+        fault = dict(fault)
+        storage.faults[repo] = {"error": fault.pop("storage", None), "cut": fault.pop("cut", None)}
+        server.faults[repo] = fault
+    server.faults["members/only"] = {"members only": "hf_secret"}
+    yield server
+    for one in (server, storage):
         one.shutdown()
         one.server_close()
 
 
-def files(cache):
-    return sorted(path.name for path in cache.rglob("*") if path.is_file())
+def write_c4(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt") as file:
+        for i in range(300):
+            file.write(json.dumps({"text": f"{path.name} {i} " * 40, "url": "x"}) + "\n")
 
 
-TOKENS = torch.arange(20)[None]
+def write_kissane(folder):
+    sae = SAE(8, 16)
+    tensors = {name: tensor for name, tensor in sae.state_dict().items() if name != "threshold"}
+    folder.mkdir()
+    torch.save(tensors, folder / PUBLISHED["kissane"][1][5])
 
 
-def test_a_published_model_is_fetched_once_and_then_read_without_network(
-        gpt2, tmp_path, monkeypatch):
-    server, cdn, cache = gpt2
-    expected = models.load_model(tmp_path / "gpt2")(TOKENS)[0]
-    assert torch.equal(models.load_model("gpt2")(TOKENS)[0], expected)
-    assert files(cache) == ["config.json", "main", "model.safetensors"]
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")             # nobody is there
-    assert torch.equal(models.load_model("gpt2")(TOKENS)[0], expected)
+@pytest.fixture(scope="module")
+def found(server, tmp_path_factory):
+    """What one program finds there, everything once, with an empty cache."""
+    home = tmp_path_factory.mktemp("home")
+    names = [*FAULTS, *UNKNOWN]
+    answers = ask(f"""{{
+        "gpt2": logits("gpt2"), "gemma": logits("someone/a-Gemma.2"), "ids": ids("me/gpt2"),
+        "published ids": ids("openai-community/gpt2"), "saes": saes("kissane"),
+        "c4": said(c4, "train", 600), "c4 held out": said(c4, "held-out", 300),
+        "c4 ends": said(c4, "train", 601),
+        "faults": {{name: said(logits, name) for name in {names!r}}},
+        "refused": said(logits, "members/only"),
+        "member": os.environ.update(HF_TOKEN="hf_secret") or said(logits, "members/only"),
+    }}""".replace("me/gpt2", "openai-community/gpt2"), home, server.url)
+    return answers | {"home": home}
 
 
-def test_sharded_weights_are_fetched_by_their_index(gpt2, tmp_path):
-    server, cdn, cache = gpt2
-    theirs = random_gemma(tmp_path / "whole", **GEMMA_SHAPES["2"])
-    theirs.save_pretrained(tmp_path / "gemma", max_shard_size="100KB")
-    server.repos["google/gemma-2-2b"] = cdn.repos["google/gemma-2-2b"] = tmp_path / "gemma"
-    with torch.no_grad():
-        logits, _ = models.load_model("gemma-2-2b")(TOKENS)
-        assert (logits - theirs(TOKENS).logits).abs().max() < 1e-4
-    assert sum("model-0" in name for name in files(cache)) > 1, \
-        "this test should be of several shards"
+def test_a_model_of_the_hub_is_the_model_in_its_folder(server, found):
+    for name in ("gpt2", "gemma"):
+        expected = load_model(server.folder / name)(torch.arange(20)[None])[0].double().sum().item()
+        assert found[name] == pytest.approx(expected, rel=1e-6), name
+    assert found["published ids"] == data.load_tokenizer("tiny").encode("John gave a drink")
 
 
-def test_what_we_fetch_hugging_face_finds_and_the_other_way_round(gpt2, tmp_path, monkeypatch):
-    theirs = pytest.importorskip("huggingface_hub")
-    server, cdn, cache = gpt2
-    ours = hub.fetch("openai-community/gpt2", "model.safetensors")
-    found = theirs.try_to_load_from_cache("openai-community/gpt2", "model.safetensors",
-                                          cache_dir=cache)
-    assert str(found) == str(ours)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "other"))
-    path = theirs.hf_hub_download("openai-community/gpt2", "config.json", endpoint=server.url,
-                                  cache_dir=tmp_path / "other" / "hub")
-    assert str(hub.cached("openai-community/gpt2", "config.json")) == path
+def test_files_of_a_repository_come_from_one_commit(server, found):
+    later = [path for _, path, _ in server.seen if "a-Gemma.2" in path and "config" not in path]
+    assert later and all(f"/resolve/{COMMIT}/" in path for path in later), later
 
 
-def test_the_token_goes_to_the_hub_and_to_nobody_else(gpt2, monkeypatch):
-    server, cdn, cache = gpt2
-    server.faults["moves"] = True
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    models.load_model("gpt2")
-    assert {token for _, token in server.seen} == {"Bearer hf_secret"}
-    assert any(path.startswith("moved/") for path, _ in server.seen), \
-        "no redirect inside the hub was seen"
-    assert cdn.seen and {token for _, token in cdn.seen} == {None}, \
-        "the token followed to another host"
+def test_a_published_set_of_saes_is_found(server, found):
+    assert found["saes"].endswith(PUBLISHED["kissane"][1][5])
 
 
-@pytest.mark.parametrize("where, fault, words", [
-    ("hub", {"status": 401}, ["401", "HF_TOKEN", "hf download"]),
-    ("hub", {"status": 403}, ["403", "licence"]),
-    ("hub", {"status": 404}, ["no gpt2/config.json"]),
-    ("hub", {"status": 500}, ["500", "later"]),
-    ("hub", {"commit": "../../evil"}, ["X-Repo-Commit", "HF_ENDPOINT"]),
-    ("hub", {"loop": True}, ["redirects without end"]),
-    ("hub", {"damage": True}, ["config.json", "checksum"]),
-    ("cdn", {"damage": True}, ["model.safetensors", "checksum"]),
-    ("cdn", {"cut": True}, ["model.safetensors broke off", "hf download"]),
-    ("cdn", {"reset": True}, ["model.safetensors broke off", "hf download"]),
-    ("hub", {"elsewhere": "file:///etc/hostname"}, ["not an address"]),
-    ("hub", {"elsewhere": "http://[x/y"}, ["not an address"]),
-    ("cdn", {"status": 503}, ["503"]),
-    ("cdn", {"status": 404}, ["no model.safetensors"]),
-], ids=str)
-def test_what_goes_wrong_is_one_sentence_and_leaves_nothing_behind(gpt2, where, fault, words):
-    server, cdn, cache = gpt2
-    (server if where == "hub" else cdn).faults.update(fault)
-    with pytest.raises(UserError) as error:
-        models.load_model("gpt2")
-    assert all(word in str(error.value) for word in words), str(error.value)
-    assert set(files(cache)) <= ({"config.json", "main"} if where == "cdn" else set()), \
-        "a partial file has a final name, or a temporary one was left"
-    (server if where == "hub" else cdn).faults.clear()
-    models.load_model("gpt2")
+def test_c4_is_streamed_file_by_file_and_not_stored(server, found):
+    assert len(found["c4"]) == 600
+    assert found["c4"][0].startswith("c4-train.00000") and found["c4"][-1].startswith("c4-train.00001")
+    assert all(text.startswith("c4-validation.00000") for text in found["c4 held out"])
+    assert all(word in found["c4 ends"] for word in ("allenai/c4", "c4-train.00002", "FileNotFound"))
+    assert not list((found["home"] / "hub").glob("*c4*"))
 
 
-def test_no_network_is_one_sentence(gpt2, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError,
-                       match="127.0.0.1:9.*cannot be reached.*hf download openai-community/gpt2"):
-        models.load_model("gpt2")
-    for address in ("nonsense", "http://[x", "file:///etc", "http://"):
-        monkeypatch.setenv("HF_ENDPOINT", address)
-        with pytest.raises(UserError, match="not an address|cannot be reached"):
-            models.load_model("gpt2")
+@pytest.mark.parametrize("name", [*FAULTS, *UNKNOWN])
+def test_what_goes_wrong_is_one_sentence(found, name):
+    words = FAULTS[name][1] if name in FAULTS else UNKNOWN[name]
+    sentence = found["faults"][name]
+    assert isinstance(sentence, str) and sentence.startswith("UserError: "), sentence
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence and "force_download" not in sentence
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(gpt2, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="HF_HOME"):
-        models.load_model("gpt2")
+def test_nothing_that_broke_off_has_its_name_in_the_cache(found):
+    names = [path.name for path in (found["home"] / "hub").glob("models--fault--cut/snapshots/*/*")]
+    assert names == ["config.json"]
 
 
-def test_a_corpus_is_streamed_from_an_address(gpt2, tmp_path):
-    server, cdn, cache = gpt2
-    (tmp_path / "gpt2" / "book.txt").write_text("It was a dark and stormy night. " * 400)
-    tokenizer = data.load_tokenizer("tiny")
-    rows = torch.cat(
-        list(data.rows(f"{server.url}/openai-community/gpt2/resolve/main/book.txt", tokenizer)))
-    assert rows.shape[1] == 128 and "stormy night" in tokenizer.decode(rows[0])
-    with pytest.raises(UserError, match="404"):
-        next(data.rows(f"{server.url}/openai-community/gpt2/resolve/main/none.txt", tokenizer))
+def test_a_token_opens_what_is_for_members(server, found):
+    assert "licence" in found["refused"] and found["member"] == found["gpt2"]
+    tokens = {token for _, path, token in server.storage.seen if "members/only" in path}
+    assert tokens == {None}, "the token followed to another host"
 
 
-def test_c4_is_streamed_file_by_file(gpt2, tmp_path):
-    import gzip
-    import json
-    server, cdn, cache = gpt2
-    folder = tmp_path / "c4" / "en"
-    folder.mkdir(parents=True)
-    for name in ("c4-train.00000-of-01024", "c4-train.00001-of-01024",
-                 "c4-validation.00000-of-00008"):
-        with gzip.open(folder / f"{name}.json.gz", "wt") as file:
-            for _ in range(130):
-                file.write(json.dumps({"text": f"{name} " * 400, "url": "x"}) + "\n")
-    server.cdn, server.repos["datasets/allenai/c4"] = None, tmp_path / "c4"
-    tokenizer = data.load_tokenizer("tiny")
-    stream = data.rows("c4", tokenizer, "train", n=4)
-    text = ""
-    with pytest.raises(UserError, match="c4-train.00002-of-01024.*404"):
-        for block in stream:
-            text += tokenizer.decode(block.flatten())
-    held_out = tokenizer.decode(next(data.rows("c4", tokenizer, "held-out", n=4)).flatten())
-    assert "validation" in held_out and "validation" not in text and "train.00000" in text
+def test_a_cache_that_others_have_laid_out_is_read_without_network(server, tmp_path):
+    lay_out = ("import huggingface_hub as h; "
+               "h.snapshot_download('openai-community/gpt2'); "
+               "h.snapshot_download('someone/a-Gemma.2', allow_patterns=['*.json'])")
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": server.url}
+    subprocess.run([sys.executable, "-c", lay_out], env=environment, check=True,
+                   capture_output=True, timeout=100)
+    n_seen = len(server.seen)
+    answers = ask("""{
+        "gpt2": logits("gpt2"), "ids": ids("gpt2"), "shards": said(logits, "someone/a-Gemma.2"),
+        "ids by the general way": ids("openai-community/gpt2"),
+        "none": said(logits, "google/gemma-2-2b"), "c4": said(c4, "train", 1)
+    }""", tmp_path, server.url, HF_HUB_OFFLINE="1")
+    expected = load_model(server.folder / "gpt2")(torch.arange(20)[None])[0].double().sum().item()
+    assert answers["gpt2"] == pytest.approx(expected, rel=1e-6)
+    assert answers["ids"] == answers["ids by the general way"] \
+        == data.load_tokenizer("tiny").encode("John gave a drink")
+    assert "model-00001-of" in answers["shards"] and "cannot be fetched" in answers["shards"]
+    for name in ("none", "c4"):
+        assert "OfflineModeIsEnabled" in answers[name], answers[name]
+    assert len(server.seen) == n_seen, "the network was asked"
+
+
+def test_where_nobody_answers_the_cache_is_read(server, found):
+    answers = ask("""{"gpt2": logits("gpt2"), "none": said(logits, "google/gemma-2-2b"),
+                      "c4": said(c4, "train", 1)}""", found["home"], NOBODY)
+    assert answers["gpt2"] == found["gpt2"]
+    assert all(word in answers["none"] for word in
+               ("Connect", "hf download google/gemma-2-2b config.json")), answers["none"]
+    assert "allenai/c4" in answers["c4"] and "Connect" in answers["c4"]
+
+
+def test_without_the_package_one_sentence_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in ("gpt2", "someone/a-Gemma.2"):
+        with pytest.raises(UserError, match="takes one more package: pip install huggingface_hub"):
+            load_model(name)
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
+        next(data.rows("c4", data.load_tokenizer("tiny")))
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
+        sae_paths("kissane", [5], 12)
+    assert hub.cached("openai-community/gpt2", "vocab.json") is None
