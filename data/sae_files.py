@@ -6,7 +6,8 @@
     *.safetensors                       this project             nothing
     *.pt, with *_cfg.json beside it     the paper's GPT-2 SAEs   threshold 0
     *.npz                               Gemma Scope (JumpReLU)   b_enc += b_dec @ W_enc
-    cfg.json, sae_weights.safetensors   SAELens                  the same if configured; scale of z
+    cfg.json, sae_weights.safetensors   SAELens                  the same if configured; scale of z;
+                                                                 decoder rows to unit norm
 
 What an SAE is of goes with it as `about`, in the header of our own files and in the config.json
 beside them, and as far as the others say it:
@@ -219,26 +220,50 @@ def read_saelens(folder):
     check_options(settings, {
         "architecture": ["standard", "jumprelu"],
         "activation_fn": ["relu"], "activation_fn_str": ["relu"],
-        "normalize_activations": ["none", None, False, "expected_average_only_in"],
+        "normalize_activations": ["none", None, False, True, "expected_average_only_in"],
         "apply_b_dec_to_input": [True, False],
-        "finetuning_scaling_factor": [False],
         "reshape_activations": ["none", "hook_z"],
-        "hook_head_index": [None]}, config)
+        "hook_head_index": [None], "hook_point_head_index": [None]}, config)
     about = about_saelens(settings, config)
     is_jumprelu = settings.get("architecture") == "jumprelu"
     names = NAMES if is_jumprelu else NAMES - {"threshold"}
-    tensors = checked(dict(read_tensors(folder / "sae_weights.safetensors")), names, folder)
+    stored = dict(read_tensors(folder / "sae_weights.safetensors"))
+    drop_finetuning(stored, folder)
+    tensors = checked(stored, names, folder)
     tensors["threshold"].clamp_(min=0)              # their f = relu(pre) * (pre > threshold)
     if not settings.get("apply_b_dec_to_input", True):
         tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
-    if settings.get("normalize_activations") == "expected_average_only_in":
+    # True is what 2024 wrote
+    if settings.get("normalize_activations") in (True, "expected_average_only_in"):
         factor = read_json(folder / "activation_scaler.json").get("scaling_factor")
         if type(factor) not in (int, float) or not 0 < factor < float("inf"):
             raise UserError(f"{folder}: normalize_activations expected_average_only_in needs a "
                             f"scaling_factor in activation_scaler.json.")
         for name in ("b_enc", "b_dec", "threshold"):        # its features were factor times ours
             tensors[name] = tensors[name] / factor
+    fold_norms(tensors)
     return tensors, about
+
+
+def drop_finetuning(stored, folder):
+    """Take out what SAELens saved with every SAE until 2024, a factor for each feature's output.
+    Raises UserError if one is not 1."""
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        factor = stored.pop(name, torch.ones(1))
+        if not torch.allclose(factor, torch.ones_like(factor)):
+            raise UserError(f"{folder}: {name} is not 1 for all features; an SAE whose outputs were "
+                            f"scaled in finetuning is not supported.")
+
+
+def fold_norms(tensors):
+    """Bring decoder rows to unit norm, with encoder, bias and threshold times the row's norm: the
+    same reconstruction, and activations as published dashboards show them (SAELens'
+    fold_W_dec_norm). A row of zeros stays."""
+    norms = tensors["W_dec"].norm(dim=-1)
+    norms[norms == 0] = 1
+    tensors["W_dec"] /= norms[:, None]
+    for name in ("W_enc", "b_enc", "threshold"):
+        tensors[name] *= norms
 
 
 def about_saelens(settings, config):
@@ -257,25 +282,25 @@ def about_saelens(settings, config):
 def is_folded(settings, config):
     """Whether a SAELens SAE was trained on a model whose value biases were folded into b_O.
 
-    From version 3.19.2 on, SAELens loads models as they are, but for what
-    model_from_pretrained_kwargs asks; before, as TransformerLens does by itself, which folds.
-    (Centring of what is written to the stream does not reach z.) Raises UserError where nothing
-    tells, and for value biases folded without those of LayerNorm.
+    What model_from_pretrained_kwargs asks for, was done. As to what it does not name, SAELens
+    before 3.19.2 loaded models as TransformerLens does by itself, which folds; since then as they
+    are. (Centring of what is written to the stream does not reach z.) Raises UserError where
+    nothing tells, and for value biases folded without those of LayerNorm.
     """
     asked = settings.get("model_from_pretrained_kwargs")
-    if isinstance(asked, dict):
-        folds_values = bool(asked.get("fold_value_biases", False))
-        if folds_values and not asked.get("fold_ln", False):
-            raise UserError(f"{config}: fold_value_biases True without fold_ln is not supported: "
-                            f"its z lacks a part of model.value_bias.")
-        return folds_values
     version = settings.get("sae_lens_training_version") or settings.get("sae_lens_version")
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", str(version))
-    if not numbers:
+    if not numbers and not isinstance(asked, dict):
         raise UserError(f"{config} does not say whether value biases were folded into b_O, on "
                         f"which z depends: put \"model_from_pretrained_kwargs\" there, {{}} for "
                         f"plain weights, or the \"sae_lens_training_version\".")
-    return tuple(map(int, numbers.groups())) < (3, 19, 2)
+    folds_by_itself = bool(numbers) and tuple(map(int, numbers.groups())) < (3, 19, 2)
+    done = {"fold_ln": folds_by_itself, "fold_value_biases": folds_by_itself} | (asked or {})
+    if done["fold_value_biases"] and not done["fold_ln"]:
+        raise UserError(f"{config}: value biases were folded into b_O, and LayerNorm was not folded "
+                        f"(fold_ln False); that is not supported: its z lacks a part of "
+                        f"model.value_bias.")
+    return bool(done["fold_value_biases"])
 
 
 def layer_of_hook(hook, config):

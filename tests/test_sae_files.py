@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import model as models
 import sae as S
-from conftest import GEMMA_SHAPES, GPT2_SHAPES, random_gemma, random_gpt2
+from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, random_gemma, random_gpt2
 from data.errors import UserError
 from data.sae_files import ABOUT, read_sae, sae_paths, write_saelens
 from data.weights import TINY, digest
@@ -51,7 +51,7 @@ def by_hand(t, z, subtract, scale=1.0):
 
 
 def assert_equal(sae, f, z_hat, z, message, scale=1.0):
-    assert (sae.encode(z) * scale - f).abs().max() < 1e-5, message
+    assert (sae.encode(z) * scale - f).abs().max() < 1e-6 * max(10, f.max()), message
     assert (sae(z) - z_hat).abs().max() < 1e-4 * max(1, z_hat.abs().max()), message
     assert (f > 0).float().mean() > 0.1, "this test should have active features"
 
@@ -105,7 +105,51 @@ def test_saelens_folders(tmp_path, jump, subtract):
     if not jump:
         del t["threshold"]
     folder = saelens_folder(tmp_path / "sae", t, apply_b_dec_to_input=subtract)
-    assert_equal(S.SAE.load(folder), *by_hand(t, z, subtract), z, "apply_b_dec_to_input")
+    f, z_hat = by_hand(t, z, subtract)
+    sae = S.SAE.load(folder)
+    assert_equal(sae, f * t["W_dec"].norm(dim=1), z_hat, z, "apply_b_dec_to_input")
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "tests" / "saelens").glob("*-*")),
+                         ids=lambda folder: folder.name)
+def test_files_that_saelens_wrote_in_other_years(folder):
+    """tests/saelens/write.py wrote them. Dashboards show features once decoder rows have unit
+    norm."""
+    theirs = read_safetensors(folder / "expected.safetensors")
+    sae = S.SAE.load(folder)
+    rows = read_safetensors(folder / "sae_weights.safetensors")["W_dec"]
+    norms = rows.norm(dim=1)
+    assert (norms - 1).abs().min() > 0.01, "this test should have rows of other norms"
+    ours = sae.encode(theirs["z"])
+    assert ((ours > 0) == (theirs["features"] > 0)).all() and (ours > 0).any()
+    assert torch.allclose(ours, theirs["features"] * norms, atol=1e-5)
+    assert torch.allclose(ours, theirs.get("unit features", ours), atol=1e-5)
+    assert torch.allclose(sae(theirs["z"]), theirs["z_hat"], atol=1e-5)
+    about = read_sae(folder)[1]
+    assert about["layer"] == 1 and about["model"] == "gpt2-small"
+    is_old = int(folder.name[0]) < 4
+    assert about["reads"] == ("z_cat less value_bias" if is_old else "z_cat")
+
+
+def test_a_row_of_zeros_stays(tmp_path):
+    t = random_tensors()
+    t["W_dec"][3] = 0
+    sae = S.SAE.load(saelens_folder(tmp_path / "sae", t))
+    assert (sae.W_dec[3] == 0).all() and torch.equal(sae.W_enc[:, 3], t["W_enc"][:, 3])
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "finetuning_scaling_factor"])
+def test_a_factor_for_outputs_is_dropped_if_it_is_1(tmp_path, name):
+    t = random_tensors()
+    plain = S.SAE.load(saelens_folder(tmp_path / "plain", t))
+    ones = S.SAE.load(saelens_folder(tmp_path / "ones", t | {name: torch.ones(D_SAE)},
+                                     finetuning_scaling_factor=True))
+    assert torch.equal(ones.W_enc, plain.W_enc)
+    factor = torch.ones(D_SAE)
+    factor[7] = 1.1
+    with pytest.raises(UserError, match=f"other: {name} is not 1 for all features.*finetuning"):
+        read_sae(saelens_folder(tmp_path / "other", t | {name: factor}))
 
 
 def test_a_training_scale_goes_into_the_biases(tmp_path):
@@ -113,8 +157,10 @@ def test_a_training_scale_goes_into_the_biases(tmp_path):
     folder = saelens_folder(tmp_path / "sae", t, factor=2.5,
                             normalize_activations="expected_average_only_in")
     f, z_hat = by_hand(t, z, subtract=1, scale=2.5)
-    assert_equal(S.SAE.load(folder), f, z_hat, z, "it read 2.5 z, features are 2.5 times ours",
-                 scale=2.5)
+    assert_equal(S.SAE.load(folder), f * t["W_dec"].norm(dim=1), z_hat, z,
+                 "it read 2.5 z, features are 2.5 times ours", scale=2.5)
+    of_2024 = saelens_folder(tmp_path / "2024", t, factor=2.5, normalize_activations=True)
+    assert torch.equal(S.SAE.load(of_2024).b_enc, S.SAE.load(folder).b_enc)
 
 
 def test_our_own_files_and_folders_load(tmp_path):
@@ -325,10 +371,11 @@ with torch.no_grad():
     for name, parameter in sae.named_parameters():
         parameter.copy_(t[name])
 sae.save_model("theirs")
+sae.fold_W_dec_norm()
 save_file({{"f": sae.encode(t["z"]).detach(), "z_hat": sae(t["z"]).detach()}}, "out.safetensors")
 """, tmp_path)
     theirs, ours = read_safetensors(tmp_path / "out.safetensors"), S.SAE.load(tmp_path / "theirs")
-    assert (ours.encode(z) - theirs["f"]).abs().max() < 1e-5
+    assert (ours.encode(z) - theirs["f"]).abs().max() < 1e-4
     assert (ours(z) - theirs["z_hat"]).abs().max() < 1e-4
 
 
@@ -342,7 +389,7 @@ def read_safetensors(path):
 
 @pytest.mark.parametrize("option", [{"architecture": "gated"}, {"activation_fn_str": "topk"},
                                     {"normalize_activations": "layer_norm"},
-                                    {"finetuning_scaling_factor": True}, {"hook_head_index": 3},
+                                    {"hook_point_head_index": 0}, {"hook_head_index": 3},
                                     {"hook_name": "blocks.5.hook_resid_pre"}], ids=str)
 def test_options_of_saelens_that_we_lack_are_named(tmp_path, option):
     folder = saelens_folder(tmp_path / "sae", random_tensors(), **option)
@@ -351,7 +398,10 @@ def test_options_of_saelens_that_we_lack_are_named(tmp_path, option):
 
 
 @pytest.mark.parametrize("said, folded", [
-    ({"model_from_pretrained_kwargs": {}, "sae_lens_training_version": "2.0.0"}, False),
+    ({"model_from_pretrained_kwargs": {}, "sae_lens_training_version": "2.0.0"}, True),
+    ({"model_from_pretrained_kwargs": {}, "sae_lens_training_version": None}, False),
+    ({"model_from_pretrained_kwargs": {"fold_ln": False, "fold_value_biases": False},
+      "sae_lens_training_version": "2.0.0"}, False),
     ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, False),
     ({"model_from_pretrained_kwargs": {"fold_ln": True}}, False),
     ({"model_from_pretrained_kwargs": {"fold_ln": True, "fold_value_biases": True}}, True),
@@ -380,7 +430,11 @@ def test_a_saelens_sae_that_does_not_say_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not say whether value biases were folded"):
         read_sae(folder)
     asked = {"model_from_pretrained_kwargs": {"fold_value_biases": True}}
-    with pytest.raises(UserError, match="fold_value_biases True without fold_ln"):
+    with pytest.raises(UserError, match="LayerNorm was not folded"):
+        read_sae(saelens_folder(tmp_path / "sae", random_tensors(), **asked))
+    asked = {"model_from_pretrained_kwargs": {"fold_ln": False}, "sae_lens_version": "2.1.3",
+             "sae_lens_training_version": None}
+    with pytest.raises(UserError, match="LayerNorm was not folded"):
         read_sae(saelens_folder(tmp_path / "sae", random_tensors(), **asked))
 
 
