@@ -50,7 +50,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -374,18 +374,23 @@ def save_collection(collection, folder, settings):
 
 
 def load_collection(folder, saes, settings):                # -> Collection | None
-    """What `save_collection` wrote, if it is all there and was made with these settings."""
-    for part in ("tokens", *saes):
-        path = collection_path(folder, part)
-        if not path.is_file():
-            return None
-        with safe_open(path, "pt") as file:
-            if file.metadata() != settings[part]:
-                return None
-    tokens = load_file(collection_path(folder, "tokens"))["tokens"]
+    """What `save_collection` wrote, if it is all there, can be read, and was made with these
+    settings."""
     layers = {}
-    for layer in saes:
-        layers[layer] = unflattened(LayerCollection, load_file(collection_path(folder, layer)))
+    try:
+        for part in ("tokens", *saes):
+            path = collection_path(folder, part)
+            if not path.is_file():
+                return None
+            with safe_open(path, "pt") as file:
+                if file.metadata() != settings[part]:
+                    return None
+        tokens = load_file(collection_path(folder, "tokens"))["tokens"]
+        for layer in saes:
+            layers[layer] = unflattened(LayerCollection, load_file(collection_path(folder, layer)))
+    except (SafetensorError, OSError, KeyError):
+        print(f"note: {path.parent} is damaged, and is made anew")
+        return None
     return Collection(tokens, layers)
 
 

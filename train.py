@@ -641,7 +641,8 @@ def restore(learner, tensors, layer):
                                    tensors[f"{layer} {name} exp_avg_sq"])}
     for name in SAVED:
         restore_(getattr(learner, name), tensors[f"{layer} {name}"])
-    learner.l0 = float(tensors[f"{layer} l0"])
+    l0 = tensors[f"{layer} l0"]
+    learner.l0 = float(restore_(torch.empty_like(l0), l0))
 
 
 class TrainingLog:

@@ -236,9 +236,9 @@ def read_saelens(folder):
     # True is what 2024 wrote
     if settings.get("normalize_activations") in (True, "expected_average_only_in"):
         factor = read_json(folder / "activation_scaler.json").get("scaling_factor")
-        if type(factor) not in (int, float) or not 0 < factor < float("inf"):
+        if type(factor) not in (int, float) or not 1e-9 < factor < 1e9:
             raise UserError(f"{folder}: normalize_activations expected_average_only_in needs a "
-                            f"scaling_factor in activation_scaler.json.")
+                            f"scaling_factor in activation_scaler.json, and there is {factor!r}.")
         for name in ("b_enc", "b_dec", "threshold"):        # its features were factor times ours
             tensors[name] = tensors[name] / factor
     fold_norms(tensors)
@@ -290,12 +290,15 @@ def is_folded(settings, config):
     asked = settings.get("model_from_pretrained_kwargs")
     version = settings.get("sae_lens_training_version") or settings.get("sae_lens_version")
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", str(version))
-    if not numbers and not isinstance(asked, dict):
+    is_asked = isinstance(asked, dict)
+    if not numbers and not is_asked:
         raise UserError(f"{config} does not say whether value biases were folded into b_O, on "
                         f"which z depends: put \"model_from_pretrained_kwargs\" there, {{}} for "
                         f"plain weights, or the \"sae_lens_training_version\".")
     folds_by_itself = bool(numbers) and tuple(map(int, numbers.groups())) < (3, 19, 2)
-    done = {"fold_ln": folds_by_itself, "fold_value_biases": folds_by_itself} | (asked or {})
+    done = {"fold_ln": folds_by_itself, "fold_value_biases": folds_by_itself}
+    if is_asked:
+        done |= asked
     if done["fold_value_biases"] and not done["fold_ln"]:
         raise UserError(f"{config}: value biases were folded into b_O, and LayerNorm was not folded "
                         f"(fold_ln False); that is not supported: its z lacks a part of "

@@ -17,14 +17,17 @@ import zipfile
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 
 import data
 import model as models
 import sae as S
 import train as T
 from data.errors import UserError
+from data.files import claim
 from data.hf_config import read_config
 from data.weights import TINY
 
@@ -80,6 +83,10 @@ def folder(tmp_path_factory):
     tensors = {name: t.detach().contiguous() for name, t in sae.state_dict().items()}
     sae.save(folder / "own" / "sae.safetensors")
     data.sae_files.write_saelens(tensors, folder / "saelens", "tiny", 0, 16)
+    (folder / "saelens" / "cfg.json").write_text(json.dumps(
+        json.loads((folder / "saelens" / "cfg.json").read_text())
+        | {"normalize_activations": "expected_average_only_in"}))
+    (folder / "saelens" / "activation_scaler.json").write_text('{"scaling_factor": 2.5}')
     (folder / "gemma-scope").mkdir()
     arrays = {name: t.numpy() for name, t in tensors.items()}
     np.savez(folder / "gemma-scope" / "params.npz", **arrays)
@@ -97,6 +104,11 @@ def folder(tmp_path_factory):
     lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts)
     (folder / "c4.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "posts.jsonl").write_text(lines)
+    (folder / "book.txt").write_text("\n".join(texts))
+
+    write_tokenizer(folder / "tokenizer", texts)
+    (folder / "of").mkdir()
+    claim(folder / "of", "tiny", "0123456789abcdef")
 
     learner = T.make_learner(8, 24, 0.1, 1e-3)
     learner.l0 = 24.0
@@ -104,6 +116,19 @@ def folder(tmp_path_factory):
     (folder / "run").mkdir()
     T.save(folder / "run", CHECKPOINTED, 1, {0: learner})
     return folder
+
+
+def write_tokenizer(folder, texts):
+    """A tokenizer.json with an added token and a special one, and the config.json beside it."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=150, special_tokens=["<bos>", "<unk>"], show_progress=False))
+    made.add_tokens(["<speaker>"])
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma2", "bos_token_id": 0}))
 
 
 CHECKPOINTED = T.TrainConfig(n_tokens=10_000, batch_size=64)
@@ -124,9 +149,19 @@ def load_tokenizer(path):
     assert tokenizer.decode(tokenizer.encode("def f(x):")) == "def f(x):"
 
 
+def load_other_tokenizer(path):
+    tokenizer = data.load_tokenizer(path.parent)
+    ids = tokenizer.encode("Page 7 of a <speaker> long book")
+    assert all(0 <= i < tokenizer.n_vocab for i in [*ids, tokenizer.bos])
+    assert isinstance(tokenizer.decode([*ids, 10**6]), str)
+
+
+def load_claim(path):
+    claim(path.parent, "tiny", "0123456789abcdef")
+
+
 def load_sae(path):
-    sae = S.SAE.load(path.parent if path.suffix == ".json" and path.name == "cfg.json"
-                     or path.name == "sae_weights.safetensors" else path)
+    sae = S.SAE.load(path.parent if path.parent.name == "saelens" else path)
     assert sae(torch.zeros(3, sae.d_in)).isfinite().all()
     return {name: tensor.tolist() for name, tensor in sae.state_dict().items()}
 
@@ -153,7 +188,9 @@ BYTES = {
     "own/sae.safetensors": load_sae, "saelens/cfg.json": load_sae,
     "saelens/sae_weights.safetensors": load_sae, "gemma-scope/params.npz": load_sae,
     "gemma-scope/small.npz": load_sae, "kissane/x.pt": load_sae, "kissane/x_cfg.json": load_kissane,
-    "c4.json.gz": load_text, "posts.jsonl": load_text, "run/checkpoint.safetensors": load_checkpoint
+    "saelens/activation_scaler.json": load_sae, "tokenizer/tokenizer.json": load_other_tokenizer,
+    "tokenizer/config.json": load_other_tokenizer, "of/model.json": load_claim,
+    "c4.json.gz": load_text, "posts.jsonl": load_text, "book.txt": load_text, "run/checkpoint.safetensors": load_checkpoint
 }
 
 
@@ -246,7 +283,7 @@ def check(load, path, contents, may_be_whole=lambda result: True):
 
 @pytest.mark.parametrize("name", BYTES)
 def test_damaged_bytes(folder, name):
-    """24 of each of 16 kinds of file. What is checked by a sum (gz, npz) comes back whole or not at
+    """24 of each of 21 kinds of file. What is checked by a sum (gz, npz) comes back whole or not at
     all."""
     path, load = folder / name, BYTES[name]
     whole = load(path)
@@ -277,6 +314,22 @@ def test_damaged_safetensors_header(folder, name):
     refused = check(BYTES[name], path,
                     [len(h).to_bytes(8, "little") + h + whole[8 + n:] for h in headers])
     assert refused >= 20
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [name for name in BYTES if name.endswith(".safetensors")])
+def test_numbers_that_are_not_finite(folder, name, number):
+    """One of them, in a file that is whole otherwise, in each of its tensors."""
+    path = folder / name
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    contents = []
+    for key in [key for key, tensor in tensors.items() if tensor.is_floating_point()]:
+        other = tensors[key].clone()
+        other.view(-1)[-1] = number
+        contents.append(save(tensors | {key: other}, metadata))
+    assert check(BYTES[name], path, contents) == len(contents)
 
 
 def test_archives_of_other_arrays(folder):

@@ -208,6 +208,11 @@ def test_a_collection_is_stored_whole_and_read_back(collected, tmp_path):
         assert ours.keys() == read.keys() and len(ours) == 5 + 12 + 3 + 4 + 4 + 2
         for name in ours:
             assert torch.equal(ours[name].nan_to_num(-7), read[name].nan_to_num(-7)), name
+    path = F.collection_path(tmp_path, last)
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole[:5], b"", b"<html>"):
+        path.write_bytes(damaged)
+        assert F.load_collection(tmp_path, saes, settings) is None, "it is made anew"
 
 
 # ---- the program ----
