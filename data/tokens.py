@@ -157,7 +157,7 @@ def says_all(vocabulary, name_or_dir):
     if path is None:
         if added := find(name_or_dir, "added_tokens.json", optional=True):
             raise UserError(f"{added} adds tokens to vocab.json, and is not read; write a "
-                            f"tokenizer.json there, as transformers' save_pretrained does.")
+                            f"tokenizer.json there, as transformers' fast tokenizers do.")
         return True
     try:
         read_vocabulary(vocabulary)

@@ -366,7 +366,8 @@ from safetensors.torch import load_file, save_file
 t = load_file("in.safetensors")
 kind, config = ((sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig) if {jump} else
                 (sae_lens.StandardSAE, sae_lens.StandardSAEConfig))
-sae = kind(config(d_in={D_IN}, d_sae={D_SAE}, apply_b_dec_to_input={not jump}))
+of = sae_lens.saes.sae.SAEMetadata(model_name="gpt2-small", hook_name="blocks.1.attn.hook_z")
+sae = kind(config(d_in={D_IN}, d_sae={D_SAE}, apply_b_dec_to_input={not jump}, metadata=of))
 with torch.no_grad():
     for name, parameter in sae.named_parameters():
         parameter.copy_(t[name])

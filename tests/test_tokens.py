@@ -59,7 +59,7 @@ def test_bpe_says_when_the_text_is_too_short():
 
 def test_tokens_equal_those_of_transformers_for_the_shipped_files():
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.GPT2Tokenizer(str(TINY / "vocab.json"), str(TINY / "merges.txt"))
+    theirs = transformers.GPT2TokenizerFast(str(TINY / "vocab.json"), str(TINY / "merges.txt"))
     ours = data.load_tokenizer("tiny")
     page = text.python_pages()["held-out"][3]
     for sample in (SAMPLE, page, "naïve Ünïcode — ½ 漢字 🙂\t\r\n",
@@ -197,7 +197,7 @@ def test_added_tokens_of_a_gpt2_are_not_lost(tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((TINY / name).read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 4095}))
-    theirs = transformers.GPT2Tokenizer(str(TINY / "vocab.json"), str(TINY / "merges.txt"))
+    theirs = transformers.GPT2TokenizerFast(str(TINY / "vocab.json"), str(TINY / "merges.txt"))
     theirs.add_special_tokens({"pad_token": "<pad>"})
     theirs.save_pretrained(tmp_path)
     assert type(data.load_tokenizer(tmp_path)) is tokens.Tokenizer, "no text gives a special token"
