@@ -46,6 +46,7 @@ from sparse import active_entries
 from study import StudyConfig, begin, finish, held_out_rows, parse_feature, reported
 
 LENGTHS = range(10)             # prefix lengths of the paired protocol
+SHORTEST_ROW = 2 * max(LENGTHS) + 3     # tokens: BOS, two of the longest prefix, key and query
 MIN_ATTENTION = 0.3             # above which a head counts as attending (Fig. 4b)
 
 # ---- which tokens match ----
@@ -193,9 +194,9 @@ def draw_key_and_query(base, generator):                    # (n,T) -> (n,), (n,
     """Random positions with room for the longest prefix before each."""
     n, T = base.shape
     longest = max(LENGTHS)
-    if T < 2 * longest + 3:
-        raise UserError(f"prefixes of {longest} tokens take rows of {2 * longest + 3} tokens or "
-                        f"more; this model has {T}.")
+    if T < SHORTEST_ROW:
+        raise UserError(f"prefixes of {longest} tokens take rows of {SHORTEST_ROW} tokens or more; "
+                        f"this model has {T}.")
     key = torch.randint(longest + 1, T - longest - 1, (n,), generator=generator)
     query = [torch.randint(int(k) + longest, T, (), generator=generator) for k in key]
     return key.to(base.device), torch.stack(query).to(base.device)
@@ -623,13 +624,11 @@ def main():
 
     report_heads(study, compute_head_scores(study, rows, token_class))
 
-    progress = Progress(config.n_sequences, "sequences")
-    curves = prefix_curves(study.model, study.tokenizer.bos, token_class, config.n_sequences,
-                           config.seed, progress)
-    heads = pick_heads(curves.attention)
-    report_prefixes(study, curves, *heads)
-
-    report_interventions(study, compute_interventions(study, rows, token_class, heads), heads)
+    if study.n_ctx >= SHORTEST_ROW:
+        study_prefixes(study, rows, token_class)
+    else:
+        print(f"\nprefixes of {max(LENGTHS)} tokens take rows of {SHORTEST_ROW} tokens; this "
+              f"model has {study.n_ctx}, so that they are left out")
 
     print("\nlooking for features ...", flush=True)
     study_features(study, rows, token_class, layer, feature)
@@ -646,6 +645,17 @@ def compute_head_scores(study, rows, token_class):          # -> {text: {score: 
         scores[text] = head_scores(study.model, tokens, token_class[tokens])
         del scores[text]["n_queries"]
     return scores
+
+
+def study_prefixes(study, rows, token_class):
+    """The heads by prefix length, and the intervention on the two that are picked."""
+    config = study.config
+    progress = Progress(config.n_sequences, "sequences")
+    curves = prefix_curves(study.model, study.tokenizer.bos, token_class, config.n_sequences,
+                           config.seed, progress)
+    heads = pick_heads(curves.attention)
+    report_prefixes(study, curves, *heads)
+    report_interventions(study, compute_interventions(study, rows, token_class, heads), heads)
 
 
 def compute_interventions(study, rows, token_class, heads):     # -> {choice of examples: {...}}

@@ -693,7 +693,10 @@ def prepare(study):                                         # -> IOI, a word as 
     prompts = draw_prompts(config.n_prompts, names, tokenizer, config.seed)
     longest_filler = max(FILLERS, key=lambda filler: len(tokenizer.encode(" " + filler)))
     longest = placed(prompts, [longest_filler] * len(prompts), "a sentence")
-    study.model.check_length(tokenise(longest, tokenizer).tokens.shape[1])
+    T = tokenise(longest, tokenizer).tokens.shape[1]
+    if T > study.model.config.n_ctx:
+        raise UserError(f"IOI prompts of {T} tokens do not fit this model, which takes 1 to "
+                        f"{study.model.config.n_ctx}; name one of longer context with --model.")
     text = held_out_rows(study, 512, at_least=1)
     batch = tokenise(prompts, tokenizer, study.device)
     ioi = IOI(study, names, batch, run_clean(study.model, batch))

@@ -39,7 +39,8 @@ class SAE(nn.Module):
     def __init__(self, d_in, d_sae, generator=None):
         super().__init__()
         W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
-        W_enc = W_dec.T.contiguous()    # a copy: a view would tie the two matrices
+        # a copy, also of one row (which `contiguous` gives back): a view would tie the two
+        W_enc = W_dec.T.clone(memory_format=torch.contiguous_format)
         self.W_enc = nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(W_dec)

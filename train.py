@@ -658,7 +658,8 @@ class TrainingLog:
         # of an earlier run nothing stays; of a resumed one, what came after its checkpoint goes
         lines = [line for line in read_log(self.path) if line["step"] <= first_step]
         with atomic(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines),
+                                 encoding="utf8")
 
     def __call__(self, n_done, learners):
         if self.silent or n_done % self.every:
@@ -681,7 +682,7 @@ def read_log(path):                                         # -> list of dicts
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(errors="replace").splitlines():
+    for text in path.read_text(encoding="utf8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             lines.append(parse_json(text))
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]

@@ -60,7 +60,7 @@ class Output:
     def __init__(self, stream):
         self.stream = stream
         if stream is None:                                  # closed before we began
-            self.stream = open(os.devnull, "w")
+            self.stream = open(os.devnull, "w", encoding="utf8")
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
 

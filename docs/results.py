@@ -109,7 +109,8 @@ def measure(name):
 def machine():
     """The processor in words."""
     path = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.is_file() else []
+    text = path.read_text(encoding="utf8") if path.is_file() else ""
+    names = re.findall(r"model name\s*: (.*)", text)
     bfloat16 = "with" if fast_bfloat16(torch.device("cpu")) else "without"
     processor = names[0] if names else "a processor"
     return f"{processor}, {torch.get_num_threads()} threads, {bfloat16} bfloat16"
@@ -191,7 +192,8 @@ def numbers_of(name):
     """All numbers of an output, or of the shipped model's JSON files, as (value, how a page may
     write it): "%", "" for plain, or "any"."""
     if name == "tiny":
-        files = [json.loads((ROOT / "data" / "tiny" / path).read_text()) for path in TINY]
+        texts = [(ROOT / "data" / "tiny" / path).read_text(encoding="utf8") for path in TINY]
+        files = [json.loads(text) for text in texts]
         return {(float(value), "any") for value in leaves(files)}
     found = {number for line in output(name) for number in NUMBER.findall(line)}
     return {(parsed(number)[0], "%" if number.endswith("%") else "") for number in found}

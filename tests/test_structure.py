@@ -90,3 +90,23 @@ def test_a_figure_leaves_the_backend_alone(tmp_path):
     save(fig, tmp_path / "x.png")
     assert dict(matplotlib.rcParams) == before and (tmp_path / "x.png").stat().st_size > 0
     assert "matplotlib.pyplot" not in Path(figure.__code__.co_filename).read_text()
+
+
+def calls_without_encoding(path):
+    """Lines on which a file opens a text without saying that it is UTF-8, which on Windows it then
+    is not."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        opens = called == "open" or called.endswith((".read_text", ".write_text"))
+        modes = [one.value for one in node.args[1:] if isinstance(one, ast.Constant)]
+        is_binary = called == "open" and any("b" in mode for mode in modes)
+        if opens and not is_binary and "encoding" not in {word.arg for word in node.keywords}:
+            yield node.lineno
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("*.py")), *GROUND, ROOT / "docs/results.py"],
+                         ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_texts_are_utf8_on_every_machine(path):
+    assert not list(calls_without_encoding(path))
