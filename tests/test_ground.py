@@ -91,6 +91,26 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_nothing(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_are_written_as_windows_allows(tmp_path, monkeypatch):
+    """There only what is open for writing can be synced, and there are no locks of Unix."""
+    fcntl = pytest.importorskip("fcntl")
+    synced = []
+
+    def fsync(descriptor):
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        if mode == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        synced.append(descriptor)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    assert len(synced) == 1 and files.read_json(tmp_path / "a.json") == {"a": 1}
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with files.sole_writer(tmp_path):
+        files.write_text(tmp_path / "b.txt", "\u27e8b\u27e9")
+    assert (tmp_path / "b.txt").read_text(encoding="utf8") == "\u27e8b\u27e9"
+
+
 # ---- printing and ending ----
 
 PRINTING = """

@@ -79,3 +79,12 @@ def test_the_walk_through_prints_what_it_says(monkeypatch, tmp_path):
     for a, b in zip(re.findall(number, got), re.findall(number, page)):
         assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.02), \
             f"{a}, and the page says {b}"
+
+
+def test_every_test_that_the_docs_name_is_there():
+    page = (results.ROOT / "docs" / "INPUTS.md").read_text(encoding="utf8")
+    named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", page))
+    assert len(named) > 40
+    for file, name in sorted(named):
+        source = (results.ROOT / "tests" / file).read_text(encoding="utf8")
+        assert f"\ndef {name}(" in source, f"{file} has no {name}"

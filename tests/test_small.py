@@ -1,6 +1,7 @@
 """The smallest of everything: a layer, a head, an SAE of one feature, contexts of 4, 20 and 64
 tokens. Every program ends well, or says in a sentence what it lacks."""
 
+import re
 import shutil
 
 import pytest
@@ -35,3 +36,6 @@ def test_every_program_ends_well(tmp_path, n_ctx):
         if name == "induction":
             left_out = "prefixes of 9 tokens take rows of 21 tokens" in done.stdout
             assert left_out == (n_ctx < 21)
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert len(names) > 10 and not [name for name in names if not re.fullmatch(r"[\w.-]+", name)], \
+        "a name that some system does not take"
