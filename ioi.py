@@ -44,6 +44,7 @@ from data.progress import Progress
 from data.stats import bootstrap, format_ci, mean_with_ci, wilson
 from data.stories import HELD_OUT_NAMES, OBJECTS, PLACES
 from data.tokens import pad_prompts
+from model import Run
 from sae import ablate, splice
 from study import Study, StudyConfig, begin, finish, held_out_rows, reported
 
@@ -260,43 +261,46 @@ def frequent_word(rows, tokenizer, taken):
 
 class CleanRun(NamedTuple):
     """A run of the model on some prompts, with what patches start from."""
-    resid: list             # per layer (N,T,d_model): the stream before it
-    z: list                 # per layer (N,T,D)
+    run: Run
     ld: Tensor              # (N,) logit difference at the end
 
+    @property
+    def z(self):
+        """z_cat by layer, (N,T,D) each."""
+        return self.run.z_cat
 
-@torch.no_grad()
+
 def run_clean(model, batch):                                # -> CleanRun
-    """The run without an edit, layer by layer."""
-    resid, z = [], []
-
-    # An edit that changes nothing, so that this run takes the path of the patched ones and differs
-    # from them by nothing else. (`keep` would compute attention another way, and round otherwise.)
-    def look(z_cat):
-        z.append(z_cat)
-        return z_cat
-
-    x = model.embed(batch.tokens)
-    for layer in range(model.config.n_layers):
-        resid.append(x)
-        x, _ = model.run_layers(x, {layer: look}, layers=(layer,))
-    return CleanRun(resid, z, logit_difference(model, x, batch))
+    """The run without an edit."""
+    run = model.run(batch.tokens)
+    return CleanRun(run, logit_difference(model, z_at(run.final, batch, "end"), batch))
 
 
-def logit_difference(model, final, batch):                  # (N,T,d_model) -> (N,)
-    """logit[IO] - logit[S] at the end."""
-    row = batch.rows()
-    logits = model.unembed(final[row, batch.pos["end"]]).float()
-    return logits[row, batch.io] - logits[row, batch.s]
+def logit_difference(model, at_end, batch):                 # (N,d_model) -> (N,)
+    """logit[IO] - logit[S], of the stream at the end."""
+    logits = model.unembed(at_end, torch.stack([batch.io, batch.s], -1)).float()    # (N,2)
+    return logits[:, 0] - logits[:, 1]
 
 
 @torch.no_grad()
-def logit_diff_with(model, clean, batch, edit_z):           # {layer: edit} -> (N,)
-    """Logit difference with edits of z_cat, run from the first layer that is edited."""
-    first = min(edit_z, default=0)
-    layers = range(first, model.config.n_layers)
-    final, _ = model.run_layers(clean.resid[first], edit_z, layers=layers)
-    return logit_difference(model, final, batch)
+def logit_diff_with(model, clean, batch, edit_z, place, rows=None):     # {layer: edit} -> (N,)
+    """Logit difference with edits of z_cat that change nothing before a named place of each prompt,
+    or anything if place is "BOS". Only what follows the place is computed anew.
+
+    rows: of the clean run, if the batch is not all of it.
+    """
+    end = batch.pos["end"]
+    start = torch.zeros_like(end) if place == "BOS" else batch.pos[place]
+    rows = batch.rows() if rows is None else rows
+    final, _ = model.rerun(clean.run, rows, span(start, end), edit_z)
+    return logit_difference(model, final[:, -1], batch)
+
+
+def span(start, end):                                       # (N,), (N,) -> (N,S)
+    """Every position from start to end; a shorter row has its end several times."""
+    longest = int((end - start).max()) + 1
+    steps = torch.arange(longest, device=start.device)
+    return torch.minimum(start[:, None] + steps, end[:, None])
 
 
 def patch_at(values, position):                             # (N,D), (N,) -> edit
@@ -309,7 +313,7 @@ def patch_at(values, position):                             # (N,D), (N,) -> edi
 
 
 def z_at(z, batch, place):                                  # (N,T,D) -> (N,D)
-    """z at a named position, which is each prompt's own."""
+    """z, or the stream, at a named position, which is each prompt's own."""
     return z[batch.rows(), batch.pos[place]]
 
 
@@ -360,9 +364,9 @@ def compute_circuit(model, batch, source, clean, source_run, progress=lambda lay
         for head in range(H):
             to_end = from_source(layer, head, "end")
             to_S2 = from_source(layer, head, "S2")
-            at_S2.append(logit_diff_with(model, clean, batch, to_S2) - clean.ld)
-            at_end.append(logit_diff_with(model, clean, batch, to_end) - clean.ld)
-            direct.append(logit_diff_with(model, clean, batch, to_end | frozen) - clean.ld)
+            at_S2.append(logit_diff_with(model, clean, batch, to_S2, "S2") - clean.ld)
+            at_end.append(logit_diff_with(model, clean, batch, to_end, "end") - clean.ld)
+            direct.append(logit_diff_with(model, clean, batch, to_end | frozen, "end") - clean.ld)
         progress(layer + 1)
 
     def by_head(effects):                                   # list of (N,) -> (N,L,H)
@@ -452,15 +456,14 @@ def ablate_features(model, sae, layer, batch, clean, place):    # -> FeatureEffe
     kept)."""
     f = sae.encode(z_at(clean.z[layer], batch, place))                  # (N,d_sae)
     row, feature = f.nonzero(as_tuple=True)
-    layers = range(layer, model.config.n_layers)
     changes = []
     for part in torch.arange(len(row), device=row.device).split(256):
         copies = batch.pick(row[part])                      # a prompt once for each of its features
         position = torch.arange(copies.tokens.shape[1], device=row.device)
         where = position == copies.pos[place][:, None]
-        edit = ablate(sae, feature[part], where)
-        final, _ = model.run_layers(clean.resid[layer][row[part]], {layer: edit}, layers=layers)
-        changes.append(logit_difference(model, final, copies) - clean.ld[row[part]])
+        edit = {layer: ablate(sae, feature[part], where)}
+        ld = logit_diff_with(model, clean, copies, edit, place, row[part])
+        changes.append(ld - clean.ld[row[part]])
     change = torch.cat(changes) if changes else f.new_zeros(0)
     return FeatureEffects(row, feature, f[row, feature], change)
 
@@ -470,7 +473,7 @@ def ablate_error(model, sae, layer, batch, clean, place):   # -> (N,) change of 
     """The SAE's error removed at the place: z_hat instead of z_cat."""
     z_hat = sae(z_at(clean.z[layer], batch, place))
     edit = patch_at(z_hat, batch.pos[place])
-    return logit_diff_with(model, clean, batch, {layer: edit}) - clean.ld
+    return logit_diff_with(model, clean, batch, {layer: edit}, place) - clean.ld
 
 
 def rank_features(effects, prompts, n_top):                 # {layer: FeatureEffects} -> [dict]
@@ -599,7 +602,7 @@ def patch_S2(model, batch, clean, source, source_run, layers):      # -> (N,) lo
     """z_cat of the layers at S2 from the source's S2."""
     edits = {layer: patch_at(z_at(source_run.z[layer], source, "S2"), batch.pos["S2"])
              for layer in layers}
-    return logit_diff_with(model, clean, batch, edits)
+    return logit_diff_with(model, clean, batch, edits, "S2")
 
 
 def baselines(model, batch, clean, layers):                 # -> {name: (N,) LD}
@@ -612,8 +615,9 @@ def baselines(model, batch, clean, layers):                 # -> {name: (N,) LD}
         zero[layer] = patch_at(torch.zeros_like(z), S2)
         mean[layer] = patch_at(z.mean(0).expand_as(z), S2)
     everywhere = {layer: torch.zeros_like for layer in layers}
-    edits = {"zero": zero, "mean": mean, "zero everywhere": everywhere}
-    return {name: logit_diff_with(model, clean, batch, edit) for name, edit in edits.items()}
+    return {"zero": logit_diff_with(model, clean, batch, zero, "S2"),
+            "mean": logit_diff_with(model, clean, batch, mean, "S2"),
+            "zero everywhere": logit_diff_with(model, clean, batch, everywhere, "BOS")}
 
 
 # ---- why there ----
@@ -747,7 +751,7 @@ def study_saes(ioi, n_shown=12, n_read=5):                  # -> dict
     edits = {f"layer {layer}": {layer: splice(sae)} for layer, sae in saes.items()}
     edits["all layers"] = {layer: splice(sae) for layer, sae in saes.items()}
     for name, edit in edits.items():
-        spliced[name] = logit_diff_with(model, ioi.clean, ioi.batch, edit).cpu().numpy()
+        spliced[name] = logit_diff_with(model, ioi.clean, ioi.batch, edit, "BOS").cpu().numpy()
     places = {place: study_place(ioi, place, n_shown, n_read) for place in ("S2", "end")}
     return {"spliced": spliced, "places": places}
 

@@ -39,47 +39,52 @@ from data.machine import fast_bfloat16
 
 class Heads(NamedTuple):
     """What an attention layer computes up to z_cat. Where heads share a key and a value (Gemma),
-    these are repeated."""
+    these are repeated. (In `Transformer.rerun` queries are fewer than keys: q < k.)"""
     pattern: Tensor | None  # (B,H,q,k): how much query q reads from key k; None if not computed
-    q: Tensor               # (B,T,H,d_head) as it enters the score, after Gemma's rotation
-    k: Tensor               # (B,T,H,d_head) the same
-    v: Tensor               # (B,T,H,d_head)
-    z_cat: Tensor           # (B,T,D)
+    q: Tensor               # (B,q,H,d_head) as it enters the score, after Gemma's rotation
+    k: Tensor               # (B,k,H,d_head) the same
+    v: Tensor               # (B,k,H,d_head)
+    z_cat: Tensor           # (B,q,D)
 
 
-def attend(q, k, v, scale, window=None, softcap=None, with_pattern=True):
+def attend(q, k, v, scale, window=None, softcap=None, with_pattern=True, positions=None):
     """Every head's pattern, and what it gathers: z = softmax(scale * q k^T, causal) v -> Heads.
 
-    q, k, v: (B,T,H,d_head) each. window: a query sees the last `window` keys, its own among them;
-    None: all keys up to its own. softcap: scores become softcap * tanh(score / softcap), before
-    the mask.
+    q: (B,q,H,d_head); k, v: (B,k,H,d_head). window: a query sees the last `window` keys, its own
+    among them; None: all keys up to its own. softcap: scores become softcap * tanh(score /
+    softcap), before the mask. positions (B,q): where among the keys each query stands; None where
+    there are as many queries as keys.
 
     with_pattern=False: fused attention, which builds no scores. It rounds differently, so that
     logits may depend on it in their last digit. It knows no soft cap: with one, scores and pattern
     are computed in any case.
     """
-    T = q.shape[1]
+    n_keys = k.shape[1]
     if not with_pattern and not softcap:
-        is_windowed = window is not None and window < T
-        mask = causal_mask(T, window, q.device) if is_windowed else None
+        is_plain = positions is None and (window is None or window >= n_keys)
+        mask = None if is_plain else causal_mask(n_keys, window, q.device, positions)
         q_by_head, k_by_head, v_by_head = (t.transpose(1, 2) for t in (q, k, v))  # (B,H,T,d_head)
         z = F.scaled_dot_product_attention(q_by_head, k_by_head, v_by_head, attn_mask=mask,
-                                           is_causal=not is_windowed, scale=scale)
+                                           is_causal=is_plain, scale=scale)
         return Heads(None, q, k, v, z_cat=z.transpose(1, 2).flatten(-2))
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~causal_mask(T, window, q.device), -torch.inf)
+    scores = scores.masked_fill(~causal_mask(n_keys, window, q.device, positions), -torch.inf)
     pattern = scores.softmax(-1, dtype=wide_dtype(scores)).to(v.dtype)
     z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)                     # (B,q,H,d_head)
     return Heads(pattern, q, k, v, z_cat=z.flatten(-2))
 
 
-def causal_mask(T, window, device):                                     # -> (q,k) bool
-    """True where a query may see a key: not after itself, and not further back than the window."""
-    position = torch.arange(T, device=device)
-    distance = position[:, None] - position                             # from the key to the query
-    return (distance >= 0) & (distance < (window or T))
+def causal_mask(n_keys, window, device, positions=None):    # -> (q,k) or (B,1,q,k) bool
+    """True where a query may see a key: not after itself, and not further back than the window.
+
+    positions (B,q): those of the queries, if they are not all of 0 to n_keys-1.
+    """
+    key = torch.arange(n_keys, device=device)
+    query = key if positions is None else positions[:, None]            # (B,1,q): for every head
+    distance = query[..., None] - key                                   # from the key to the query
+    return (distance >= 0) & (distance < (window or n_keys))
 
 
 def wide_dtype(x):
@@ -96,7 +101,8 @@ def precise(parameter):
 
 
 class LayerCache(NamedTuple):
-    """What one layer computed."""
+    """What one layer computed. (In `Transformer.rerun` q is fewer than k, and so is all but k and
+    v.)"""
     resid_pre: Tensor       # (B,T,d_model) the residual stream that the layer reads
     pattern: Tensor         # (B,H,q,k)
     q: Tensor               # (B,T,H,d_head) as it enters the score, after Gemma's rotation
@@ -112,6 +118,35 @@ class LayerCache(NamedTuple):
     def resid_post(self):
         """(B,T,d_model) the residual stream after the layer: the next one's resid_pre."""
         return self.resid_pre + self.attn_out + self.mlp_out
+
+
+class Run(NamedTuple):
+    """A run of the model on some rows, from which `Transformer.rerun` goes on. Lists are by
+    layer."""
+    tokens: Tensor          # (B,T)
+    resid_pre: list         # (B,T,d_model) the residual stream that the layer reads
+    k: list                 # (B,T,G,d_head) keys as they enter the score, one for each group of
+    v: list                 # (B,T,G,d_head) heads that share it; and values
+    z_cat: list             # (B,T,D)
+    final: Tensor           # (B,T,d_model) the stream after the last layer
+
+
+class Within(NamedTuple):
+    """Where some positions stand among all of their rows, and the keys and values there."""
+    positions: Tensor       # (B,S)
+    k: Tensor               # (B,T,G,d_head)
+    v: Tensor               # (B,T,G,d_head)
+
+    def with_new(self, k, v):                               # (B,S,H,d_head) -> (B,T,H,d_head)
+        """All keys and values of the rows, with new ones at these positions."""
+        n_sharing = k.shape[2] // self.k.shape[2]
+        row = torch.arange(len(k), device=k.device)[:, None]
+        whole = []
+        for of_rows, new in ((self.k, k), (self.v, v)):
+            of_rows = of_rows.repeat_interleave(n_sharing, 2)           # a copy
+            of_rows[row, self.positions] = new
+            whole.append(of_rows)
+        return whole
 
 
 class Transformer(nn.Module):
@@ -155,6 +190,62 @@ class Transformer(nn.Module):
             z_cat = heads.z_cat
             if layer in edit_z:
                 z_cat = edit_z[layer](z_cat)
+            attn_out, mlp_out, scales = block.after_heads(x, z_cat, with_scales=layer in keep)
+            if layer in keep:
+                cache[layer] = LayerCache(x, heads.pattern, heads.q, heads.k, heads.v, z_cat,
+                                          attn_out, mlp_out, scales)
+            x = x + attn_out + mlp_out
+        return x, cache
+
+    @torch.no_grad()
+    def run(self, tokens):                                  # (B,T) -> Run
+        """A run without edits, with all that `rerun` takes from it."""
+        resid_pre, keys, values, z_of_layer = [], [], [], []
+        x = self.embed(tokens)
+        for block in self.blocks:
+            heads = block.heads(x, with_pattern=False)
+            n_sharing = self.config.n_heads // self.config.n_kv_heads
+            resid_pre.append(x)
+            keys.append(heads.k[:, :, ::n_sharing].clone())
+            values.append(heads.v[:, :, ::n_sharing].clone())
+            z_of_layer.append(heads.z_cat)
+            attn_out, mlp_out, _ = block.after_heads(x, heads.z_cat)
+            x = x + attn_out + mlp_out
+        return Run(tokens, resid_pre, keys, values, z_of_layer, x)
+
+    @torch.no_grad()
+    def rerun(self, run, rows, positions, edit_z=None, keep=(), tokens=None):
+        """Rows of a run once more, with edits or with other tokens at some positions; only these
+        positions are computed, and the keys and values of all others are those of the run.
+
+            -> the stream after the last layer (B,S,d_model), {layer: LayerCache}
+
+        That is the whole run with these edits or tokens, if a row's positions have in them all that
+        is changed, and whatever comes after the first change and is looked at.
+
+        rows (B,): of the run; one may come several times. positions (B,S): S of each row, one of
+        which may come several times too. edit_z: as in `forward`, functions of z_cat of whole rows
+        (B,T,D), which may change nothing at other positions. tokens (B,T): what the rows are now.
+        """
+        edit_z = edit_z or {}
+        self.check_layers([*edit_z, *keep])
+        row = torch.arange(len(rows), device=positions.device)[:, None]
+        if tokens is None:
+            first = min(edit_z, default=0)
+            x = run.resid_pre[first][rows[:, None], positions]          # (B,S,d_model)
+        else:
+            first = 0
+            x = self.embed(tokens)[row, positions]
+        cache = {}
+        for layer in range(first, self.config.n_layers):
+            block = self.blocks[layer]
+            within = Within(positions, run.k[layer][rows], run.v[layer][rows])
+            heads = block.heads(x, with_pattern=layer in keep, within=within)
+            z_cat = heads.z_cat
+            if layer in edit_z:
+                whole = run.z_cat[layer][rows]
+                whole[row, positions] = z_cat
+                z_cat = edit_z[layer](whole)[row, positions]
             attn_out, mlp_out, scales = block.after_heads(x, z_cat, with_scales=layer in keep)
             if layer in keep:
                 cache[layer] = LayerCache(x, heads.pattern, heads.q, heads.k, heads.v, z_cat,
@@ -236,6 +327,13 @@ class Transformer(nn.Module):
                             f"{self.config.n_ctx}; shorten it.")
 
 
+def dot_with_embeddings(x, embedding, tokens=None):         # (...,d), (d_vocab,d) -> (...,d_vocab)
+    """Products with all embeddings, or with those of some tokens (...,m) -> (...,m)."""
+    if tokens is None:
+        return F.linear(x, embedding)
+    return torch.einsum("...d,...md->...m", x, embedding[tokens])
+
+
 class HeadMatrices(NamedTuple):
     """One layer's weights per head, with gains, bias and centring of the norms around attention
     folded in.
@@ -271,6 +369,11 @@ class GPT2Config:
     @property
     def d_head(self):
         return self.d_model // self.n_heads
+
+    @property
+    def n_kv_heads(self):
+        """Every head has its own keys and values."""
+        return self.n_heads
 
     @property
     def d_z_cat(self):
@@ -322,11 +425,15 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.d_model, 3 * config.d_model)        # W_Q | W_K | W_V
         self.c_proj = Linear(config.d_model, config.d_model)            # W_O
 
-    def heads(self, x, with_pattern=True):                  # (B,T,d_model), normalised -> Heads
-        """Everything up to z_cat."""
+    def heads(self, x, with_pattern=True, within=None):     # (B,T,d_model), normalised -> Heads
+        """Everything up to z_cat. within: where x is only some positions of its rows."""
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))       # (B,T,3,H,d_head)
         q, k, v = qkv.unbind(2)
-        return attend(q, k, v, self.score_scale, with_pattern=with_pattern)
+        positions = None
+        if within:
+            positions = within.positions
+            k, v = within.with_new(k, v)
+        return attend(q, k, v, self.score_scale, with_pattern=with_pattern, positions=positions)
 
     def out(self, z_cat):                                   # (B,T,D) -> attn_out (B,T,d_model)
         """Everything after z_cat."""
@@ -355,8 +462,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.d_model, config.eps)
         self.mlp = MLP(config)
 
-    def heads(self, x, with_pattern=True):                  # resid_pre (B,T,d_model) -> Heads
-        return self.attn.heads(self.ln_1(x), with_pattern)
+    def heads(self, x, with_pattern=True, within=None):     # resid_pre (B,T,d_model) -> Heads
+        return self.attn.heads(self.ln_1(x), with_pattern, within)
 
     def after_heads(self, x, z_cat, with_scales=False):     # (B,T,d_model), (B,T,D)
         """The layer's two contributions to the residual stream -> attn_out, mlp_out, and what its
@@ -391,9 +498,10 @@ class GPT2(Transformer):
         positions = self.wpe(torch.arange(T, device=tokens.device))     # (T,d_model)
         return {"embedding": self.wte(tokens), "position": positions.expand(B, -1, -1)}
 
-    def unembed(self, x):                                   # (B,T,d_model) -> (B,T,d_vocab)
-        """Final norm, then the dot product with every token's embedding."""
-        return F.linear(self.ln_f(x), self.wte.weight)
+    def unembed(self, x, tokens=None):                      # (...,d_model) -> (...,d_vocab)
+        """Final norm, then the dot product with every token's embedding, or with those of
+        `tokens` (...,m) alone -> (...,m)."""
+        return dot_with_embeddings(self.ln_f(x), self.wte.weight, tokens)
 
     def final_scale(self, x):                               # (...,d_model) -> (...,1)
         """What the final norm divides by."""
@@ -516,14 +624,14 @@ def rotary(x, theta, positions=None):                       # (B,T,H,d_head) -> 
     i + d_head/2 turns by t / theta^(2i / d_head), so that q . k depends on the distance of the two
     positions.
 
-    positions (T,): those of x along its second dimension, 0 to T-1 if not given.
+    positions (T,) or (B,T): those of x along its second dimension, 0 to T-1 if not given.
     """
     half = x.shape[-1] // 2
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)
     i = torch.arange(half, dtype=torch.float32, device=x.device)
     frequency = 1 / theta ** (i / half)
-    angle = positions.float()[:, None, None] * frequency                # (T,1,half)
+    angle = positions.float()[..., None, None] * frequency              # (...,T,1,half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     left, right = x[..., :half], x[..., half:]
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
@@ -555,14 +663,17 @@ class GemmaAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.config.d_head))
         return q, k.repeat_interleave(n_sharing, 2), v.repeat_interleave(n_sharing, 2)
 
-    def heads(self, x, with_pattern=True):                  # (B,T,d_model), normalised -> Heads
-        """Everything up to z_cat."""
+    def heads(self, x, with_pattern=True, within=None):     # (B,T,d_model), normalised -> Heads
+        """Everything up to z_cat. within: where x is only some positions of its rows."""
         q, k, v = self.qkv(x)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotary(q, self.theta), rotary(k, self.theta)
+        positions = within.positions if within else None
+        q, k = rotary(q, self.theta, positions), rotary(k, self.theta, positions)
+        if within:
+            k, v = within.with_new(k, v)
         return attend(q, k, v, self.config.score_scale, self.window, self.config.score_softcap,
-                      with_pattern)
+                      with_pattern, positions)
 
     def out(self, z_cat):                                   # (B,T,D) -> (B,T,d_model)
         """z_cat @ W_O. Gemma 2 and 3 normalise the result, in `GemmaBlock.after_heads`."""
@@ -602,8 +713,8 @@ class GemmaBlock(nn.Module):
             self.post_attention_layernorm = RMSNorm(config.d_model, config.eps)
             self.post_feedforward_layernorm = RMSNorm(config.d_model, config.eps)
 
-    def heads(self, x, with_pattern=True):                  # resid_pre (B,T,d_model) -> Heads
-        return self.self_attn.heads(self.input_layernorm(x), with_pattern)
+    def heads(self, x, with_pattern=True, within=None):     # resid_pre (B,T,d_model) -> Heads
+        return self.self_attn.heads(self.input_layernorm(x), with_pattern, within)
 
     def after_heads(self, x, z_cat, with_scales=False):     # (B,T,d_model), (B,T,D)
         """As GPT-2's: attn_out, mlp_out, and what the norms divided by, if asked for."""
@@ -654,9 +765,10 @@ class Gemma(Transformer):
         factor = torch.tensor(self.config.d_model**0.5, dtype=x.dtype, device=x.device)
         return {"embedding": x * factor}
 
-    def unembed(self, x):                                   # (B,T,d_model) -> (B,T,d_vocab)
-        """Final norm, the dot product with every token's embedding, and the soft cap if any."""
-        logits = F.linear(self.norm(x), self.embed_tokens.weight)
+    def unembed(self, x, tokens=None):                      # (...,d_model) -> (...,d_vocab)
+        """Final norm, the dot product with every token's embedding, or with those of `tokens`
+        (...,m) alone -> (...,m), and the soft cap if any."""
+        logits = dot_with_embeddings(self.norm(x), self.embed_tokens.weight, tokens)
         softcap = self.config.logit_softcap
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 

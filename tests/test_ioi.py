@@ -127,12 +127,21 @@ def test_names_that_do_not_serve_are_named(tokenizer):
 # ---- patches ----
 
 
-def test_patching_nothing_gives_the_base_run_bit_for_bit(tiny, run):
+def test_patching_nothing_gives_the_base_run(tiny, run):
+    """But for rounding: only what follows the place is computed anew."""
     prompts, base, *_ = run
     S2 = prompts.pos["S2"]
     own = {layer: ioi.patch_at(ioi.z_at(base.z[layer], prompts, "S2"), S2) for layer in range(4)}
-    assert torch.equal(ioi.logit_diff_with(tiny, base, prompts, {}), base.ld)
-    assert torch.equal(ioi.logit_diff_with(tiny, base, prompts, own), base.ld)
+    for place in ("BOS", "S2", "end"):
+        ld = ioi.logit_diff_with(tiny, base, prompts, {}, place)
+        torch.testing.assert_close(ld, base.ld, rtol=0, atol=3e-5)
+    ld = ioi.logit_diff_with(tiny, base, prompts, own, "S2")
+    torch.testing.assert_close(ld, base.ld, rtol=0, atol=3e-5)
+
+
+def test_a_span_ends_at_the_end():
+    start, end = torch.tensor([3, 5, 9]), torch.tensor([6, 9, 9])
+    assert ioi.span(start, end).tolist() == [[3, 4, 5, 6, 6], [5, 6, 7, 8, 9], [9] * 5]
 
 
 def test_patching_every_layer_at_the_end_gives_the_sources_logits(tiny, run):
@@ -140,17 +149,20 @@ def test_patching_every_layer_at_the_end_gives_the_sources_logits(tiny, run):
     patch = {layer: ioi.patch_at(ioi.z_at(source_run.z[layer], source, "end"), prompts.pos["end"])
              for layer in range(4)}
     # the same last token at the same place: all that differs at the end came through z_cat
-    torch.testing.assert_close(ioi.logit_diff_with(tiny, base, prompts, patch), -source_run.ld,
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ioi.logit_diff_with(tiny, base, prompts, patch, "end"),
+                               -source_run.ld, rtol=1e-4, atol=1e-4)
 
 
 def test_an_edit_of_one_row_leaves_the_others_bit_equal(tiny, run):
     prompts, base, source, source_run = run
     values = ioi.z_at(base.z[1], prompts, "S2").clone()
+    own = {1: ioi.patch_at(values, prompts.pos["S2"])}
+    before = ioi.logit_diff_with(tiny, base, prompts, own, "S2")
     values[3] = 0
-    ld = ioi.logit_diff_with(tiny, base, prompts, {1: ioi.patch_at(values, prompts.pos["S2"])})
+    other = {1: ioi.patch_at(values, prompts.pos["S2"])}
+    after = ioi.logit_diff_with(tiny, base, prompts, other, "S2")
     others = torch.arange(N) != 3
-    assert torch.equal(ld[others], base.ld[others]) and ld[3] != base.ld[3]
+    assert torch.equal(after[others], before[others]) and after[3] != before[3]
 
 
 def test_effects_of_heads_by_brute_force(tiny, run):
@@ -241,7 +253,8 @@ def test_removing_a_feature_removes_its_decoder_row_at_its_own_place(tiny, run, 
         i, j = int(found.row[n]), int(found.feature[n])
         values = z.clone()
         values[i] -= f[i, j] * saes[1].W_dec[j]
-        ld = ioi.logit_diff_with(tiny, base, prompts, {1: ioi.patch_at(values, prompts.pos["S2"])})
+        edit = {1: ioi.patch_at(values, prompts.pos["S2"])}
+        ld = ioi.logit_diff_with(tiny, base, prompts, edit, "BOS")
         assert float(found.change[n]) == pytest.approx(float(ld[i] - base.ld[i]), abs=1e-4)
 
 
@@ -253,7 +266,7 @@ def test_removing_the_error_leaves_the_reconstruction(tiny, run, saes):
         for i in range(N):
             z[i, prompts.pos["end"][i]] = saes[0](z[i, prompts.pos["end"][i]])
         return z
-    expected = ioi.logit_diff_with(tiny, base, prompts, {0: spliced_there}) - base.ld
+    expected = ioi.logit_diff_with(tiny, base, prompts, {0: spliced_there}, "BOS") - base.ld
     torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -310,7 +323,8 @@ def test_recovered_is_1_for_the_base_run_0_for_zero_and_none_without_a_differenc
 
 def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(tiny, run):
     prompts, base, *_ = run
-    assert torch.equal(ioi.patch_S2(tiny, prompts, base, prompts, base, [0, 1]), base.ld)
+    torch.testing.assert_close(ioi.patch_S2(tiny, prompts, base, prompts, base, [0, 1]), base.ld,
+                               rtol=0, atol=3e-5)
     found = ioi.baselines(tiny, prompts, base, [1])
     rows, S2 = torch.arange(N), prompts.pos["S2"]
 

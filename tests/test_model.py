@@ -112,6 +112,105 @@ def test_logit_directions_give_every_logit_less_the_mean(pair):
                                atol=1e-9)
 
 
+def test_logits_of_some_tokens_are_those_of_all(pair):
+    model = copy.deepcopy(pair[0]).double()
+    tokens = random_tokens(model)
+    x, _ = model.run_layers(model.embed(tokens))
+    some = torch.stack([tokens, tokens.flip(1), tokens * 0], -1)
+    torch.testing.assert_close(model.unembed(x, some), model.unembed(x).gather(-1, some),
+                               rtol=1e-12, atol=1e-12)
+
+
+# ---- a run from which another goes on ----
+
+
+def at_starts(start, T, S):                                             # (B,) -> (B,S)
+    """S positions of each row from its own start on; beyond the end, the last again."""
+    return (start[:, None] + torch.arange(S)).clamp(max=T - 1)
+
+
+def random_rerun(model, B=5, T=20):
+    """Rows of a run, some of them twice, each with a start of its own."""
+    g = torch.Generator().manual_seed(3)
+    run = model.run(torch.randint(0, model.config.d_vocab, (B, T), generator=g))
+    rows = torch.tensor([4, 0, 0, 2, 1, 3, 4])
+    start = torch.tensor([1, 5, 12, 7, 19, 2, 9])
+    return run, rows, start, at_starts(start, T, T - 1), g
+
+
+def test_a_run_is_what_the_model_computes(pair):
+    model = copy.deepcopy(pair[0]).double()
+    run, *_ = random_rerun(model)
+    _, cache = model(run.tokens, keep=range(model.config.n_layers))
+    for layer, kept in cache.items():
+        sharing = model.config.n_heads // model.config.n_kv_heads
+        torch.testing.assert_close(run.k[layer].repeat_interleave(sharing, 2), kept.k)
+        torch.testing.assert_close(run.v[layer].repeat_interleave(sharing, 2), kept.v)
+        torch.testing.assert_close(run.z_cat[layer], kept.z_cat)
+        torch.testing.assert_close(run.resid_pre[layer], kept.resid_pre)
+    torch.testing.assert_close(run.final, kept.resid_post)
+
+
+def test_a_rerun_with_edits_equals_the_whole_run(pair):
+    """Rows of unequal starts, edits in two layers, one of which sees what the other led to."""
+    model = copy.deepcopy(pair[0]).double()
+    run, rows, start, positions, g = random_rerun(model)
+    row, last = torch.arange(len(rows)), model.config.n_layers - 1
+    value = torch.randn(len(rows), model.config.d_z_cat, generator=g, dtype=torch.float64)
+
+    def put(z):
+        z = z.clone()
+        z[row, start] = value
+        return z
+
+    def double(z):
+        z = z.clone()
+        z[row, start] *= 2
+        z[row, (start + 2).clamp(max=19)] -= z[row, start]
+        return z
+
+    edits = {last - 1: put, last: double}
+    whole, cache = model.run_layers(model.embed(run.tokens[rows]), edits, keep=(last,))
+    ours, kept = model.rerun(run, rows, positions, edits, keep=(last,))
+    torch.testing.assert_close(ours, whole[row[:, None], positions], rtol=1e-10, atol=1e-10)
+    assert (ours - run.final[rows[:, None], positions]).abs().max() > 1e-3, "the edits do something"
+    for name in ("resid_pre", "q", "z_cat", "attn_out", "mlp_out"):
+        expected = getattr(cache[last], name)[row[:, None], positions]
+        torch.testing.assert_close(getattr(kept[last], name), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(kept[last].pattern.transpose(1, 2),
+                               cache[last].pattern.transpose(1, 2)[row[:, None], positions],
+                               rtol=1e-10, atol=1e-10)
+    for name, of_whole in cache[last].scales.items():
+        if name != "k":
+            torch.testing.assert_close(kept[last].scales[name], of_whole[row[:, None], positions],
+                                       rtol=1e-10, atol=1e-10)
+
+
+def test_a_rerun_with_other_tokens_equals_the_whole_run(pair):
+    model = copy.deepcopy(pair[0]).double()
+    run, rows, start, positions, g = random_rerun(model)
+    row = torch.arange(len(rows))
+    tokens = run.tokens[rows].clone()
+    tokens[row, start] = (tokens[row, start] + 1) % model.config.d_vocab
+    tokens[row, (start + 3).clamp(max=19)] = 5
+    whole, _ = model.run_layers(model.embed(tokens))
+    ours, _ = model.rerun(run, rows, positions, tokens=tokens)
+    torch.testing.assert_close(ours, whole[row[:, None], positions], rtol=1e-10, atol=1e-10)
+
+
+def test_a_rerun_of_one_position_is_what_a_patch_there_does(pair):
+    model = copy.deepcopy(pair[0]).double()
+    run, rows, start, _, g = random_rerun(model)
+    row = torch.arange(len(rows))
+    edit = {0: lambda z: z.index_put((row, start), z[row, start] * 3)}
+    whole, _ = model.run_layers(model.embed(run.tokens[rows]), edit)
+    ours, _ = model.rerun(run, rows, start[:, None], edit)
+    torch.testing.assert_close(ours[:, 0], whole[row, start], rtol=1e-10, atol=1e-10)
+
+
+# ---- edits ----
+
+
 def test_identity_edit_changes_nothing_bit_for_bit(pair):
     ours, _ = pair
     tokens = random_tokens(ours)
