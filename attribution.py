@@ -100,17 +100,18 @@ def head_logits(z_cat, matrices, scaled_direction, scale=1.0):  # (...,D), _, (.
 
 
 @torch.no_grad()
-def direct_logits(model, matrices, tokens, position, direction, look=lambda kept: None):
+def direct_logits(model, matrices, caches, position, direction, look=lambda kept: None):
     """Direct logit attribution of every head at one position of each row -> (B,layers,H).
 
-    matrices: every layer's HeadMatrices. tokens (B,T), position (B,). direction (B,d_model): of
+    matrices: every layer's HeadMatrices. caches: every layer's (layer, LayerCache), of
+    model.layer_caches or model.rerun_caches. position (B,): in them. direction (B,d_model): of
     model.logit_directions, or a difference of two; the final norm's scale is put in here. look:
     called with each layer's LayerCache, for what else a caller wants of this pass, such as
     attention.
     """
-    row = torch.arange(len(tokens), device=tokens.device)
+    row = torch.arange(len(position), device=position.device)
     gathered = []
-    for _, kept in model.layer_caches(tokens):
+    for _, kept in caches:
         look(kept)
         scale = kept.scales["attn_out"][row, position] if "attn_out" in kept.scales else 1.0
         gathered.append((kept.z_cat[row, position], scale))

@@ -181,7 +181,7 @@ def prefix_curves(model, bos, token_class, n=400, seed=0, progress=lambda rows: 
     for rows in torch.arange(n, device=base.device).split(8):
         up_to_query = base[rows, :query[rows].max() + 1]
         tokens, k, q = grow_prefix(up_to_query, key[rows], query[rows])
-        pattern, direct = attention_and_logits(model, matrices, tokens, k, q)
+        pattern, direct = attention_and_logits(model, matrices, up_to_query, tokens, k, q)
         attention.append(pattern.cpu().numpy())
         logit.append(direct.cpu().numpy())
         progress(int(rows[-1]) + 1)
@@ -217,17 +217,25 @@ def grow_prefix(base, key, query):              # (b,T), (b,), (b,) -> (B,T), (B
     return tokens, k, q
 
 
-def attention_and_logits(model, matrices, tokens, k, q):    # (B,T), (B,), (B,) -> (B,layers,H) x 2
+def attention_and_logits(model, matrices, base, tokens, k, q):  # (b,T), (B,T), (B,), (B,)
     """Every head's attention from q to k, and what it adds at q, directly, to the logit of the
-    token at k, less the mean over all tokens."""
+    token at k, less the mean over all tokens -> (B,layers,H) each.
+
+    tokens: of `grow_prefix`, base with other tokens in the longest prefix before q. What stands
+    before that is the same in all, and is run once.
+    """
+    n_new = max(LENGTHS)                                    # positions up to q that may differ
     row = torch.arange(len(tokens), device=tokens.device)
+    positions = q[:, None] + torch.arange(1 - n_new, 1, device=q.device)            # (B,n_new)
+    caches = model.rerun_caches(model.run(base), row // len(LENGTHS), positions, tokens=tokens)
     attention = []
 
     def look(kept):
-        attention.append(kept.pattern[row, :, q, k])                    # (B,H)
+        attention.append(kept.pattern[row, :, -1, k])                   # (B,H): q is the last
 
     direction = model.logit_directions(tokens[row, k])
-    logits = direct_logits(model, matrices, tokens, q, direction, look)
+    last = torch.full_like(q, n_new - 1)
+    logits = direct_logits(model, matrices, caches, last, direction, look)
     return torch.stack(attention, 1), logits
 
 

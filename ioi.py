@@ -292,7 +292,7 @@ def logit_diff_with(model, clean, batch, edit_z, place, rows=None):     # {layer
     end = batch.pos["end"]
     start = torch.zeros_like(end) if place == "BOS" else batch.pos[place]
     rows = batch.rows() if rows is None else rows
-    final, _ = model.rerun(clean.run, rows, span(start, end), edit_z)
+    final = model.rerun(clean.run, rows, span(start, end), edit_z)
     return logit_difference(model, final[:, -1], batch)
 
 
@@ -389,7 +389,8 @@ def attention_and_dla(model, batch):                        # -> {pair: (N,L,H)}
 
     matrices = [model.head_matrices(layer) for layer in range(model.config.n_layers)]
     direction = model.logit_directions(batch.io) - model.logit_directions(batch.s)
-    dla = direct_logits(model, matrices, batch.tokens, end, direction, look)
+    caches = model.layer_caches(batch.tokens)
+    dla = direct_logits(model, matrices, caches, end, direction, look)
     attention = {pair: torch.stack(by_layer, 1).cpu().numpy()
                  for pair, by_layer in attention.items()}
     return attention, dla.cpu().numpy()

@@ -214,21 +214,28 @@ class Transformer(nn.Module):
         return Run(tokens, resid_pre, keys, values, z_of_layer, x)
 
     @torch.no_grad()
-    def rerun(self, run, rows, positions, edit_z=None, keep=(), tokens=None):
-        """Rows of a run once more, with edits or with other tokens at some positions; only these
-        positions are computed, and the keys and values of all others are those of the run.
+    def rerun(self, run, rows, positions, edit_z=None, tokens=None):    # -> (B,S,d_model)
+        """Rows of a run once more, with edits or with other tokens at some positions -> the stream
+        after the last layer, at these positions.
 
-            -> the stream after the last layer (B,S,d_model), {layer: LayerCache}
-
-        That is the whole run with these edits or tokens, if a row's positions have in them all that
-        is changed, and whatever comes after the first change and is looked at.
+        Only they are computed, with the keys and values of all others as they were. That is the
+        whole run with these edits or tokens, if a row's positions have in them all that is changed,
+        and whatever comes after the first change and is looked at.
 
         rows (B,): of the run; one may come several times. positions (B,S): S of each row, one of
         which may come several times too. edit_z: as in `forward`, functions of z_cat of whole rows
         (B,T,D), which may change nothing at other positions. tokens (B,T): what the rows are now.
         """
+        for _, kept in self.rerun_caches(run, rows, positions, edit_z, tokens, with_pattern=False):
+            pass
+        return kept.resid_post
+
+    @torch.no_grad()
+    def rerun_caches(self, run, rows, positions, edit_z=None, tokens=None, with_pattern=True):
+        """What the layers compute in a `rerun`, one after the other: (layer, LayerCache), ... from
+        the first that differs. Without pattern there are no scales either."""
         edit_z = edit_z or {}
-        self.check_layers([*edit_z, *keep])
+        self.check_layers(edit_z)
         row = torch.arange(len(rows), device=positions.device)[:, None]
         if tokens is None:
             first = min(edit_z, default=0)
@@ -236,22 +243,20 @@ class Transformer(nn.Module):
         else:
             first = 0
             x = self.embed(tokens)[row, positions]
-        cache = {}
         for layer in range(first, self.config.n_layers):
             block = self.blocks[layer]
             within = Within(positions, run.k[layer][rows], run.v[layer][rows])
-            heads = block.heads(x, with_pattern=layer in keep, within=within)
+            heads = block.heads(x, with_pattern, within)
             z_cat = heads.z_cat
             if layer in edit_z:
-                whole = run.z_cat[layer][rows]
+                whole = run.z_cat[layer][rows]                          # a copy
                 whole[row, positions] = z_cat
                 z_cat = edit_z[layer](whole)[row, positions]
-            attn_out, mlp_out, scales = block.after_heads(x, z_cat, with_scales=layer in keep)
-            if layer in keep:
-                cache[layer] = LayerCache(x, heads.pattern, heads.q, heads.k, heads.v, z_cat,
-                                          attn_out, mlp_out, scales)
-            x = x + attn_out + mlp_out
-        return x, cache
+            attn_out, mlp_out, scales = block.after_heads(x, z_cat, with_scales=with_pattern)
+            kept = LayerCache(x, heads.pattern, heads.q, heads.k, heads.v, z_cat, attn_out,
+                              mlp_out, scales)
+            yield layer, kept
+            x = kept.resid_post
 
     def layer_caches(self, tokens, depth=None):             # (B,T) -> (layer, LayerCache), ...
         """What the first `depth` layers compute (all, if None), one after the other, so that not
