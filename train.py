@@ -703,24 +703,26 @@ def evaluate(model, saes, rows, means):                     # -> {layer: metrics
 
     saes: {layer: SAE}. rows (R,T): held-out tokens. means: {layer: (D,)}, the vector of mean
     ablation, from training text. Cross-entropies are nats per token over the predictions made from
-    positions 1 to T-2; every replacement leaves position 0 (BOS) as it is. *zero* puts 0 in place
+    positions 1 to T-2, or, where the vocabulary is large, from one in `ce_stride` of them;
+    every replacement leaves position 0 (BOS) as it is. *zero* puts 0 in place
     of z_cat, so that attention adds b_O alone. Intervals are 95% bootstrap intervals over rows.
     Where z_cat matters too little to tell, that is if CE_zero - CE_clean is below 0.05 nats or its
     interval reaches 0, ce_recovered_zero is None; likewise ce_recovered_mean, judged by CE_mean.
     """
-    T = rows.shape[1]
-    widest = max(model.config.d_vocab, *(sae.d_sae for sae in saes.values()))
+    R, T = rows.shape
+    at = ce_positions(R, T, ce_stride(model)).to(rows.device)           # (R,m)
+    widest = max(at.shape[1] * model.config.d_vocab, *(T * sae.d_sae for sae in saes.values()))
     # 8 rows at most, and 256 MiB for the largest tensor, or one row's
-    n_rows = max(1, min(8, 2**26 // (T * widest)))
+    n_rows = max(1, min(8, 2**26 // widest))
     by_row = {layer: [] for layer in saes}
-    for tokens in rows.split(n_rows):
+    for tokens, q in zip(rows.split(n_rows), at.split(n_rows)):
         found = {}
         x = model.embed(tokens)                             # the clean stream before each layer
         for layer in range(model.config.n_layers):
             if layer in saes:
-                found[layer] = evaluate_layer(model, saes[layer], means[layer], layer, x, tokens)
+                found[layer] = evaluate_layer(model, saes[layer], means[layer], layer, x, tokens, q)
             x, _ = model.run_layers(x, layers=(layer,))
-        ce_clean = row_ce(model.unembed(x), tokens)
+        ce_clean = row_ce(model.unembed(at_positions(x, q)), tokens, q)
         for layer in saes:
             found[layer]["ce_clean"] = ce_clean
             by_row[layer].append({name: value.cpu().double().numpy()
@@ -729,12 +731,25 @@ def evaluate(model, saes, rows, means):                     # -> {layer: metrics
     for layer, parts in by_row.items():
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         metrics[layer] = summarise(values, T - 1)
+        metrics[layer]["n_ce_tokens"] = at.numel()
     return metrics
 
 
-def evaluate_layer(model, sae, mean, layer, x, tokens):     # (D,), (R,T,d_model), (R,T)
-    """What one layer's SAE makes of its z_cat, and the cross-entropy with z_cat replaced by the
-    reconstruction, by 0 and by the mean -> {name: (R,...)}. x is the clean stream before the
+def ce_stride(model):
+    """How many positions apart cross-entropies are measured: 1 up to GPT-2's 50,257 tokens. The
+    product with Gemma's 262,144 costs more than all its layers: there it is 5."""
+    return max(1, model.config.d_vocab // 50_000)
+
+
+def ce_positions(R, T, stride):                             # -> (R,m)
+    """Positions 1 to T-2 of R rows, or one in `stride` of them, the first in turn 1, 2, ..."""
+    first = 1 + torch.arange(R) % stride
+    return first[:, None] + stride * torch.arange((T - 2) // stride)
+
+
+def evaluate_layer(model, sae, mean, layer, x, tokens, q):  # (D,), (R,T,d_model), (R,T), (R,m)
+    """What one layer's SAE makes of its z_cat, and the cross-entropy at q with z_cat replaced by
+    the reconstruction, by 0 and by the mean -> {name: (R,...)}. x is the clean stream before the
     layer."""
     block = model.blocks[layer]
     z_cat = block.heads(x, with_pattern=False).z_cat
@@ -746,15 +761,22 @@ def evaluate_layer(model, sae, mean, layer, x, tokens):     # (D,), (R,T,d_model
         attn_out, mlp_out, _ = block.after_heads(x, edit(z_cat))
         later = range(layer + 1, model.config.n_layers)
         after, _ = model.run_layers(x + attn_out + mlp_out, layers=later)
-        result[name] = row_ce(model.unembed(after), tokens)
+        result[name] = row_ce(model.unembed(at_positions(after, q)), tokens, q)
     return result
 
 
-def row_ce(logits, tokens):                                 # (R,T,d_vocab), (R,T) -> (R,)
-    """Mean cross-entropy of each row's predictions from positions 1 to T-2, in nats."""
-    next_token = tokens.roll(-1, 1)                         # the last position has none
+def at_positions(x, q):                                     # (R,T,...), (R,m) -> (R,m,...)
+    """Each row at positions of its own."""
+    row = torch.arange(len(q), device=q.device)[:, None]
+    return x[row, q]
+
+
+def row_ce(logits, tokens, q):                              # (R,m,d_vocab), (R,T), (R,m) -> (R,)
+    """Mean cross-entropy of each row's predictions from positions q, in nats. The logits are those
+    at q."""
+    next_token = at_positions(tokens, q + 1)
     losses = F.cross_entropy(logits.float().flatten(0, 1), next_token.flatten(), reduction="none")
-    return losses.unflatten(0, tokens.shape)[:, 1:-1].mean(-1)
+    return losses.unflatten(0, q.shape).mean(-1)
 
 
 def replace_with(value):
@@ -820,7 +842,7 @@ def summarise(by_row, n_positions):                         # {name: (R,...) flo
         if metrics[f"ce_{kind}_minus_clean"] < 0.05 or low <= 0:
             metrics[f"ce_recovered_{kind}"] = None
             metrics[f"ce_recovered_{kind}_ci"] = None
-    metrics["n_eval_tokens"] = n_rows * n_positions     # of L0 and variance; CE has one a row less
+    metrics["n_eval_tokens"] = n_rows * n_positions     # of L0 and variance
     return metrics
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +179,29 @@ def test_evaluation_equals_a_loop_over_positions(tmp_path):
     error = (f @ sae.W_dec + sae.b_dec - z).square().sum()
     explained = float(1 - error / (z - z.mean(0)).square().sum())
     assert got["explained_variance"] == pytest.approx(explained, abs=1e-4)
+
+
+def test_cross_entropy_of_a_large_vocabulary_is_measured_at_some_positions(tmp_path, monkeypatch):
+    """One in 5 of each row's, in turn another; the mean over them equals that over all."""
+    import model as models
+    random_gpt2(tmp_path, **GPT2_SHAPES["small"])
+    ours = models.load_model(tmp_path)
+    at = T.ce_positions(10, 40, 5)
+    assert at.shape == (10, 7) and at.min() == 1 and at.max() <= 38, "1 to T-2"
+    assert at[0].tolist() == [1, 6, 11, 16, 21, 26, 31] and at[4, 0] == 5 and at[5, 0] == 1
+    assert T.ce_positions(3, 20, 1).tolist() == [list(range(1, 19))] * 3
+    assert [T.ce_stride(SimpleNamespace(config=SimpleNamespace(d_vocab=n)))
+            for n in (101, 50_257, 256_000, 262_144)] == [1, 1, 5, 5]
+    rows = torch.randint(101, (400, 20), generator=torch.Generator().manual_seed(0))
+    sae = S.SAE(32, 64, torch.Generator().manual_seed(0)).requires_grad_(False)
+    everywhere = T.evaluate(ours, {1: sae}, rows, {1: torch.zeros(32)})[1]
+    monkeypatch.setattr("train.ce_stride", lambda model: 5)
+    some = T.evaluate(ours, {1: sae}, rows, {1: torch.zeros(32)})[1]
+    assert (everywhere["n_ce_tokens"], some["n_ce_tokens"]) == (400 * 18, 400 * 3)
+    assert some["l0"] == everywhere["l0"]
+    for name in ("ce_clean", "ce_sae", "ce_zero"):
+        low, high = some[f"{name}_ci"]
+        assert low <= everywhere[name] <= high and some[name] != everywhere[name], name
 
 
 def test_a_perfect_sae_recovers_everything_and_the_mean_nothing(tiny):

@@ -248,15 +248,19 @@ def test_05_resampling():
 def test_06_cross_entropy_recovered():
     logits, tokens = random(3, 6, 9), torch.randint(9, (3, 6),
                                                     generator=torch.Generator().manual_seed(0))
-    each = [[
-        float(torch.logsumexp(logits[b, t], 0) - logits[b, t, tokens[b, t + 1]]) for t in range(5)
-    ] for b in range(3)]
-    got = train.row_ce(logits, tokens)
-    mean = lambda first: torch.tensor([sum(row[first:]) / len(row[first:]) for row in each])
-    assert not near(got, mean(0), 1e-5), \
-        "position 0 is BOS, where nothing is replaced: positions 1 to T-2 count"
+    q = torch.tensor([[1, 2, 3, 4], [1, 3, 4, 4], [0, 1, 2, 3]])
+    at_q = logits[torch.arange(3)[:, None], q]
+
+    def mean(shift):
+        """By hand, with the token at q + shift taken as what is predicted at q."""
+        losses = [[torch.logsumexp(logits[b, t], 0) - logits[b, t, tokens[b, t + shift]]
+                   for t in q[b].tolist()] for b in range(3)]
+        return torch.tensor(losses).mean(1)
+
+    got = train.row_ce(at_q, tokens, q)
+    assert not near(got, mean(0), 1e-5), "the prediction at position t is of the token at t + 1"
     assert near(got, mean(1), 1e-5), \
-        "the prediction at position t is of the token at t + 1, and the last position has none"
+        "at each position q the logsumexp of all logits less the logit of the token at q + 1"
     ablated, sae, clean = np.array([2.0, 5.0]), np.array([1.0, 4.0]), np.array([0.0, 1.0])
     got = train.ce_recovered(ablated, sae, clean)
     assert got != pytest.approx(0.375), "a ratio of means over rows, not a mean of ratios"
