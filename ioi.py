@@ -11,7 +11,8 @@ before the connector, IO after it.
     features    with SAEs spliced in, is the task still done? With the SAE error kept, which
                 features, at S2 and at the end, does it depend on, and what do they look at?
     signal      what do the layers that act at S2 tell the rest: where S1 was, or on which side of
-                " and"? z_cat at S2 is replaced by another prompt's
+                " and"? z_cat at S2 is replaced by another prompt's. The layers are chosen on one
+                half of the prompts, and all this is measured on the other
     qk          why do the name movers look at IO rather than at S?
 
     python ioi.py           all four on the shipped model, in <out>/<model>/ioi/
@@ -20,7 +21,8 @@ A *source* prompt is its base prompt with something changed: another S2, other n
 connector. Patching copies the source run's z_cat at a position into the base run, at the matching
 position of each row. Recovered = (LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means
 over prompts; LD_zero has z_cat = 0 there. (The paper folds value biases into b_O, which shifts its
-z_cat, and so what 0 means: README, "Bias convention".)
+z_cat, and so what 0 means: README, "Bias convention".) The *effect of order* is LD patched from
+prompts with other names in the same order, less LD patched from those with the order flipped.
 
 Shapes: N prompts, T positions, H heads, D = H*d_head, d_sae; L layers.
 """
@@ -103,13 +105,8 @@ def draw_prompts(n, names, tokenizer, seed=0):              # -> list of Prompt
     """n prompts, ABBA and BABA in turn, templates in turn, everything else at random; two different
     names.
 
-    Places and objects are those that are one token in this vocabulary. Raises UserError for a name
-    that is not, and for fewer than four names.
+    Places and objects are those that are one token in this vocabulary, as the names are.
     """
-    if len(set(names)) < 4 or "" in names:
-        raise UserError("--names takes four different names or more, with commas between them.")
-    for name in names:
-        tokenizer.single(" " + name)
     places = [word for word in PLACES if len(tokenizer.encode(" " + word)) == 1]
     objects = [word for word in OBJECTS if len(tokenizer.encode(" " + word)) == 1]
     if not places or not objects:
@@ -122,6 +119,21 @@ def draw_prompts(n, names, tokenizer, seed=0):              # -> list of Prompt
         prompts.append(Prompt(i // 2 % len(TEMPLATES), ORDERS[i % 2], io, s, rng.choice(places),
                               rng.choice(objects)))
     return prompts
+
+
+def names_of_one_token(names, tokenizer):                   # -> list of str
+    """Those of the names that are one token, with a space before them, in this vocabulary; the
+    others are left out with a line. Raises UserError if fewer than four are left."""
+    if len(set(names)) < 4 or "" in names:
+        raise UserError("--names takes four different names or more, with commas between them.")
+    left_out = [name for name in names if len(tokenizer.encode(" " + name)) != 1]
+    kept = [name for name in names if name not in left_out]
+    if len(set(kept)) < 4:
+        raise UserError(f"--names: only {len(set(kept))} of these names are one token in this "
+                        f"model's vocabulary, and four are needed; name others.")
+    if left_out:
+        print(f"names that are more than one token are left out: {', '.join(left_out)}")
+    return kept
 
 
 def tokenise(prompts, tokenizer, device="cpu"):             # list of Prompt -> PromptBatch
@@ -667,6 +679,11 @@ class IOI(NamedTuple):
         batch = tokenise(prompts, self.study.tokenizer, self.study.device)
         return batch, run_clean(self.study.model, batch)
 
+    def pick(self, rows):                                   # (n,) -> IOI
+        """Some of the prompts."""
+        clean = CleanRun(self.clean.run.pick(rows), self.clean.ld[rows])
+        return self._replace(batch=self.batch.pick(rows), clean=clean)
+
     def patch_S2_from(self, prompts, layers):               # -> (N,) logit difference
         """z_cat of the layers at S2 from that of other prompts."""
         source, source_run = self.run(prompts)
@@ -682,8 +699,9 @@ def main():
     report_circuit(ioi, circuit)
     saes = study_saes(ioi)
     report_saes(ioi, saes)
-    signal = study_signal(ioi, circuit["signal_layers"], frequent)
-    report_signal(ioi, signal)
+    half = ioi.pick(circuit["signal_rows"])
+    signal = study_signal(half, circuit["signal_layers"], frequent)
+    report_signal(half, signal)
     why = study_qk(ioi, circuit["movers"])
     report_qk(ioi, why)
     finish(study)
@@ -694,7 +712,7 @@ def prepare(study):                                         # -> IOI, a word as 
     config, tokenizer = study.config, study.tokenizer
     if config.n_prompts < 20:
         raise UserError(f"--n-prompts must be 20 or more for intervals, not {config.n_prompts}.")
-    names = [name.strip() for name in config.names.split(",")]
+    names = names_of_one_token([name.strip() for name in config.names.split(",")], tokenizer)
     prompts = draw_prompts(config.n_prompts, names, tokenizer, config.seed)
     longest_filler = max(FILLERS, key=lambda filler: len(tokenizer.encode(" " + filler)))
     longest = placed(prompts, [longest_filler] * len(prompts), "a sentence")
@@ -714,7 +732,8 @@ def study_circuit(ioi):                                     # -> dict
     "unit" is what effects are divided by: LD_clean - LD_source, or 1 where the two are not told
     apart. "movers": the two strongest name movers, or for want of them the head whose direct effect
     is lowest, the most helpful one. "signal_layers": --signal-layers, or the two layers with the
-    largest effect at S2, however small it is.
+    largest effect at S2, however small it is, on the first half of the prompts; then
+    "signal_rows" are those of the second half.
     """
     model, batch, clean = ioi.study.model, ioi.batch, ioi.clean
     source, source_run = ioi.run(other_giver(batch.prompts))
@@ -734,15 +753,21 @@ def study_circuit(ioi):                                     # -> dict
         movers = [divmod(int(effects["direct"].argmin()), model.config.n_heads)]
     movers = sorted(movers, key=lambda head: effects["direct"][head])[:2]
 
-    layer_effects = []
+    layer_changes = []
     for layer in range(model.config.n_layers):
         patched = patch_S2(model, batch, clean, source, source_run, [layer])
-        layer_effects.append(float((patched - clean.ld).mean()) / unit)
-    strongest = np.argsort(-np.abs(layer_effects), kind="stable")[:2]
-    signal_layers = list(ioi.study.config.signal_layers) or sorted(strongest.tolist())
+        layer_changes.append((patched - clean.ld).cpu().numpy() / unit)
+    signal_layers = list(ioi.study.config.signal_layers)
+    signal_rows = batch.rows()
+    if not signal_layers:
+        half = len(ld) // 2
+        on_first_half = [abs(change[:half].mean()) for change in layer_changes]
+        signal_layers = sorted(np.argsort(on_first_half)[::-1][:2].tolist())
+        signal_rows = signal_rows[half:]
     return {"ld": ld, "source_ld": source_ld, "told_apart": told_apart, "unit": unit, "circuit": c,
             "effects": effects, "attention": attention, "roles": roles, "movers": movers,
-            "layer_effects": layer_effects, "signal_layers": signal_layers}
+            "layer_effects": [float(change.mean()) for change in layer_changes],
+            "signal_layers": signal_layers, "signal_rows": signal_rows}
 
 
 def study_saes(ioi, n_shown=12, n_read=5):                  # -> dict
@@ -793,45 +818,75 @@ def read_feature(ioi, layer, feature, place):               # -> dict
 def study_signal(ioi, layers, frequent):                    # -> dict
     """What z_cat at S2 tells the later layers: noising, connectors, side and position."""
     model, batch, clean = ioi.study.model, ioi.batch, ioi.clean
-    no_signal = baselines(model, batch, clean, layers)
-    zero = no_signal["zero"]
-    is_abba = torch.tensor([prompt.order == "ABBA" for prompt in batch.prompts],
-                           device=clean.ld.device)
+    without_signal = baselines(model, batch, clean, layers)
+    ld = {name: ioi.patch_S2_from(prompts, layers)
+          for name, prompts in source_prompts(ioi, frequent).items()}
+    effects = {"other names": ld[OTHER_NAMES] - ld[FLIPPED],
+               "other names and filler": ld[WITH_FILLER] - ld[WITH_FILLER_FLIPPED]}
     sources = {}
-    for name, prompts in source_prompts(ioi, frequent).items():
-        ld = ioi.patch_S2_from(prompts, layers)
-        ways = {"recovered": recovered(ld, clean.ld, zero),
-                "ABBA": recovered(ld[is_abba], clean.ld[is_abba], zero[is_abba]),
-                "BABA": recovered(ld[~is_abba], clean.ld[~is_abba], zero[~is_abba]),
-                "over mean": recovered(ld, clean.ld, no_signal["mean"]),
-                "over zero everywhere": recovered(ld, clean.ld, no_signal["zero everywhere"])}
-        sources[name] = {"patched": float(ld.mean())}
-        for way, (value, interval) in ways.items():
-            sources[name] |= {way: value, f"{way}_ci": interval}
-    means = {name: mean_with_ci(ld.cpu().numpy())
-             for name, ld in {"clean": clean.ld, **no_signal}.items()}
-    return {"layers": layers, "frequent_word": frequent, "sources": sources,
-            "side_and_position": side_and_position(ioi, layers), **means}
+    for name, patched in ld.items():
+        sources[name] = {"patched": ci(patched), "change": ci(patched - clean.ld),
+                         "order_kept": (None, None)}
+        if name.startswith(OTHER_NAMES):
+            sources[name]["order_kept"] = recovered(patched, ld[OTHER_NAMES], ld[FLIPPED])
+        sources[name] |= recovered_by(patched, clean.ld, without_signal, batch.prompts)
+    means = {name: ci(of_prompts)
+             for name, of_prompts in {"clean": clean.ld, **without_signal}.items()}
+    return {"n_prompts": len(clean.ld), "layers": layers, "frequent_word": frequent,
+            "effect_of_order": {name: ci(effect) for name, effect in effects.items()},
+            "sources": sources, "side_and_position": side_and_position(ioi, layers), **means}
+
+
+def ci(values):                                             # (N,) -> [mean, [low, high]]
+    """A mean over prompts with its 95% interval."""
+    return mean_with_ci(values.cpu().numpy())
+
+
+def recovered_by(patched, clean, without_signal, prompts):      # -> {way: value, way_ci: interval}
+    """`recovered` over zero at S2, for both orders of names as well, and over the other
+    baselines."""
+    zero = without_signal["zero"]
+    is_abba = torch.tensor([prompt.order == "ABBA" for prompt in prompts], device=clean.device)
+    ways = {"recovered": recovered(patched, clean, zero),
+            "ABBA": recovered(patched[is_abba], clean[is_abba], zero[is_abba]),
+            "BABA": recovered(patched[~is_abba], clean[~is_abba], zero[~is_abba]),
+            "over mean": recovered(patched, clean, without_signal["mean"]),
+            "over zero everywhere": recovered(patched, clean, without_signal["zero everywhere"])}
+    found = {}
+    for way, (value, interval) in ways.items():
+        found |= {way: value, f"{way}_ci": interval}
+    return found
+
+
+OTHER_NAMES, FLIPPED = "other names", "other names, order flipped"
+WITH_FILLER, WITH_FILLER_FLIPPED = "names and filler", "names, filler, order flipped"
 
 
 def source_prompts(ioi, frequent):                          # -> {name: list of Prompt}
-    """The prompts whose z_cat at S2 is put into the clean run."""
+    """The prompts whose z_cat at S2 is put into the clean run: the connectors with the prompt's own
+    names, as in the paper, and with others."""
     prompts, seed = ioi.batch.prompts, ioi.study.config.seed
     others = with_other_names(prompts, ioi.names, seed)
     noisy = with_filler(others, seed)
-    sources = {"itself": prompts, "other names": others, "other names and filler": noisy,
-               "other names, order flipped": flipped(others),
-               "names, filler, order flipped": flipped(noisy)}
+    sources = {"itself": prompts, OTHER_NAMES: others, FLIPPED: flipped(others),
+               WITH_FILLER: noisy, WITH_FILLER_FLIPPED: flipped(noisy)}
     for connector in (*CONNECTORS[1:], frequent):
         if len(ioi.study.tokenizer.encode(connector)) == 1:
-            sources[f"connector{connector}"] = [dataclasses.replace(prompt, connector=connector)
-                                                for prompt in prompts]
+            word = repr(connector.strip())
+            sources[f"connector {word}"] = with_connector(prompts, connector)
+            sources[f"{OTHER_NAMES}, {word}"] = with_connector(others, connector)
     return sources
 
 
-def side_and_position(ioi, layers):                         # -> {cell or effect: {...}}
-    """Side of the connector crossed with S1's position, from prompts with other names. Empty if no
-    filler of this vocabulary grows by two tokens.
+def with_connector(prompts, connector):
+    """The same prompts with another word between the names."""
+    return [dataclasses.replace(prompt, connector=connector) for prompt in prompts]
+
+
+def side_and_position(ioi, layers):                         # -> {cell or effect: [mean, interval]}
+    """Side of the connector crossed with S1's position, from prompts with other names: logit
+    differences, and effects as differences of two. Empty if no filler of this vocabulary grows by
+    two tokens.
 
     The other side is the other order, so only at "same" does S1 stand at one position on both
     sides. At "2 tokens" it moves in opposite directions, and at "a sentence" it is two tokens
@@ -850,26 +905,20 @@ def side_and_position(ioi, layers):                         # -> {cell or effect
     others = with_other_names(prompts, ioi.names, seed)
     batch, clean = ioi.run(placed(prompts, fillers, "same"))
     with_fillers = ioi._replace(batch=batch, clean=clean)
-    zero = baselines(ioi.study.model, batch, clean, layers)["zero"]
 
     ld = {}
     for side, sources in (("same side", others), ("other side", flipped(others))):
         for position in POSITIONS:
             ld[side, position] = with_fillers.patch_S2_from(placed(sources, fillers, position),
                                                             layers)
-    cells = {f"{side}, {position}": patched for (side, position), patched in ld.items()}
-    # An effect is the difference of two cells, with an interval of its own. Zero has cancelled in
-    # it already; `recovered` would subtract it again, so it is added first.
+    cells = {"clean": clean.ld}
+    cells |= {f"{side}, {position}": patched for (side, position), patched in ld.items()}
     for p in POSITIONS:
-        cells[f"effect of side, at position: {p}"] = ld["same side", p] - ld["other side", p] + zero
+        cells[f"effect of side, at position: {p}"] = ld["same side", p] - ld["other side", p]
     for side in ("same side", "other side"):
         for p in POSITIONS[1:]:
-            cells[f"effect of position: {p}, on the {side}"] = ld[side, "same"] - ld[side, p] + zero
-    table = {}
-    for cell, patched in cells.items():
-        value, interval = recovered(patched, clean.ld, zero)
-        table[cell] = {"recovered": value, "recovered_ci": interval}
-    return table
+            cells[f"effect of position: {p}, on the {side}"] = ld[side, "same"] - ld[side, p]
+    return {cell: ci(values) for cell, values in cells.items()}
 
 
 def study_qk(ioi, movers):                                  # -> {head: {"score", "pairs"}}
@@ -989,32 +1038,43 @@ def report_place(place, found):
 
 
 def report_signal(ioi, result):
-    """What z_cat at S2 from other prompts leaves of the logit difference."""
+    """What z_cat at S2 from other prompts leaves of the logit difference, of the effect of order,
+    and of what zero takes away."""
     study, layers = ioi.study, result["layers"]
-    names = ("clean", "zero", "mean", "zero everywhere")
-    means = ", ".join(f"{name} {result[name][0]:.2f}" for name in names)
-    print(f"\nz_cat of layers {' and '.join(map(str, layers))} at S2 from other prompts; logit "
-          f"difference: {means}\nthe word about as frequent as \" and\" is "
-          f"{result['frequent_word']!r}")
-    print("source                          patched   recovered                   ABBA     BABA   "
-          "over mean   over zero everywhere")
+    print(f"\nz_cat of layers {' and '.join(map(str, layers))} at S2 from other prompts; "
+          f"{result['n_prompts']} prompts" + (
+              "" if study.config.signal_layers else
+              ", the second half; the first chose the layers") + "\nlogit difference: " + ", ".join(
+                  f"{name} {format_ci(*result[name], '+.2f')}"
+                  for name in ("clean", "zero", "mean", "zero everywhere")))
+    for name, effect in result["effect_of_order"].items():
+        print(f"effect of order, {name}: {format_ci(*effect, '+.2f')}")
+    print(f"the word about as frequent as \" and\" is {result['frequent_word']!r}\n"
+          f"source                          patched             less clean              "
+          f"effect of order kept")
+    for name, r in result["sources"].items():
+        print(f"{name:30} {format_ci(*r['patched'], '+.2f'):19} "
+              f"{format_ci(*r['change'], '+.2f'):23} {format_ci(*r['order_kept'], '.1%')}".rstrip())
+    print("\nsource                         recovered                   ABBA     BABA   over mean   "
+          "over zero everywhere")
     for name, r in result["sources"].items():
         shown = {way: "n/a" if r[way] is None else f"{r[way]:.1%}"
                  for way in ("ABBA", "BABA", "over mean", "over zero everywhere")}
-        print(f"{name:30} {r['patched']:8.2f}   "
-              f"{format_ci(r['recovered'], r['recovered_ci'], '.1%'):25} {shown['ABBA']:>7}  "
-              f"{shown['BABA']:>7}   {shown['over mean']:>9}   {shown['over zero everywhere']:>20}")
+        print(f"{name:30} {format_ci(r['recovered'], r['recovered_ci'], '.1%'):25} "
+              f"{shown['ABBA']:>7}  {shown['BABA']:>7}   {shown['over mean']:>9}   "
+              f"{shown['over zero everywhere']:>20}")
     reported(study, "layers 5 and 6: other names and filler, order around \" and\" kept: 93% "
              "recovered; \" alongside\": 43%")
     if result["side_and_position"]:
-        print(f"\nside of the connector and position of S1, from prompts with other names\n"
-              f"{'':47}recovered")
-        for cell, r in result["side_and_position"].items():
-            print(f"{cell:46} {format_ci(r['recovered'], r['recovered_ci'], '+.1%')}")
+        print("\nside of the connector and position of S1, from prompts with other names; logit "
+              "difference")
+        for cell, found in result["side_and_position"].items():
+            print(f"{cell:50} {format_ci(*found, '+.2f')}")
     else:
         print("side and position: no filler of this vocabulary grows by two tokens; left out")
     write_json(study.folder / "signal.json", result)
-    plot_signal(result["sources"], layers, study.folder / "signal.png")
+    baseline_ld = {name: result[name] for name in ("clean", "zero", "mean", "zero everywhere")}
+    plot_signal(result["sources"], baseline_ld, layers, study.folder / "signal.png")
     plot_cells(result["side_and_position"], study.folder / "side_and_position.png")
 
 

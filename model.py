@@ -130,6 +130,12 @@ class Run(NamedTuple):
     z_cat: list             # (B,T,D)
     final: Tensor           # (B,T,d_model) the stream after the last layer
 
+    def pick(self, rows):                                   # (n,) -> Run
+        """The same of some rows."""
+        def of_rows(value):
+            return [one[rows] for one in value] if isinstance(value, list) else value[rows]
+        return Run(*(of_rows(value) for value in self))
+
 
 class Within(NamedTuple):
     """Where some positions stand among all of their rows, and the keys and values there."""

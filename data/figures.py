@@ -236,46 +236,45 @@ def plot_ablations(places, path):
     save(fig, path)
 
 
-def plot_signal(sources, layers, path):
-    """Fig. 5 and 14: recovered logit difference by source, for both orders of names."""
-    fig, ax = figure(9, 4)
-    shown = {name: r for name, r in sources.items() if r["recovered"] is not None}
-    for i, result in enumerate(shown.values()):
-        for order, colour, shift in zip(("ABBA", "BABA"), COLOURS, (-0.2, 0.2)):
-            if result[order] is not None:
-                ax.bar(i + shift, result[order], 0.38, color=colour,
-                       label=order if i == 0 else None)
-                ax.vlines(i + shift, *result[f"{order}_ci"], color="black", linewidth=1)
+def plot_signal(sources, baselines, layers, path):
+    """Fig. 5 and 14: the logit difference with z_cat at S2 from each source; baselines: {name:
+    [mean, interval]}."""
+    fig, ax = figure(9, 4.4)
+    for i, result in enumerate(sources.values()):
+        mean, interval = result["patched"]
+        ax.bar(i, mean, 0.6, color=COLOURS[0])
+        ax.vlines(i, *interval, color="black", linewidth=1)
+    for (name, (mean, _)), style in zip(baselines.items(), ("-", "--", ":", "-.")):
+        ax.axhline(mean, color=COLOURS[1], linestyle=style, linewidth=1, label=name)
     ax.axhline(0, color="black", linewidth=0.5)
-    names = [as_text(name).replace(", ", ",\n") for name in shown]
-    ax.set_xticks(range(len(shown)), names, rotation=35, ha="right", fontsize=8)
-    ax.set_ylabel("recovered logit difference")
+    names = [as_text(name).replace(", ", ",\n") for name in sources]
+    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+    ax.set_ylabel("logit difference")
     ax.set_title(f"z_cat of layers {' and '.join(map(str, layers))} at S2 from another prompt "
                  f"(Fig. 5, 14)", fontsize=10)
     ax.margins(y=0.2)
-    if shown:
-        ax.legend(ncols=2)
+    ax.legend(ncols=4, fontsize=8)
     save(fig, path)
 
 
 def plot_cells(cells, path):
-    """Side against position."""
+    """Side against position; cells: {"side, position": [mean, interval]}, and "clean"."""
     fig, ax = figure(6, 3.6)
+    positions = ("same", "2 tokens", "a sentence") if cells else ()
     for i, side in enumerate(("same side", "other side")):
-        for j, position in enumerate(("same", "2 tokens", "a sentence")):
-            result = cells.get(f"{side}, {position}", {"recovered": None})
-            if result["recovered"] is not None:
-                x = j + (i - 0.5) * 0.4
-                ax.bar(x, result["recovered"], 0.38, color=COLOURS[i],
-                       label=side if j == 0 else None)
-                ax.vlines(x, *result["recovered_ci"], color="black", linewidth=1)
+        for j, position in enumerate(positions):
+            mean, interval = cells[f"{side}, {position}"]
+            x = j + (i - 0.5) * 0.4
+            ax.bar(x, mean, 0.38, color=COLOURS[i], label=side if j == 0 else None)
+            ax.vlines(x, *interval, color="black", linewidth=1)
+    if cells:
+        ax.axhline(cells["clean"][0], color="black", linestyle="--", linewidth=1, label="clean")
+        ax.legend(ncols=3, fontsize=8)
     ax.axhline(0, color="black", linewidth=0.5)
     ax.set_xticks(range(3), ["same position", "moved by 2 tokens", "moved by a sentence"])
     ax.margins(y=0.25)
-    ax.set_ylabel("recovered logit difference")
+    ax.set_ylabel("logit difference")
     ax.set_title("Side of the connector and position of S1", fontsize=10)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(ncols=2)
     save(fig, path)
 
 

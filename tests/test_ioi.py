@@ -115,13 +115,16 @@ def test_side_and_position_are_separated(words, tokenizer):
     assert (far[0] < base[0] - 3).all() and (far[1] > base[1] + 3).all()
 
 
-def test_names_that_do_not_serve_are_named(tokenizer):
-    with pytest.raises(UserError, match="Bartholomew.*tokens"):
-        ioi.draw_prompts(10, [*HELD_OUT_NAMES, "Bartholomew"], tokenizer)
+def test_names_that_do_not_serve_are_named(tokenizer, capsys):
+    kept = ioi.names_of_one_token([*HELD_OUT_NAMES, "Bartholomew"], tokenizer)
+    assert kept == list(HELD_OUT_NAMES), "a name of several tokens is left out"
+    assert "left out: Bartholomew\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="only 3 of these names are one token"):
+        ioi.names_of_one_token(["Mary", "John", "Paul", "Bartholomew"], tokenizer)
     with pytest.raises(UserError, match="four different names"):
-        ioi.draw_prompts(10, ["Mary", "John", "Paul", "Tom", ""], tokenizer)
+        ioi.names_of_one_token(["Mary", "John", "Paul", "Tom", ""], tokenizer)
     with pytest.raises(UserError, match="four different names"):
-        ioi.draw_prompts(10, ["Mary", "John", "Mary"], tokenizer)
+        ioi.names_of_one_token(["Mary", "John", "Mary"], tokenizer)
 
 
 # ---- patches ----
@@ -369,7 +372,10 @@ def test_the_program_writes_tables_json_and_figures(tmp_path):
     folder = tmp_path / "tiny" / "ioi"
     for name in ("heads", "circuit", "features", "signal", "side_and_position"):
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
-    assert json.loads((folder / "signal.json").read_text())["sources"]["itself"]["recovered"] == 1.0
+    signal = json.loads((folder / "signal.json").read_text())
+    assert signal["sources"]["itself"]["recovered"] == pytest.approx(1, abs=1e-4)
+    assert signal["sources"]["itself"]["change"][0] == pytest.approx(0, abs=1e-4)
+    assert signal["n_prompts"] == 10 and "the first chose the layers" in done.stdout
     assert (folder / "qk.json").is_file() and (folder / "circuit.json").is_file()
     assert "does not do the task" not in done.stdout
 
@@ -389,7 +395,7 @@ def test_a_model_that_cannot_do_the_task_is_said_to_be_so(tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--names", "Mary,John,Paul,Bartholomew"), "' Bartholomew' is"),
+    (("--names", "Mary,John,Paul,Bartholomew"), "only 3 of these names"),
     (("--names", "Mary"), "--names takes four"),
     (("--n-prompts", "4"), "--n-prompts must be 20 or more"),
     (("--corpus", "no-such-file.txt"), "no-such-file.txt"),
