@@ -611,9 +611,9 @@ def recovered(patched, clean, zero):                        # (N,) each -> value
 
 
 @torch.no_grad()
-def patch_S2(model, batch, clean, source, source_run, layers):      # -> (N,) logit difference
-    """z_cat of the layers at S2 from the source's S2."""
-    edits = {layer: patch_at(z_at(source_run.z[layer], source, "S2"), batch.pos["S2"])
+def patch_S2(model, batch, clean, source, source_z, layers):        # -> (N,) logit difference
+    """z_cat of the layers at S2 from the source's S2. source_z: z_cat by layer, (N,T,D) each."""
+    edits = {layer: patch_at(z_at(source_z[layer], source, "S2"), batch.pos["S2"])
              for layer in layers}
     return logit_diff_with(model, clean, batch, edits, "S2")
 
@@ -685,9 +685,13 @@ class IOI(NamedTuple):
         return self._replace(batch=self.batch.pick(rows), clean=clean)
 
     def patch_S2_from(self, prompts, layers):               # -> (N,) logit difference
-        """z_cat of the layers at S2 from that of other prompts."""
-        source, source_run = self.run(prompts)
-        return patch_S2(self.study.model, self.batch, self.clean, source, source_run, layers)
+        """z_cat of the layers at S2 from that of other prompts, of which no more is run."""
+        model = self.study.model
+        source = tokenise(prompts, self.study.tokenizer, self.study.device)
+        up_to_S2 = source.tokens[:, :int(source.pos["S2"].max()) + 1]
+        with torch.no_grad():
+            source_z = model.z_cat_at(up_to_S2, layers)
+        return patch_S2(model, self.batch, self.clean, source, source_z, layers)
 
 
 def main():
@@ -755,7 +759,7 @@ def study_circuit(ioi):                                     # -> dict
 
     layer_changes = []
     for layer in range(model.config.n_layers):
-        patched = patch_S2(model, batch, clean, source, source_run, [layer])
+        patched = patch_S2(model, batch, clean, source, source_run.z, [layer])
         layer_changes.append((patched - clean.ld).cpu().numpy() / unit)
     signal_layers = list(ioi.study.config.signal_layers)
     signal_rows = batch.rows()

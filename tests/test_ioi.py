@@ -326,7 +326,7 @@ def test_recovered_is_1_for_the_base_run_0_for_zero_and_none_without_a_differenc
 
 def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(tiny, run):
     prompts, base, *_ = run
-    torch.testing.assert_close(ioi.patch_S2(tiny, prompts, base, prompts, base, [0, 1]), base.ld,
+    torch.testing.assert_close(ioi.patch_S2(tiny, prompts, base, prompts, base.z, [0, 1]), base.ld,
                                rtol=0, atol=3e-5)
     found = ioi.baselines(tiny, prompts, base, [1])
     rows, S2 = torch.arange(N), prompts.pos["S2"]
