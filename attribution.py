@@ -123,13 +123,24 @@ def direct_logits(model, matrices, caches, position, direction, look=lambda kept
 
 
 @torch.no_grad()
-def token_effects(model, layer, sae, features):             # int or (m,) -> (...,n_tokens)
+def token_effects(model, layer, sae, features, directions=None):    # int or (m,) -> (...,n_tokens)
     """W_dec[i] @ W_O @ unembedding: what a feature adds to every token's logit per unit of
     activation, less the mean over all tokens, with the scales of the final norm and of Gemma's
-    post-norm taken as 1."""
-    tokens = torch.arange(model.n_tokens, device=sae.W_dec.device)
+    post-norm taken as 1.
+
+    directions: `token_directions` of the model, if it is at hand.
+    """
+    if directions is None:
+        directions = token_directions(model)
     W_O = model.head_matrices(layer).W_O.flatten(0, 1)                  # (D,d_model)
-    return sae.W_dec[features] @ W_O @ model.logit_directions(tokens).T
+    return sae.W_dec[features] @ W_O @ directions.T
+
+
+def token_directions(model):                                # -> (n_tokens,d_model)
+    """model.logit_directions of all tokens. With a large vocabulary that is as large as the
+    model."""
+    device = next(model.parameters()).device
+    return model.logit_directions(torch.arange(model.n_tokens, device=device))
 
 
 # ---- the residual stream as a sum of components ----

@@ -55,7 +55,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import data
-from attribution import dfa_at_positions, head_weights, token_effects, values_minus_bias
+from attribution import (dfa_at_positions, head_weights, token_directions, token_effects,
+                         values_minus_bias)
 from data import pages
 from data.errors import UserError, run
 from data.figures import plot_families
@@ -130,9 +131,7 @@ def attribute_places(model, saes, tokens, collected, progress=lambda rows: None)
               for layer, c in collected.items()}
     for first in range(0, len(tokens), ROWS_AT_ONCE):
         part = tokens[first:first + ROWS_AT_ONCE].long().to(device)
-        for layer, cache in model.layer_caches(part, max(saes) + 1):
-            if layer not in saes:
-                continue
+        for layer, cache in model.layer_caches(part, saes):
             # Without the value bias: every source has it, so it says nothing about any one of
             # them. (With attribution.constant_part, DFA sums to the pre-activation.)
             v = values_minus_bias(model, layer, cache.v)
@@ -620,12 +619,13 @@ def logit_effects(model, sae, layer, features, n=20):       # (m,) -> two lists 
     """The tokens that each feature raises and lowers most, as [token, effect]
     (attribution.token_effects)."""
     raised, lowered = [], []
+    directions = token_directions(model)
     for part in features.to(sae.W_dec.device).split(256):
-        effects = token_effects(model, layer, sae, part)                # (m,V)
-        for sign, found in ((1, raised), (-1, lowered)):
-            values, tokens = (sign * effects).topk(min(n, effects.shape[1]))
+        effects = token_effects(model, layer, sae, part, directions)    # (m,V)
+        for is_raised, found in ((True, raised), (False, lowered)):
+            values, tokens = effects.topk(min(n, effects.shape[1]), largest=is_raised)
             for token_row, value_row in zip(tokens.tolist(), values.tolist()):
-                found.append([[token, round(sign * value, 3)]
+                found.append([[token, round(value, 3)]
                               for token, value in zip(token_row, value_row)])
     return raised, lowered
 
@@ -693,7 +693,7 @@ def write_dashboards(study, collection, records):
     for layer, of_layer in collection.layers.items():
         pages.write_features(study.folder, layer, collection.tokens, of_layer, records[layer],
                              BEFORE)
-    vocabulary = [study.tokenizer.decode([i]) for i in range(study.tokenizer.n_vocab)]
+    vocabulary = {i: study.tokenizer.decode([i]) for i in tokens_shown(collection, records)}
     about = (f"Features of the SAEs of {study.config.model}, over {collection.n_tokens:,} tokens "
              f"of held-out text (--corpus {study.config.corpus}). After a copy: share of the "
              f"activation at places where the earlier token with the largest DFA, the first left "
@@ -704,6 +704,16 @@ def write_dashboards(study, collection, records):
                "features": {layer: page_columns(records[layer]) for layer in records}}
     pages.fill("dashboard.html", content, study.folder / "index.html")
     print(f"{study.folder}/index.html")
+
+
+def tokens_shown(collection, records):                      # -> list of ids
+    """Every token that a page may show: those of the text, and those that a feature raises or
+    lowers most."""
+    shown = set(collection.tokens.unique().tolist())
+    for of_layer in records.values():
+        for record in of_layer:
+            shown |= {token for token, _ in record["raises"] + record["lowers"]}
+    return sorted(shown)
 
 
 def page_columns(records):

@@ -319,8 +319,7 @@ def attention_at(model, rows, examples, layers):            # (n,T) -> (n,len(la
         row = torch.arange(len(part), device=rows.device)
         q, k = examples.q[part], examples.k[part]
         attention = [kept.pattern[row, :, q, k]
-                     for layer, kept in model.layer_caches(rows[part], max(layers) + 1)
-                     if layer in layers]
+                     for layer, kept in model.layer_caches(rows[part], layers)]
         parts.append(torch.stack(attention, 1).cpu())
     return torch.cat(parts).numpy()
 

@@ -264,19 +264,22 @@ class Transformer(nn.Module):
             yield layer, kept
             x = kept.resid_post
 
-    def layer_caches(self, tokens, depth=None):             # (B,T) -> (layer, LayerCache), ...
-        """What the first `depth` layers compute (all, if None), one after the other, so that not
-        all caches are in memory at once."""
+    def layer_caches(self, tokens, layers=None):            # (B,T) -> (layer, LayerCache), ...
+        """What some layers compute (all, if None), one after the other, so that not all caches are
+        in memory at once. The layers after the last of them are not run."""
+        layers = range(self.config.n_layers) if layers is None else layers
+        self.check_layers(layers)
         x = self.embed(tokens)
-        for layer in range(self.config.n_layers if depth is None else depth):
-            x, cache = self.run_layers(x, keep=(layer,), layers=(layer,))
-            yield layer, cache[layer]
+        for layer in range(max(layers) + 1):
+            kept = [layer] if layer in layers else []
+            x, cache = self.run_layers(x, keep=kept, layers=(layer,))
+            if kept:
+                yield layer, cache[layer]
 
     def layer_cache(self, tokens, layer):                   # (B,T) -> LayerCache
         """What one layer computes; the layers after it are not run."""
-        x, _ = self.run_layers(self.embed(tokens), layers=range(layer))
-        _, cache = self.run_layers(x, keep=(layer,), layers=(layer,))
-        return cache[layer]
+        (_, cache), = self.layer_caches(tokens, [layer])
+        return cache
 
     def z_cat_at(self, tokens, layers, edit_z=None):        # (B,T) -> {layer: (B,T,D)}
         """z_cat of some layers, after edits, and nothing more: stops inside the last of them."""

@@ -29,8 +29,8 @@ def browser(tmp_path_factory):
     path = out / "tiny" / "features" / "index.html"
     # a token that would be markup if it were not text
     content = path.read_text(encoding="utf8")
-    hurting = '"vocab":["\\u003cscript>window.hurt=1\\u003c/script>"'
-    path.write_text(content.replace('"vocab":["!"', hurting, 1), encoding="utf8")
+    hurting = '"vocab":{"0":"\\u003cscript>window.hurt=1\\u003c/script>"'
+    path.write_text(content.replace('"vocab":{"0":"!"', hurting, 1), encoding="utf8")
     options = webdriver.ChromeOptions()
     for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
