@@ -3,7 +3,8 @@
     book.txt        pages of some 3000 characters, cut at line ends: each page is a document (a line
                     is cut too where it has more than 12,000 bytes)
     posts.jsonl     a JSON object a line, its "text" a document; so .json.gz (C4) and .jsonl.gz
-    folder/         every such file in it, in order of name
+    folder/         every such file in it, a document from each in turn, in order of name: so the
+                    first rows are of all of them, and not of one book
 
 Nothing is skipped in silence: a line that is not such an object, or text that is not UTF-8, is an
 error that names the place. A document is held out if a hash of its text says so, so that the two
@@ -15,8 +16,10 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import zlib
+from collections import deque
 from pathlib import Path
 
 from data import hub
@@ -43,10 +46,24 @@ def documents(corpus, split, held_out_share=HELD_OUT_SHARE):
             with contextlib.closing(hub.Stream(path)) as raw:
                 yield from documents_in(raw, path)
         return
-    for path in files_of(corpus):
-        for document in read_documents(path):
-            if is_held_out(document, held_out_share) == (split == "held-out"):
-                yield document
+    for document in in_turn(files_of(corpus)):
+        if is_held_out(document, held_out_share) == (split == "held-out"):
+            yield document
+
+
+def in_turn(paths, n_open=64):
+    """A document of each file in turn, until all have ended. No more than n_open files are open:
+    the next takes the place of one that has ended."""
+    waiting = iter(paths)
+    files = deque(read_documents(path) for path in itertools.islice(waiting, n_open))
+    while files:
+        file = files.popleft()
+        document = next(file, None)
+        if document is None:
+            files.extend(read_documents(path) for path in itertools.islice(waiting, 1))
+        else:
+            yield document
+            files.append(file)
 
 
 def is_held_out(document, share):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-from data.corpus import documents
+from data.corpus import documents, in_turn
 from data.errors import UserError
 
 DOCUMENTS = [f"Document {i} tells of {'cats and dogs ' * (3 + i % 7)}." for i in range(500)]
@@ -33,6 +33,19 @@ def test_every_document_of_a_corpus_is_in_exactly_one_split(tmp_path, kind):
     train, held_out = list(documents(str(path), "train")), list(documents(str(path), "held-out"))
     assert sorted(train + held_out) == sorted(DOCUMENTS), "documents were dropped or read twice"
     assert 5 < len(held_out) < 60, "one document in 20 is held out"
+
+
+def test_files_of_a_folder_are_read_in_turn(tmp_path):
+    """Also where there are more than are open at once, and where they end at different times."""
+    lengths = {"a": 3, "b": 1, "c": 5, "d": 2}
+    for name, n in lengths.items():
+        lines = [json.dumps({"text": f"{name}{i}"}) + "\n" for i in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "empty.txt").write_text("")
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert list(in_turn(paths)) == "a0 b0 c0 d0 a1 c1 d1 a2 c2 c3 c4".split()
+    assert list(in_turn(paths, n_open=2)) == "a0 b0 a1 a2 c0 c1 d0 c2 d1 c3 c4".split()
+    assert list(in_turn([])) == []
 
 
 def test_rows_of_a_corpus_end_with_its_text_and_drop_less_than_a_row(tmp_path):
