@@ -1,6 +1,7 @@
 """induction.py: literal sequences with literal answers, and hand-wired transformers whose heads
 need one, two and three matching tokens."""
 
+import copy
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import induction as I
 import model as models
 import sae as S
+from attribution import direct_logits
 from conftest import Words, program
 from data.strongest import Entries
 from data.tokens import fuzzy_classes
@@ -140,6 +142,35 @@ def test_curves_of_heads_that_need_one_two_and_three_tokens(model):
     logit = curves.logit.mean(0)[:, 1][:, [0, 2]]
     np.testing.assert_allclose(logit, np.where(expected[:, [0, 2]], GAIN * (1 - 1 / V), -GAIN / V),
                                atol=1e-2)
+
+
+def test_curves_equal_whole_runs_of_every_row(pair):
+    """Only the last tokens of each row are run; every row as a whole gives the same."""
+    ours, _ = pair
+    model = copy.deepcopy(ours).double()
+    bos, n = model.config.d_vocab - 1, 10
+    table = torch.arange(model.config.d_vocab)
+    table[bos] = -1
+    if model.config.d_vocab < min(128, model.config.n_ctx) + 1:
+        pytest.skip("a row takes as many different tokens as it is long")
+    curves = I.prefix_curves(model, bos, table, n=n, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    base = I.random_rows(model, bos, table, n, generator)
+    key, query = I.draw_key_and_query(base, generator)
+    order = query.argsort()
+    for i, at in enumerate(order[::3].tolist()):
+        k, q = int(key[at]), int(query[at])
+        for length in (0, 1, 4, 9):
+            tokens = base[at].clone()
+            for back in range(length):
+                tokens[q - back] = tokens[k - 1 - back]
+            logits, cache = model(tokens[None, :q + 1], keep=range(model.config.n_layers))
+            pattern = torch.stack([kept.pattern[0, :, q, k] for kept in cache.values()])
+            np.testing.assert_allclose(curves.attention[3 * i, length], pattern, atol=1e-9)
+            matrices = [model.head_matrices(layer) for layer in cache]
+            direct = direct_logits(model, matrices, cache.items(), torch.tensor([q]),
+                                   model.logit_directions(tokens[None, k]))
+            np.testing.assert_allclose(curves.logit[3 * i, length], direct[0], atol=1e-9)
 
 
 def test_sequences_are_paired_and_differ_in_the_prefix_only():

@@ -1,6 +1,7 @@
 """ioi.py: where everything stands in a prompt, that patches do what they say, and that the parts
 add up."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -351,6 +352,70 @@ def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(t
         return z
 
     torch.testing.assert_close(found["mean"], brute(mean), rtol=1e-4, atol=1e-4)
+
+
+def test_the_effect_of_order_by_brute_force(tiny, tokenizer, run):
+    """Whole runs of the base prompts, with z_cat at each prompt's S2 from that of other prompts."""
+    prompts, base, *_ = run
+    config = SimpleNamespace(seed=3)
+    study = SimpleNamespace(model=tiny, tokenizer=tokenizer, device="cpu", config=config)
+    this = ioi.IOI(study, list(HELD_OUT_NAMES), prompts, base)
+    found = ioi.study_signal(this, [0, 2], " of")
+    others = ioi.with_other_names(prompts.prompts, list(HELD_OUT_NAMES), 3)
+    rows, end, S2 = torch.arange(N), prompts.pos["end"], prompts.pos["S2"]
+
+    def patched(words):
+        source = ioi.tokenise(words, tokenizer)
+        _, cache = tiny(source.tokens, keep=(0, 2))
+
+        def put(layer):
+            def edit(z):
+                z = z.clone()
+                z[rows, S2] = cache[layer].z_cat[rows, source.pos["S2"]]
+                return z
+            return edit
+
+        logits = tiny(prompts.tokens, {layer: put(layer) for layer in (0, 2)})[0][rows, end]
+        return logits[rows, prompts.io] - logits[rows, prompts.s]
+
+    same, flipped = patched(others), patched(ioi.flipped(others))
+    with_or = patched([dataclasses.replace(one, connector=" or") for one in others])
+    sources = found["sources"]
+    for name, ld in ((ioi.OTHER_NAMES, same), (ioi.FLIPPED, flipped),
+                     ("other names, 'or'", with_or)):
+        assert sources[name]["patched"][0] == pytest.approx(float(ld.mean()), abs=1e-4)
+        assert sources[name]["change"][0] == pytest.approx(float((ld - base.ld).mean()), abs=1e-4)
+    effect, (low, high) = found["effect_of_order"]["other names"]
+    assert effect == pytest.approx(float((same - flipped).mean()), abs=1e-4) and low <= effect <= high
+    kept, _ = sources["other names, 'or'"]["order_kept"]
+    expected = float((with_or - flipped).mean() / (same - flipped).mean())
+    assert (kept is None) == (low <= 0) and (kept is None or kept == pytest.approx(expected, rel=1e-2))
+    assert sources["itself"]["order_kept"] == (None, None), "its names are the prompt's own"
+
+
+def test_the_layers_patched_are_chosen_on_one_half_and_measured_on_the_other(
+        tiny, tokenizer, run, monkeypatch):
+    prompts, base, *_ = run
+    config = SimpleNamespace(seed=3, signal_layers=())
+    study = SimpleNamespace(model=tiny, tokenizer=tokenizer, device="cpu", config=config)
+    this = ioi.IOI(study, list(HELD_OUT_NAMES), prompts, base)
+
+    def patch_S2(model, batch, clean, source, source_z, layers):
+        """On the first half layers 1 and 3 matter, on the second 0 and 2, and more so."""
+        is_first = torch.arange(N) < N // 2
+        matters = torch.where(is_first, float(layers[0] in (1, 3)), 5 * float(layers[0] in (0, 2)))
+        return clean.ld + matters
+
+    monkeypatch.setattr("ioi.patch_S2", patch_S2)
+    found = ioi.study_circuit(this)
+    assert found["signal_layers"] == [1, 3]
+    assert found["signal_rows"].tolist() == list(range(N // 2, N))
+    half = this.pick(found["signal_rows"])
+    assert torch.equal(half.batch.tokens, prompts.tokens[N // 2:])
+    assert torch.equal(half.clean.z[2], base.z[2][N // 2:]) and len(half.batch.prompts) == N - N // 2
+    config.signal_layers = (2,)
+    found = ioi.study_circuit(this)
+    assert found["signal_layers"] == [2] and len(found["signal_rows"]) == N, "all are free for it"
 
 
 def test_the_frequent_word_is_the_nearest_in_count():
