@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attribution import direct_logits, token_effects
+from attribution import direct_logits, token_directions, token_effects
 from data.errors import UserError, run
 from data.figures import plot_feature, plot_heads, plot_intervention, plot_prefixes
 from data.files import write_json
@@ -41,6 +41,7 @@ from data.progress import Progress
 from data.stats import format_ci, mean_with_ci
 from data.strongest import StrongestPerGroup, feature_token_mass, rank_in_group
 from data.tokens import fuzzy_classes, text_around
+from model import span
 from sae import ablate, check_feature
 from sparse import active_entries
 from study import StudyConfig, begin, finish, held_out_rows, parse_feature, reported
@@ -541,46 +542,90 @@ def precision_and_recall(on_text, levels=(0.0, 0.25, 0.5, 0.75)):       # OnText
 
 
 @torch.no_grad()
-def downstream(model, sae, layer, feature, X, tokens, on_text, n_rows=64, seed=0):
-    """What a feature does for X -> dict.
+def downstream(model, saes, wanted, tokens, on_texts, n_rows=64, seed=0):   # -> list of dicts
+    """What features do for the tokens that they are named after. wanted: [(layer, feature, X)];
+    on_texts: the OnText of each.
 
-    direct_logit: what it adds, where it is active, to the logit of X less the mean over all tokens,
-    the final norm's scale frozen. rank_of_X: X's place among all tokens in its direction.
+    direct_logit: what one adds, where it is active, to the logit of X less the mean over all
+    tokens, the final norm's scale frozen. rank_of_X: X's place among all tokens in its direction.
     loss_if_X, loss_if_not_X: by how much the loss changes, in nats, where the feature is active,
     when it is removed at all places of the row at once, SAE error kept and nothing frozen; apart by
-    whether X is the next token. Intervals over rows.
+    whether X is the next token. In n_rows rows at most where it is active, drawn for each feature;
+    intervals over rows. None where it is active in no row.
     """
-    generator = torch.Generator().manual_seed(seed)
-    active_rows = (on_text.f > 0).any(1).nonzero()[:, 0].cpu()
-    active_rows = active_rows[torch.randperm(len(active_rows), generator=generator)[:n_rows]]
-    effects = token_effects(model, layer, sae, feature)                 # (n_tokens,)
-    direct, loss_change, is_X, row_of_place = [], [], [], []
-    for rows in active_rows.split(16):
-        part = tokens[rows]
-        f = on_text.f[rows]
-        active = F.pad(f > 0, (1, 1))                                   # (b,T)
-        row, q = active.nonzero(as_tuple=True)
-        next_token = part[row, q + 1]
+    rows_of = [rows_where_active(on_text, n_rows, seed) for on_text in on_texts]
+    directions = token_directions(model)
+    effects = [token_effects(model, layer, saes[layer], feature, directions)
+               for layer, feature, _ in wanted]                         # (n_tokens,) each
+    removals = [[] for _ in wanted]
+    for part in torch.arange(len(tokens)).split(16):
+        is_here = [(rows >= part[0]) & (rows <= part[-1]) for rows in rows_of]
+        if not any(here.any() for here in is_here):
+            continue
+        clean = model.run(tokens[part])                     # once, for all features
+        for n, (layer, feature, X) in enumerate(wanted):
+            rows = rows_of[n][is_here[n]]
+            if len(rows):
+                removals[n].append(remove_feature(model, saes[layer], layer, feature, clean,
+                                                  rows - part[0], on_texts[n].f[rows], rows))
+    return [summarise_removals(X, effects[n], removals[n], len(rows_of[n]))
+            for n, (_, _, X) in enumerate(wanted)]
 
-        final, cache = model.run_layers(model.embed(part), keep=(layer,))
-        without, _ = model.run_layers(cache[layer].resid_pre,
-                                      {layer: ablate(sae, feature, active)},
-                                      layers=range(layer, model.config.n_layers))
-        before, after = (F.cross_entropy(model.unembed(stream[row, q]).float(), next_token,
-                                         reduction="none") for stream in (final, without))
-        scale = model.final_scale(final) * cache[layer].scales.get("attn_out", 1.0)     # (b,T,1)
-        direct.append(f[f > 0] * effects[X] / scale[row, q, 0])
-        loss_change.append(after - before)
-        is_X.append(next_token == X)
-        row_of_place.append(rows.to(part.device)[row])
-    direct, loss_change, is_X, row_of_place = (
-        torch.cat(column).cpu().numpy() for column in (direct, loss_change, is_X, row_of_place))
-    everywhere = np.ones_like(is_X)
-    result = {"rank_of_X": 1 + int((effects > effects[X]).sum()), "n_rows": len(active_rows)}
-    for name, values, where in (("direct_logit", direct, everywhere),
+
+def rows_where_active(on_text, n_rows, seed):               # -> (n,) in order
+    """Rows in which a feature is active, n_rows of them at most, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = (on_text.f > 0).any(1).nonzero()[:, 0].cpu()
+    return rows[torch.randperm(len(rows), generator=generator)[:n_rows]].sort().values
+
+
+class Removals(NamedTuple):
+    """What happens at n places where a feature is active when it is removed from their rows."""
+    row: Tensor             # (n,) of the text
+    next_token: Tensor      # (n,)
+    direct: Tensor          # (n,) f over the norms' scales: times its effect on a logit
+    loss_change: Tensor     # (n,) nats
+
+
+def remove_feature(model, sae, layer, feature, clean, rows, f, row_of_text):  # -> Removals
+    """A feature removed where it is active, in some rows of a clean run. f (b,T-2): its activation there,
+    at positions 1 to T-2."""
+    rows, row_of_text = rows.to(f.device), row_of_text.to(f.device)
+    tokens = clean.tokens[rows]
+    active = F.pad(f > 0, (1, 1))                                       # (b,T)
+    row, q = active.nonzero(as_tuple=True)                              # (n,) places
+    first = active.int().argmax(1)                                      # (b,)
+    positions = span(first, torch.full_like(first, active.shape[1] - 2))
+    edit = {layer: ablate(sae, feature, active)}
+    without = model.rerun(clean, rows, positions, edit)                   # (b,S,d_model)
+
+    final = clean.final[rows]
+    next_token = tokens[row, q + 1]
+    before = losses(model, final[row, q], next_token)
+    after = losses(model, without[row, q - first[row]], next_token)
+    _, _, scales = model.blocks[layer].after_heads(clean.resid_pre[layer][rows],
+                                                   clean.z_cat[layer][rows], with_scales=True)
+    scale = model.final_scale(final) * scales.get("attn_out", 1.0)      # (b,T,1)
+    return Removals(row_of_text[row], next_token, f[f > 0] / scale[row, q, 0], after - before)
+
+
+def losses(model, stream, next_token):                      # (n,d_model), (n,) -> (n,)
+    """Cross-entropy at n places, of 128 at once: a row of logits may have 262,144."""
+    parts = [F.cross_entropy(model.unembed(x).float(), token, reduction="none")
+             for x, token in zip(stream.split(128), next_token.split(128))]
+    return torch.cat(parts)
+
+
+def summarise_removals(X, effects, removals, n_rows):       # -> dict
+    """Means with intervals over rows."""
+    result = {"rank_of_X": 1 + int((effects > effects[X]).sum()), "n_rows": n_rows}
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*removals)] or [np.zeros(0)] * 4
+    row, next_token, direct, loss_change = columns
+    is_X = next_token == X
+    for name, values, where in (("direct_logit", direct * float(effects[X]), is_X | ~is_X),
                                 ("loss_if_X", loss_change, is_X),
                                 ("loss_if_not_X", loss_change, ~is_X)):
-        mean, interval = mean_with_ci(values[where], row_of_place[where])
+        mean, interval = mean_with_ci(values[where], row[where])
         result |= {name: mean, f"{name}_ci": interval, f"n_{name}": int(where.sum())}
     return result
 
@@ -690,9 +735,11 @@ def study_features(study, rows, token_class, layer, feature, n_shown=20):
         one["X_text"] = study.tokenizer.decode([one["X"]])
     shown = found[:n_shown]
     wanted = [(one["layer"], one["feature"], one["X"]) for one in shown]
-    for one, on_text in zip(shown, features_on_text(model, saes, wanted, rows, classes)):
-        one["downstream"] = downstream(model, saes[one["layer"]], one["layer"], one["feature"],
-                                       one["X"], rows, on_text, seed=config.seed)
+    if shown:
+        on_texts = features_on_text(model, saes, wanted, rows, classes)
+        for one, found_there in zip(shown, downstream(model, saes, wanted, rows, on_texts,
+                                                      seed=config.seed)):
+            one["downstream"] = found_there
     result = {"n_live": n_live, "features": found,
               "n_found": {layer: sum(one["layer"] == layer for one in found) for layer in saes}}
     report_features(result, shown)
@@ -708,13 +755,13 @@ def study_features(study, rows, token_class, layer, feature, n_shown=20):
         raise UserError(f"feature {layer}.{feature} cannot be named: it is not active in the first "
                         f"half of these rows, or at its strongest places there the token had not "
                         f"come before. Raise --n-rows, or name another with --feature.")
-    on_text, = features_on_text(model, saes, [(layer, feature, X)], rows, classes)
+    wanted = [(layer, feature, X)]
+    on_text, = features_on_text(model, saes, wanted, rows, classes)
     drawn = {"layer": layer, "feature": feature, "X": X, "X_text": study.tokenizer.decode([X]),
              "found": any((one["layer"], one["feature"]) == (layer, feature) for one in found),
              "precision_and_recall": precision_and_recall(on_text),
              "places": show_places(on_text, rows, study.tokenizer, seed=config.seed),
-             "downstream": downstream(model, saes[layer], layer, feature, X, rows, on_text,
-                                      seed=config.seed)}
+             "downstream": downstream(model, saes, wanted, rows, [on_text], seed=config.seed)[0]}
     report_feature(drawn)
     write_json(study.folder / "features.json", result | {"drawn": drawn})
     active = on_text.f > 0

@@ -46,7 +46,7 @@ from data.progress import Progress
 from data.stats import bootstrap, format_ci, mean_with_ci, wilson
 from data.stories import HELD_OUT_NAMES, OBJECTS, PLACES
 from data.tokens import pad_prompts
-from model import Run
+from model import Run, span
 from sae import ablate, splice
 from study import Study, StudyConfig, begin, finish, held_out_rows, reported
 
@@ -306,13 +306,6 @@ def logit_diff_with(model, clean, batch, edit_z, place, rows=None):     # {layer
     rows = batch.rows() if rows is None else rows
     final = model.rerun(clean.run, rows, span(start, end), edit_z)
     return logit_difference(model, final[:, -1], batch)
-
-
-def span(start, end):                                       # (N,), (N,) -> (N,S)
-    """Every position from start to end; a shorter row has its end several times."""
-    longest = int((end - start).max()) + 1
-    steps = torch.arange(longest, device=start.device)
-    return torch.minimum(start[:, None] + steps, end[:, None])
 
 
 def patch_at(values, position):                             # (N,D), (N,) -> edit

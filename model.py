@@ -137,6 +137,13 @@ class Run(NamedTuple):
         return Run(*(of_rows(value) for value in self))
 
 
+def span(start, end):                                       # (B,), (B,) -> (B,S)
+    """Every position of a row from its start to its end, for `Transformer.rerun`; where that is
+    fewer than in other rows, the end several times."""
+    steps = torch.arange(int((end - start).max()) + 1, device=start.device)
+    return torch.minimum(start[:, None] + steps, end[:, None])
+
+
 class Within(NamedTuple):
     """Where some positions stand among all of their rows, and the keys and values there."""
     positions: Tensor       # (B,S)

@@ -279,13 +279,51 @@ def test_wired_induction_features_are_found_named_and_matter(model, monkeypatch)
     d, = I.features_on_text(model, {1: sae}, [(1, X, X)], tokens, TABLE[tokens])
     assert I.precision_and_recall(d)[0]["precision"] == 1.0
     assert I.precision_and_recall(d)[0]["recall"] > 0.95
-    after = I.downstream(model, sae, 1, X, X, tokens, d)
+    after, = I.downstream(model, {1: sae}, [(1, X, X)], tokens, [d])
     assert after["rank_of_X"] == 1
     # f = 0.5 where the head sees X, written times GAIN: that much of X's logit, less the mean over
     # tokens
     assert after["direct_logit"] == pytest.approx(0.5 * GAIN * (1 - 1 / V), abs=0.02)
     assert after["loss_if_X"] > 0.2
     assert after["loss_if_not_X"] < 0
+
+
+def test_what_features_do_equals_whole_runs(pair):
+    """Removed from whole rows of a whole model, one row at a time; a silent one does nothing."""
+    model = copy.deepcopy(pair[0]).double()
+    g = torch.Generator().manual_seed(5)
+    V, layer = model.config.d_vocab, model.config.n_layers - 2
+    tokens = torch.randint(V, (40, 24), generator=g)
+    sae = S.SAE(model.config.d_z_cat, 30, g).double().requires_grad_(False)
+    sae.b_enc[7] = -1e9
+    z = model.z_cat_at(tokens, [layer])[layer]
+    wanted = [(layer, 3, 5), (layer, 7, 5)]
+    on_texts = [I.OnText(sae.encode(z[:, 1:-1])[..., i], torch.zeros(40, 22, dtype=torch.bool))
+                for _, i, _ in wanted]
+    found, silent = I.downstream(model, {layer: sae}, wanted, tokens, on_texts, n_rows=25)
+    rows = I.rows_where_active(on_texts[0], 25, 0)
+    assert len(rows) == min(25, int((on_texts[0].f > 0).any(1).sum())) and len(rows) > 5
+    changes, is_X = [], []
+    for row in rows.tolist():
+        one = tokens[row:row + 1]
+        active = torch.zeros(1, 24, dtype=torch.bool)
+        active[0, 1:-1] = on_texts[0].f[row] > 0
+
+        def remove(z):
+            z = z.clone()
+            for q in active[0].nonzero()[:, 0].tolist():
+                z[0, q] -= sae.encode(z[0, q])[3] * sae.W_dec[3]
+            return z
+
+        before, after = (model(one, edit)[0][0].log_softmax(-1) for edit in ({}, {layer: remove}))
+        for q in active[0].nonzero()[:, 0].tolist():
+            changes.append(float(before[q, one[0, q + 1]] - after[q, one[0, q + 1]]))
+            is_X.append(int(one[0, q + 1]) == 5)
+    other = [change for change, hit in zip(changes, is_X) if not hit]
+    assert found["n_loss_if_X"] == sum(is_X) and found["n_loss_if_not_X"] == len(other)
+    # logits are float32 where losses are taken
+    assert found["loss_if_not_X"] == pytest.approx(np.mean(other), abs=1e-6)
+    assert silent["n_rows"] == 0 and silent["loss_if_X"] is None and silent["direct_logit"] is None
 
 
 class OneHot:

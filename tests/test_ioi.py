@@ -143,11 +143,6 @@ def test_patching_nothing_gives_the_base_run(tiny, run):
     torch.testing.assert_close(ld, base.ld, rtol=0, atol=3e-5)
 
 
-def test_a_span_ends_at_the_end():
-    start, end = torch.tensor([3, 5, 9]), torch.tensor([6, 9, 9])
-    assert ioi.span(start, end).tolist() == [[3, 4, 5, 6, 6], [5, 6, 7, 8, 9], [9] * 5]
-
-
 def test_patching_every_layer_at_the_end_gives_the_sources_logits(tiny, run):
     prompts, base, source, source_run = run
     patch = {layer: ioi.patch_at(ioi.z_at(source_run.z[layer], source, "end"), prompts.pos["end"])

@@ -129,6 +129,11 @@ def at_starts(start, T, S):                                             # (B,) -
     return (start[:, None] + torch.arange(S)).clamp(max=T - 1)
 
 
+def test_a_span_ends_at_the_end():
+    start, end = torch.tensor([3, 5, 9]), torch.tensor([6, 9, 9])
+    assert models.span(start, end).tolist() == [[3, 4, 5, 6, 6], [5, 6, 7, 8, 9], [9] * 5]
+
+
 def random_rerun(model, B=5, T=20):
     """Rows of a run, some of them twice, each with a start of its own."""
     g = torch.Generator().manual_seed(3)

@@ -22,7 +22,7 @@ ALLOWED = {
     "model": set(), "sae": set(), "sparse": {"sae"}, "study": {"model", "sae"},
     "train": {"model", "sae", "sparse"}, "attribution": {"sae", "study"},
     "features": {"attribution", "sparse", "study"}, "heads": {"attribution", "features", "study"},
-    "induction": {"attribution", "sae", "sparse", "study"}, "ioi": {"attribution", "model", "sae", "study"}}
+    "induction": {"attribution", "model", "sae", "sparse", "study"}, "ioi": {"attribution", "model", "sae", "study"}}
 
 
 def imported(path):
