@@ -1070,8 +1070,8 @@ def report_signal(ioi, result):
     else:
         print("side and position: no filler of this vocabulary grows by two tokens; left out")
     write_json(study.folder / "signal.json", result)
-    baseline_ld = {name: result[name] for name in ("clean", "zero", "mean", "zero everywhere")}
-    plot_signal(result["sources"], baseline_ld, layers, study.folder / "signal.png")
+    lines = {f"{name} there": result[name][0] - result["clean"][0] for name in ("zero", "mean")}
+    plot_signal(result["sources"], lines, layers, study.folder / "signal.png")
     plot_cells(result["side_and_position"], study.folder / "side_and_position.png")
 
 

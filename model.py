@@ -10,7 +10,8 @@ changing z_cat needs no hooks:
 
     logits, cache = model(tokens, edit_z={5: fn}, keep=(5,))
 
-applies fn to the z_cat of layer 5 and returns what layer 5 computed.
+applies fn to the z_cat of layer 5 and returns what layer 5 computed. (`run` and `rerun`, which a
+first reading skips, do the same for many edits of one run, and compute only what an edit changes.)
 
 Read GPT-2 first, and `load_model` after it. Gemma, which comes last, has the same structure with
 different parts.

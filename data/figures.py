@@ -237,23 +237,24 @@ def plot_ablations(places, path):
 
 
 def plot_signal(sources, baselines, layers, path):
-    """Fig. 5 and 14: the logit difference with z_cat at S2 from each source; baselines: {name:
-    [mean, interval]}."""
-    fig, ax = figure(9, 4.4)
+    """Fig. 5 and 14: what z_cat at S2 from each source takes off the logit difference, prompt by
+    prompt; baselines: {name: the same}, as lines."""
+    fig, ax = figure(9, 4.6)
     for i, result in enumerate(sources.values()):
-        mean, interval = result["patched"]
+        mean, interval = result["change"]
         ax.bar(i, mean, 0.6, color=COLOURS[0])
         ax.vlines(i, *interval, color="black", linewidth=1)
-    for (name, (mean, _)), style in zip(baselines.items(), ("-", "--", ":", "-.")):
-        ax.axhline(mean, color=COLOURS[1], linestyle=style, linewidth=1, label=name)
+    for (name, change), style in zip(baselines.items(), ("--", ":")):
+        ax.axhline(change, color=COLOURS[1], linestyle=style, linewidth=1, label=name)
     ax.axhline(0, color="black", linewidth=0.5)
-    names = [as_text(name).replace(", ", ",\n") for name in sources]
-    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
-    ax.set_ylabel("logit difference")
+    names = [as_text(name) for name in sources]
+    ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor",
+                  fontsize=8)
+    ax.set_ylabel("logit difference, less clean")
     ax.set_title(f"z_cat of layers {' and '.join(map(str, layers))} at S2 from another prompt "
                  f"(Fig. 5, 14)", fontsize=10)
     ax.margins(y=0.2)
-    ax.legend(ncols=4, fontsize=8)
+    ax.legend(ncols=2, fontsize=8)
     save(fig, path)
 
 
