@@ -141,7 +141,8 @@ class Run(NamedTuple):
 def span(start, end):                                       # (B,), (B,) -> (B,S)
     """Every position of a row from its start to its end, for `Transformer.rerun`; where that is
     fewer than in other rows, the end several times."""
-    steps = torch.arange(int((end - start).max()) + 1, device=start.device)
+    longest = max((end - start).tolist(), default=0)
+    steps = torch.arange(longest + 1, device=start.device)
     return torch.minimum(start[:, None] + steps, end[:, None])
 
 

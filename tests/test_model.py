@@ -132,6 +132,7 @@ def at_starts(start, T, S):                                             # (B,) -
 def test_a_span_ends_at_the_end():
     start, end = torch.tensor([3, 5, 9]), torch.tensor([6, 9, 9])
     assert models.span(start, end).tolist() == [[3, 4, 5, 6, 6], [5, 6, 7, 8, 9], [9] * 5]
+    assert models.span(start[:0], end[:0]).shape == (0, 1), "of no rows"
 
 
 def random_rerun(model, B=5, T=20):
@@ -202,6 +203,14 @@ def test_a_rerun_with_other_tokens_equals_the_whole_run(pair):
     whole, _ = model.run_layers(model.embed(tokens))
     ours = model.rerun(run, rows, positions, tokens=tokens)
     torch.testing.assert_close(ours, whole[row[:, None], positions], rtol=1e-10, atol=1e-10)
+
+
+def test_a_rerun_of_no_rows_is_empty(pair):
+    model = pair[0]
+    run, *_ = random_rerun(model)
+    none = torch.zeros(0, dtype=torch.long)
+    ours = model.rerun(run, none, models.span(none, none), {0: lambda z: 2 * z})
+    assert ours.shape == (0, 1, model.config.d_model)
 
 
 def test_a_rerun_of_one_position_is_what_a_patch_there_does(pair):
