@@ -588,8 +588,8 @@ class Removals(NamedTuple):
 
 
 def remove_feature(model, sae, layer, feature, clean, rows, f, row_of_text):  # -> Removals
-    """A feature removed where it is active, in some rows of a clean run. f (b,T-2): its activation there,
-    at positions 1 to T-2."""
+    """A feature removed where it is active, in some rows of a clean run. f (b,T-2): its activation
+    there, at positions 1 to T-2. row_of_text (b,): the rows' numbers in the text."""
     rows, row_of_text = rows.to(f.device), row_of_text.to(f.device)
     tokens = clean.tokens[rows]
     active = F.pad(f > 0, (1, 1))                                       # (b,T)

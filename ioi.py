@@ -1052,8 +1052,8 @@ def report_signal(ioi, result):
     for name, r in result["sources"].items():
         print(f"{name:30} {format_ci(*r['patched'], '+.2f'):19} "
               f"{format_ci(*r['change'], '+.2f'):23} {format_ci(*r['order_kept'], '.1%')}".rstrip())
-    print("\nsource                         recovered                   ABBA     BABA   over mean   "
-          "over zero everywhere")
+    print("\nsource                         recovered                   ABBA     BABA   "
+          "over mean   over zero everywhere")
     for name, r in result["sources"].items():
         shown = {way: "n/a" if r[way] is None else f"{r[way]:.1%}"
                  for way in ("ABBA", "BABA", "over mean", "over zero everywhere")}

@@ -1,4 +1,5 @@
-"""Files of the Hugging Face hub, by the package huggingface_hub: from its cache, or fetched into it.
+"""Files of the Hugging Face hub, by the package huggingface_hub: read from its cache, or fetched
+into it.
 
 Whether the network may be asked (HF_HUB_OFFLINE), who asks (HF_TOKEN, `hf auth login`), and where
 (HF_ENDPOINT, HF_HOME, proxies) is between that package and its user. Here its errors become

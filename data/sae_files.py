@@ -251,8 +251,8 @@ def drop_finetuning(stored, folder):
     for name in ("scaling_factor", "finetuning_scaling_factor"):
         factor = stored.pop(name, torch.ones(1))
         if not torch.allclose(factor, torch.ones_like(factor)):
-            raise UserError(f"{folder}: {name} is not 1 for all features; an SAE whose outputs were "
-                            f"scaled in finetuning is not supported.")
+            raise UserError(f"{folder}: {name} is not 1 for all features; an SAE whose outputs "
+                            f"were scaled in finetuning is not supported.")
 
 
 def fold_norms(tensors):
@@ -300,8 +300,8 @@ def is_folded(settings, config):
     if is_asked:
         done |= asked
     if done["fold_value_biases"] and not done["fold_ln"]:
-        raise UserError(f"{config}: value biases were folded into b_O, and LayerNorm was not folded "
-                        f"(fold_ln False); that is not supported: its z lacks a part of "
+        raise UserError(f"{config}: value biases were folded into b_O, and LayerNorm was not "
+                        f"folded (fold_ln False); that is not supported: its z lacks a part of "
                         f"model.value_bias.")
     return bool(done["fold_value_biases"])
 

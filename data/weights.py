@@ -66,8 +66,8 @@ def find_config(name_or_dir):
     path = find(name_or_dir, "config.json")
     if path is None:
         raise UserError(f"--model {name_or_dir}: there is no {name_or_dir}/config.json; give "
-                        "\"tiny\", a directory in Hugging Face layout, or the owner/name of a model "
-                        "on the hub.")
+                        "\"tiny\", a directory in Hugging Face layout, or the owner/name of a "
+                        "model on the hub.")
     return path
 
 
