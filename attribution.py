@@ -193,7 +193,7 @@ def trace_prompt(model, saes, tokens):                      # (T,) or (1,T) -> T
     check_one_dtype(model, saes)
     everywhere = torch.arange(tokens.shape[1], device=tokens.device)
     matrices = [model.head_matrices(layer) for layer in range(model.config.n_layers)]
-    _, cache = model(tokens, keep=range(model.config.n_layers))
+    cache = dict(model.layer_caches(tokens))
 
     f = {}
     n_before = []

@@ -126,8 +126,9 @@ class Run(NamedTuple):
     layer."""
     tokens: Tensor          # (B,T)
     resid_pre: list         # (B,T,d_model) the residual stream that the layer reads
-    k: list                 # (B,T,G,d_head) keys as they enter the score, one for each group of
-    v: list                 # (B,T,G,d_head) heads that share it; and values
+    k: list                 # (B,T,G,d_head) keys as they enter the score: G groups of heads have
+                            # one each
+    v: list                 # (B,T,G,d_head) values, the same
     z_cat: list             # (B,T,D)
     final: Tensor           # (B,T,d_model) the stream after the last layer
 
