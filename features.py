@@ -10,9 +10,9 @@ Collection. One pass over held-out text keeps, for every feature, how often and 
 active, its strongest places (`top`), places from each tenth of its range (`spread`), and 200 places
 drawn in proportion to activation (`sample`, which is not the flag --sample). `weight` says how much
 of the feature's activation each of these stands for: the same for most; for the strongest, which
-are always kept, their own activation. A second pass asks what was read at these places. A third
-one asks, at random cuts of the rows, how much context the feature needs. All this is stored, and
-heads.py reads it too.
+are always kept, their own activation. A second pass asks what was read at these places; and, at
+random cuts of the rows, how much context the feature needs. All this is stored, and heads.py reads
+it too.
 
 Families. A place is a (row, position) at which the feature is active. Its source is the earlier
 token, position 0 (BOS) left out, with the largest DFA (signed, summed over heads). The first of
@@ -72,6 +72,7 @@ from study import StudyConfig, begin, finish
 BEFORE, AFTER = 10, 5               # tokens shown around a place
 N_SOURCES = 8                       # sources shown of each example
 CONTEXTS = (1, 2, 4, 8, 16, 32)     # context lengths n that are tried, current token included
+CUTS_PER_ROW = 6                    # at which it is measured how much context features need
 ROWS_AT_ONCE = 32
 
 
@@ -103,7 +104,7 @@ def collect_places(model, saes, stream, n_rows, n_places=200, seed=0, progress=l
     return torch.cat(blocks), {layer: c.result() for layer, c in collectors.items()}
 
 
-# ---- the collection: what was read there ----
+# ---- the collection: what was read there, and how much context is needed ----
 
 
 class Reads(NamedTuple):
@@ -122,26 +123,50 @@ class ExampleDfa(NamedTuple):
     total: Tensor           # (n,H) DFA over all sources
 
 
+class ContextKept(NamedTuple):
+    """What is left of each feature when only BOS and the last n tokens can be read."""
+    share: Tensor           # (d_sae,contexts) of its activation; NaN where it was never active, and
+                            # for an n that was not tried
+    n_active: Tensor        # (d_sae,contexts) places behind it
+
+
+class LayerCollection(NamedTuple):
+    """All that is known of one layer's features."""
+    collected: Collected
+    reads: Reads            # of collected.sample
+    top: ExampleDfa         # of collected.top
+    spread: ExampleDfa      # of collected.spread
+    context: ContextKept
+
+
 @torch.no_grad()
-def attribute_places(model, saes, tokens, collected, progress=lambda rows: None):
-    """DFA at the places that were collected -> {layer: (Reads of the sample, ExampleDfa of the top,
-    ExampleDfa of the spread)}."""
+def read_places(model, saes, tokens, collected, seed=0, progress=lambda rows: None):
+    """The second pass: DFA at the places that were collected, and the context that features need
+    -> {layer: LayerCollection}."""
+    generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     by_row = {layer: [PlacesByRow(places, len(tokens)) for places in (c.sample, c.top, c.spread)]
               for layer, c in collected.items()}
+    context = {layer: ContextSums(sae.d_sae) for layer, sae in saes.items()}
     for first in range(0, len(tokens), ROWS_AT_ONCE):
-        part = tokens[first:first + ROWS_AT_ONCE].long().to(device)
-        for layer, cache in model.layer_caches(part, saes):
+        rows = tokens[first:first + ROWS_AT_ONCE].long().to(device)
+        z_cat = {}
+        for layer, cache in model.layer_caches(rows, saes):
             # Without the value bias: every source has it, so it says nothing about any one of
             # them. (With attribution.constant_part, DFA sums to the pre-activation.)
             v = values_minus_bias(model, layer, cache.v)
-            for i in range(len(part)):
+            for i in range(len(rows)):
                 attribute_row(saes[layer], cache.pattern[i], v[i], cache.z_cat[i],
                               *by_row[layer], row=first + i)
-        progress(min(first + ROWS_AT_ONCE, len(tokens)))
-    return {layer: (Reads(*sample.results()), ExampleDfa(*top.results()),
-                    ExampleDfa(*spread.results()))
-            for layer, (sample, top, spread) in by_row.items()}
+            z_cat[layer] = cache.z_cat
+        cut_rows(model, saes, rows, z_cat, context, generator)
+        progress(first + len(rows))
+    found = {}
+    for layer, (sample, top, spread) in by_row.items():
+        found[layer] = LayerCollection(collected[layer], Reads(*sample.results()),
+                                       ExampleDfa(*top.results()), ExampleDfa(*spread.results()),
+                                       context[layer].result())
+    return found
 
 
 class PlacesByRow:
@@ -216,52 +241,33 @@ def example_dfa(moved, activations, q):                     # (m,H,k), (m,T), (m
     return ExampleDfa(window.half(), sources.short(), by_head, moved.sum(-1))
 
 
-# ---- the collection: how much context is needed ----
-
-
-class ContextKept(NamedTuple):
-    """What is left of each feature when only BOS and the last n tokens can be read."""
-    share: Tensor           # (d_sae,contexts) of its activation; NaN where it was never active, and
-                            # for an n that was not tried
-    n_active: Tensor        # (d_sae,contexts) places behind it
-
-
-@torch.no_grad()
-def context_kept(model, saes, tokens, cuts_per_row=12, seed=0, progress=lambda rows: None):
-    """(R,T) -> {layer: ContextKept}, for every n of CONTEXTS that is at most half a row.
+def cut_rows(model, saes, rows, z_cat, context, generator):     # (b,T), {layer: (b,T,D)}
+    """Cut rows, and add what features keep to `context`, {layer: ContextSums}, for every n of
+    CONTEXTS that is at most half a row.
 
     A row is cut before a random position: only BOS and the tokens from the cut on are kept. The
     n-th of these then sees BOS and n tokens, itself included, so one cut row measures every n at
-    once. (What is kept also moves to the front of the row, which a model may notice.) Shares are
-    ratios of sums over places, so that strong activations count for more. A quarter of a row or
-    more stands before each cut.
+    once. (What is kept also moves to the front of the row, which a model may notice.) A quarter of
+    a row or more stands before each cut.
     """
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    T = tokens.shape[1]
+    T = rows.shape[1]
     contexts = [n for n in CONTEXTS if n <= T // 2]
     longest = max(contexts)
-    sums = {layer: ContextSums(sae.d_sae) for layer, sae in saes.items()}
-    for first in range(0, len(tokens), ROWS_AT_ONCE):
-        rows = tokens[first:first + ROWS_AT_ONCE].long().to(device)
-        row = torch.arange(len(rows)).repeat_interleave(cuts_per_row)   # (cuts,)
-        cut = torch.randint(T // 4, T - longest + 1, (len(row),), generator=generator)
-        row, cut = row.to(device), cut.to(device)
-        kept = cut[:, None] + torch.arange(longest, device=device)      # (cuts,longest) positions
-        shortened = torch.cat([rows[row, :1], rows[row[:, None], kept]], dim=1)
-        z_whole = model.z_cat_bfloat16(rows, saes)                      # {layer: (rows,T,D)}
-        z_short = model.z_cat_bfloat16(shortened, saes)                 # (cuts,1+longest,D)
-        for layer, sae in saes.items():
-            for i, n in enumerate(contexts):
-                f_whole = sae.encode(z_whole[layer][row, cut + n - 1])  # (cuts,d_sae)
-                f_short = sae.encode(z_short[layer][:, n])              # at the same token
-                sums[layer].add(i, f_whole, f_short)
-        progress(first + len(rows))
-    return {layer: ContextKept(s.kept / s.had, s.n_active) for layer, s in sums.items()}
+    row = torch.arange(len(rows)).repeat_interleave(CUTS_PER_ROW)       # (cuts,)
+    cut = torch.randint(T // 4, T - longest + 1, (len(row),), generator=generator)
+    row, cut = row.to(rows.device), cut.to(rows.device)
+    kept = cut[:, None] + torch.arange(longest, device=rows.device)     # (cuts,longest) positions
+    shortened = torch.cat([rows[row, :1], rows[row[:, None], kept]], dim=1)
+    z_short = model.z_cat_at(shortened, saes)               # {layer: (cuts,1+longest,D)}
+    for layer, sae in saes.items():
+        for i, n in enumerate(contexts):
+            f_whole = sae.encode(z_cat[layer][row, cut + n - 1])        # (cuts,d_sae)
+            f_short = sae.encode(z_short[layer][:, n])                  # at the same token
+            context[layer].add(i, f_whole, f_short)
 
 
 class ContextSums:
-    """Sums over places, (d_sae,contexts) each."""
+    """Sums over places, (d_sae,contexts) each, so that strong activations count for more."""
 
     def __init__(self, d_sae):
         self.kept = torch.zeros(d_sae, len(CONTEXTS), dtype=torch.float64)
@@ -274,17 +280,11 @@ class ContextSums:
         self.had[:, i] += f_whole.sum(0).cpu()
         self.n_active[:, i] += (f_whole > 0).sum(0).cpu()
 
+    def result(self):                                       # -> ContextKept
+        return ContextKept(self.kept / self.had, self.n_active)
+
 
 # ---- the collection as a whole: made once, stored, read by heads.py ----
-
-
-class LayerCollection(NamedTuple):
-    """All that is known of one layer's features."""
-    collected: Collected
-    reads: Reads            # of collected.sample
-    top: ExampleDfa         # of collected.top
-    spread: ExampleDfa      # of collected.spread
-    context: ContextKept
 
 
 class Collection(NamedTuple):
@@ -299,7 +299,6 @@ class Collection(NamedTuple):
 
 @dataclass(frozen=True)
 class CollectionConfig(StudyConfig):
-    layers: tuple[int, ...] = field((), "layers, such as 0,2; all that have an SAE if not given")
     n_tokens: int = field(500_000, "tokens of text (paper: 1e6)")
     n_places: int = field(200, "places of each feature, drawn in proportion to activation")
 
@@ -323,7 +322,7 @@ def load_or_collect(study):                                 # -> Collection
 
 
 def collect(study):                                         # -> Collection
-    """Three passes over held-out text. Raises UserError if there is too little of it."""
+    """Two passes over held-out text. Raises UserError if there is too little of it."""
     config, model, saes = study.config, study.model, study.saes
     n_rows = config.n_tokens // (study.n_ctx - 1)
     if n_rows < 16:
@@ -340,13 +339,9 @@ def collect(study):                                         # -> Collection
     if len(tokens) < 16:
         raise UserError(f"--corpus {config.corpus} gave {len(tokens)} held-out rows, and 16 are "
                         f"needed; give more text.")
-    print("what was read there", flush=True)
-    attributed = attribute_places(model, saes, tokens, collected, Progress(len(tokens), "rows"))
-    print("how much context is needed", flush=True)
-    context = context_kept(model, saes, tokens, seed=config.seed,
-                           progress=Progress(len(tokens), "rows"))
-    return Collection(tokens, {layer: LayerCollection(collected[layer], *attributed[layer],
-                                                      context[layer]) for layer in saes})
+    print("what was read there, and how much context is needed", flush=True)
+    return Collection(tokens, read_places(model, saes, tokens, collected, config.seed,
+                                          Progress(len(tokens), "rows")))
 
 
 def collection_settings(study):                             # -> {layer or "tokens": {name: text}}
@@ -355,7 +350,7 @@ def collection_settings(study):                             # -> {layer or "toke
     config = study.config
     settings = {name: str(getattr(config, name))
                 for name in ("model", "corpus", "held_out_share", "n_tokens", "n_places", "seed")}
-    settings["constants"] = str((CONTEXTS, BEFORE, AFTER, N_SOURCES))
+    settings["constants"] = str((CONTEXTS, CUTS_PER_ROW, BEFORE, AFTER, N_SOURCES))
     settings["weights"] = digest(study.model)
     by_file = {"tokens": settings}
     for layer, sae in study.saes.items():
@@ -643,7 +638,7 @@ def main():
     config = parse_flags(FeaturesConfig, __doc__)
     if config.sample < 0:
         raise UserError(f"--sample must be at least 0, not {config.sample}.")
-    study = begin(config, "features", config.layers)
+    study = begin(config, "features")
     collection = load_or_collect(study)
     tokens = collection.tokens
     classes = fuzzy_classes(study.tokenizer)[tokens.long()]

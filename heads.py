@@ -351,7 +351,7 @@ def main():
     config = parse_flags(HeadsConfig, __doc__)
     if not 0 < config.similarity <= 1:
         raise UserError(f"--similarity must be above 0 and at most 1, not {config.similarity}.")
-    study = begin(config, "heads", config.layers)
+    study = begin(config, "heads")
     collection = load_or_collect(study)
     classes = fuzzy_classes(study.tokenizer)[collection.tokens.long()]
     census = []

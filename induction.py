@@ -270,28 +270,51 @@ class Examples(NamedTuple):
         return Examples(*(column[which] for column in self))
 
 
-@torch.no_grad()
-def find_examples(tokens, classes, model=None, head=None):  # (B,T), (B,T) -> Examples
-    """Places where a prefix of 1 or more tokens matches.
-
-    By text alone: where the query has exactly one such key, so that no head's attention is divided.
-    Given a head: where that head's attention is over 0.3, as in the paper. In both, there is a
-    token at k-2 to replace (not BOS), and the two copies of the prefix do not overlap.
-    """
+def find_examples(classes):                                 # (B,T) -> Examples
+    """Places where a prefix matches, by text alone: the query has no other such key, so that no
+    head's attention is divided."""
     parts = []
+    for rows in torch.arange(len(classes), device=classes.device).split(16):
+        lengths, possible = possible_examples(classes[rows])
+        is_only_key = (lengths > 0).sum(-1, keepdim=True) == 1
+        parts.append(examples_where(possible & is_only_key, lengths, rows))
+    return joined_examples(parts)
+
+
+@torch.no_grad()
+def find_attended(model, tokens, classes, heads):           # (B,T) x 2 -> {head: Examples}
+    """Places where a prefix matches and a head's attention is over 0.3, as in the paper.
+    heads: of (layer, head)."""
+    parts = {head: [] for head in heads}
+    layers = {layer for layer, _ in heads}
     for rows in torch.arange(len(tokens), device=tokens.device).split(16):
-        q, k = query_and_key_positions(tokens)
-        lengths = prefix_lengths(classes[rows]) * (k < q)               # (B,q,k)
-        is_token = classes[rows] >= 0
-        has_token_before = F.pad(is_token, (2, 0))[:, None, :-2]        # (b,1,k): at k-2
-        chosen = (lengths > 0) & (k + lengths <= q + 1) & has_token_before
-        if model is None:
-            chosen &= (lengths > 0).sum(-1, keepdim=True) == 1
-        else:
-            layer, h = head
-            chosen &= model.layer_cache(tokens[rows], layer).pattern[:, h] > MIN_ATTENTION
-        row, query, key = chosen.nonzero(as_tuple=True)
-        parts.append(Examples(rows[row], query, key, lengths[row, query, key]))
+        lengths, possible = possible_examples(classes[rows])
+        for layer, kept in model.layer_caches(tokens[rows], layers):
+            for head in heads:
+                if head[0] == layer:
+                    attends = kept.pattern[:, head[1]] > MIN_ATTENTION
+                    parts[head].append(examples_where(possible & attends, lengths, rows))
+    return {head: joined_examples(of_head) for head, of_head in parts.items()}
+
+
+def possible_examples(classes):                             # (b,T) -> (b,q,k), (b,q,k) bool
+    """Prefix lengths, 0 where the key is not before the query; and where a prefix of 1 or more
+    tokens matches, there is a token at k-2 to replace (not BOS), and the two copies of the prefix
+    do not overlap."""
+    q, k = query_and_key_positions(classes)
+    lengths = prefix_lengths(classes) * (k < q)
+    has_token_before = F.pad(classes >= 0, (2, 0))[:, None, :-2]        # (b,1,k): at k-2
+    return lengths, (lengths > 0) & (k + lengths <= q + 1) & has_token_before
+
+
+def examples_where(chosen, lengths, rows):                  # (b,q,k) x 2, (b,) -> Examples
+    """The places that are chosen; rows: the number of each row in the text."""
+    row, q, k = chosen.nonzero(as_tuple=True)
+    return Examples(rows[row], q, k, lengths[row, q, k])
+
+
+def joined_examples(parts):                                 # list of Examples -> Examples
+    """The examples of all parts, one after the other."""
     return Examples(*(torch.cat(column) for column in zip(*parts)))
 
 
@@ -316,13 +339,15 @@ def with_token_replaced(tokens, token_class, examples, offset, generator):      
 def attention_at(model, rows, examples, layers):            # (n,T) -> (n,len(layers),H)
     """Every head's attention from q to k, in some layers."""
     parts = []
-    for part in torch.arange(len(rows), device=rows.device).split(32):
+    order = examples.q.argsort()        # a block is cut after its last query: sorted is cheapest
+    for part in order.split(32):
         row = torch.arange(len(part), device=rows.device)
         q, k = examples.q[part], examples.k[part]
+        up_to_query = rows[part, :q.max() + 1]
         attention = [kept.pattern[row, :, q, k]
-                     for layer, kept in model.layer_caches(rows[part], layers)]
-        parts.append(torch.stack(attention, 1).cpu())
-    return torch.cat(parts).numpy()
+                     for _, kept in model.layer_caches(up_to_query, layers)]
+        parts.append(torch.stack(attention, 1))
+    return torch.cat(parts)[order.argsort()].cpu().numpy()
 
 
 def intervene(model, tokens, token_class, examples, heads, n, seed=0):  # -> {condition: {...}}
@@ -338,26 +363,32 @@ def intervene(model, tokens, token_class, examples, heads, n, seed=0):  # -> {co
         & (token_class[tokens[examples.row, after_k]] >= 0)
     long = draw(examples.pick((examples.length >= 2) & has_room), n, generator)
     of_one_token = draw(examples.pick(examples.length == 1), n, generator)
-    conditions = {"corrupt": (long, -2), "control, other token": (long, 2),
-                  "control, prefix 1": (of_one_token, -2)}
     layers = sorted({layer for layer, _ in heads})
     results = {}
-    for condition, (chosen, offset) in conditions.items():
-        results[condition] = {"n": len(chosen.q), "n_rows": len(chosen.row.unique())}
+    for chosen, offsets in ((long, {"corrupt": -2, "control, other token": 2}),
+                            (of_one_token, {"control, prefix 1": -2})):
+        counts = {"n": len(chosen.q), "n_rows": len(chosen.row.unique())}
         if not len(chosen.q):
+            results |= {condition: counts for condition in offsets}
             continue
-        rows = with_token_replaced(tokens, token_class, chosen, offset, generator)
         before = attention_at(model, tokens[chosen.row], chosen, layers)
-        after = attention_at(model, rows, chosen, layers)
-        for layer, h in heads:
-            pair = [x[:, layers.index(layer), h] for x in (before, after)]
-            values = np.stack([*pair, pair[1] - pair[0]], 1)            # (n,3)
-            mean, (low, high) = mean_with_ci(values, chosen.row.cpu().numpy())
-            result = {}
-            for i, name in enumerate(("before", "after", "change")):
-                result |= {name: mean[i], f"{name}_ci": [low[i], high[i]]}
-            results[condition][f"{layer}.{h}"] = result
+        for condition, offset in offsets.items():
+            rows = with_token_replaced(tokens, token_class, chosen, offset, generator)
+            after = attention_at(model, rows, chosen, layers)
+            results[condition] = counts | {
+                f"{layer}.{h}": before_and_after(before[:, layers.index(layer), h],
+                                                 after[:, layers.index(layer), h],
+                                                 chosen.row.cpu().numpy())
+                for layer, h in heads}
     return results
+
+
+def before_and_after(before, after, row):                   # (n,) x 3 -> {name: mean, name_ci: ...}
+    """Means of both and of the change, with intervals over rows."""
+    result = {}
+    for name, values in (("before", before), ("after", after), ("change", after - before)):
+        result[name], result[f"{name}_ci"] = mean_with_ci(values, row)
+    return result
 
 
 def draw(examples, n, generator):                           # -> Examples, n at most
@@ -389,26 +420,35 @@ def find_features(model, saes, tokens, classes, progress=lambda rows: None):
     expected one; {layer: number of features active in the second half}; {layer: (d_sae,) each one's
     X}."""
     half = len(tokens) // 2
-    naming, measuring = tokens[:half], tokens[half:]
-    names = name_features(model, saes, naming, classes[:half], progress)
-    sums = sum_where_followed(model, saes, measuring, classes[half:], names,
-                              lambda rows: progress(half + rows))
-    found = []
-    n_live = {}
+    naming = Text(tokens[:half], classes[:half])
+    measuring = Text(tokens[half:], classes[half:])
+    names = name_features(model, saes, *naming, progress)
+    sums = sum_where_followed(model, saes, *measuring, names, lambda rows: progress(half + rows))
+    chosen = {}
     for layer, s in sums.items():
-        n_live[layer] = int((s.n > 0).sum())
-        share = s.mass_hit / s.mass.clamp_min(1e-30)
-        chosen = ((s.n >= MIN_ACTIVE) & (share >= MIN_SHARE)).nonzero()[:, 0]
-        X = names[layer][chosen.to(tokens.device)]
-        expected = expected_share(model, saes[layer], layer, measuring, classes[half:], chosen, X,
-                                  other_tokens=naming, other_classes=classes[:half])
-        for i, x, by_token_alone in zip(chosen.tolist(), X.tolist(), expected.tolist()):
-            if float(share[i]) >= by_token_alone + MIN_EXCESS:
-                found.append({"layer": layer, "feature": i, "X": x, "share": float(share[i]),
+        is_often = (s.n >= MIN_ACTIVE) & (s.share >= MIN_SHARE)
+        chosen[layer] = is_often.nonzero()[:, 0].to(tokens.device)
+    X = {layer: names[layer][features] for layer, features in chosen.items()}
+    expected = expected_shares(model, saes, chosen, X, measuring, naming,
+                               lambda rows: progress(len(tokens) + rows))
+    found = []
+    for layer, s in sums.items():
+        for i, x, by_token_alone in zip(chosen[layer].tolist(), X[layer].tolist(),
+                                        expected[layer].tolist()):
+            share = float(s.share[i])
+            if share >= by_token_alone + MIN_EXCESS:
+                found.append({"layer": layer, "feature": i, "X": x, "share": share,
                               "expected_share": by_token_alone, "n_active": int(s.n[i]),
                               "n_hit": int(s.n_hit[i])})
     found.sort(key=lambda feature: feature["expected_share"] - feature["share"])
+    n_live = {layer: int((s.n > 0).sum()) for layer, s in sums.items()}
     return found, n_live, names
+
+
+class Text(NamedTuple):
+    """Rows of text."""
+    tokens: Tensor          # (B,T)
+    classes: Tensor         # (B,T)
 
 
 def name_features(model, saes, tokens, classes, progress):  # -> {layer: (d_sae,)}
@@ -460,6 +500,11 @@ class SumsWhereFollowed(NamedTuple):
     n_hit: Tensor           # active positions where X followed the current token earlier
     mass_hit: Tensor        # sum of activations there
 
+    @property
+    def share(self):
+        """The part of the activation that is there."""
+        return self.mass_hit / self.mass.clamp_min(1e-30)
+
 
 def sum_where_followed(model, saes, tokens, classes, names, progress=lambda rows: None):
     """How active each feature is, and how much of that where its X followed earlier -> {layer:
@@ -476,31 +521,44 @@ def sum_where_followed(model, saes, tokens, classes, names, progress=lambda rows
     return {layer: SumsWhereFollowed(*columns) for layer, columns in sums.items()}
 
 
-def expected_share(model, sae, layer, tokens, classes, features, X, other_tokens, other_classes):
+def expected_shares(model, saes, features, X, text, other, progress=lambda rows: None):
     """The share of a feature's activation that would fall where X followed earlier if it depended
-    on the class of the current token alone (" the" and "The" are one) -> (m,).
+    on the class of the current token alone (" the" and "The" are one) -> {layer: (m,)}.
 
-    It is the sum over classes of (activation at that class, in `tokens`) * (the share of its
-    occurrences, in the other rows, where X followed it earlier), over the sum of activations.
-    features, X: (m,). Other rows, because in the same ones a token that occurs once, where X had
-    followed, would have a rate of 1, and the expected share would be the measured one. A feature
-    that reads nothing but the current class has this share, up to the difference of the two texts.
+    It is the sum over classes of (activation at that class, in the text) * (the share of its
+    occurrences, in the other text, where X followed it earlier), over the sum of activations.
+    features, X: {layer: (m,)}. Another text, because in the same one a token that occurs once,
+    where X had followed, would have a rate of 1, and the expected share would be the measured one.
+    A feature that reads nothing but the current class has this share, up to the difference of the
+    two texts.
     """
-    n_classes = int(max(classes.max(), other_classes.max())) + 2        # class -1 is BOS
-    mass = sae.b_enc.new_zeros(n_classes, len(features))
-    for part in torch.arange(len(tokens), device=tokens.device).split(32):
-        z = model.z_cat_at(tokens[part], [layer])[layer][:, 1:]
-        f = sae.encode(z)[..., features.to(z.device)]
-        mass.index_add_(0, classes[part, 1:].flatten() + 1, f.flatten(0, 1))
+    present, index = text.classes.unique(return_inverse=True)           # (n,), (B,T)
+    mass = {layer: saes[layer].b_enc.new_zeros(len(present), len(of_layer))
+            for layer, of_layer in features.items()}
+    for part in torch.arange(len(index), device=index.device).split(32):
+        for layer, z in model.z_cat_at(text.tokens[part], list(features)).items():
+            f = saes[layer].encode(z[:, 1:])[..., features[layer]]      # (b,T-1,m)
+            mass[layer].index_add_(0, index[part, 1:].flatten(), f.flatten(0, 1))
+        progress(int(part[-1]) + 1)
 
-    n_of_class = torch.bincount(other_classes[:, 1:].flatten() + 1, minlength=n_classes)
-    rate = torch.zeros_like(mass)
-    for x in X.unique().tolist():
-        has_x = (other_tokens == x).any(1).nonzero()[:, 0]
-        followed = followed_everywhere(other_tokens[has_x], other_classes[has_x], x)
-        hits = torch.bincount(other_classes[has_x, 1:][followed] + 1, minlength=n_classes)
-        rate[:, X == x] = (hits / n_of_class.clamp_min(1))[:, None].to(rate.dtype)
-    return (mass * rate).sum(0) / mass.sum(0)
+    different = torch.cat(list(X.values())).unique().tolist()
+    rates = {x: rate_followed(x, other, present) for x in different}    # (n,) each
+    shares = {}
+    for layer, of_classes in mass.items():
+        rate = [rates[x] for x in X[layer].tolist()]
+        rate = torch.stack(rate, 1).to(of_classes) if rate else of_classes
+        shares[layer] = (of_classes * rate).sum(0) / of_classes.sum(0)
+    return shares
+
+
+def rate_followed(X, text, classes):                        # (n,) -> (n,)
+    """The share of each class's occurrences in a text where token X had followed it earlier."""
+    n = 2 + int(max(classes.max(), text.classes.max()))     # class -1, BOS, is counted at 0
+    n_of_class = torch.bincount(text.classes[:, 1:].flatten() + 1, minlength=n)
+    has_X = (text.tokens == X).any(1)
+    followed = followed_everywhere(text.tokens[has_X], text.classes[has_X], X)
+    n_followed = torch.bincount(text.classes[has_X, 1:][followed] + 1, minlength=n)
+    return (n_followed / n_of_class.clamp_min(1))[classes + 1]
 
 
 class OnText(NamedTuple):
@@ -714,11 +772,10 @@ def compute_interventions(study, rows, token_class, heads):     # -> {choice of 
     """The intervention on examples chosen by text alone, and where each head attends."""
     config, model = study.config, study.model
     classes = token_class[rows]
-    by_text = find_examples(rows, classes)
+    by_text = find_examples(classes)
     results = {"by text alone": intervene(model, rows, token_class, by_text, heads,
                                           config.n_examples, config.seed)}
-    for layer, h in heads:
-        examples = find_examples(rows, classes, model, (layer, h))
+    for (layer, h), examples in find_attended(model, rows, classes, heads).items():
         results[f"where {layer}.{h} attends"] = intervene(
             model, rows, token_class, examples, [(layer, h)], config.n_examples, config.seed)
     return results
@@ -728,40 +785,42 @@ def study_features(study, rows, token_class, layer, feature, n_shown=20):
     """Every "X is next" feature; what the first of them do; one of them in full."""
     config, model, saes = study.config, study.model, study.saes
     classes = token_class[rows]
-    found, n_live, names = find_features(model, saes, rows, classes, Progress(len(rows), "rows"))
     half = len(rows) // 2
+    progress = Progress(2 * len(rows) - half, "rows")       # the second half is read twice
+    found, n_live, names = find_features(model, saes, rows, classes, progress)
     rows, classes = rows[half:], classes[half:]             # the half that did not name them
     for one in found:
         one["X_text"] = study.tokenizer.decode([one["X"]])
     shown = found[:n_shown]
     wanted = [(one["layer"], one["feature"], one["X"]) for one in shown]
-    if shown:
-        on_texts = features_on_text(model, saes, wanted, rows, classes)
-        for one, found_there in zip(shown, downstream(model, saes, wanted, rows, on_texts,
-                                                      seed=config.seed)):
-            one["downstream"] = found_there
+    named = layer is None or int(names[layer][feature]) >= 0
+    if layer is not None and named:
+        asked_for = (layer, feature, int(names[layer][feature]))
+        wanted = [asked_for, *(one for one in wanted if one != asked_for)]
+    on_texts = dict(zip(wanted, features_on_text(model, saes, wanted, rows, classes)))
+    effects = dict(zip(wanted, downstream(model, saes, wanted, rows, list(on_texts.values()),
+                                          seed=config.seed)))
+    for one in shown:
+        one["downstream"] = effects[one["layer"], one["feature"], one["X"]]
     result = {"n_live": n_live, "features": found,
               "n_found": {layer: sum(one["layer"] == layer for one in found) for layer in saes}}
     report_features(result, shown)
     write_json(study.folder / "features.json", result)
 
-    if layer is None and not found:
-        print("none, so none is drawn; --feature draws one all the same")
-        return
-    if layer is None:
-        layer, feature = found[0]["layer"], found[0]["feature"]
-    X = int(names[layer][feature])
-    if X < 0:
+    if not named:
         raise UserError(f"feature {layer}.{feature} cannot be named: it is not active in the first "
                         f"half of these rows, or at its strongest places there the token had not "
                         f"come before. Raise --n-rows, or name another with --feature.")
-    wanted = [(layer, feature, X)]
-    on_text, = features_on_text(model, saes, wanted, rows, classes)
+    if not wanted:
+        print("none, so none is drawn; --feature draws one all the same")
+        return
+    layer, feature, X = wanted[0]
+    on_text = on_texts[wanted[0]]
     drawn = {"layer": layer, "feature": feature, "X": X, "X_text": study.tokenizer.decode([X]),
              "found": any((one["layer"], one["feature"]) == (layer, feature) for one in found),
              "precision_and_recall": precision_and_recall(on_text),
              "places": show_places(on_text, rows, study.tokenizer, seed=config.seed),
-             "downstream": downstream(model, saes, wanted, rows, [on_text], seed=config.seed)[0]}
+             "downstream": effects[wanted[0]]}
     report_feature(drawn)
     write_json(study.folder / "features.json", result | {"drawn": drawn})
     active = on_text.f > 0

@@ -27,6 +27,8 @@ class StudyConfig:
                        "Hugging Face hub, or a directory in its layout")
     saes: str = field("", "folder with SAEs, kissane, gemma-scope; if not given, the run in --out, "
                       "or for tiny those that ship")
+    layers: tuple[int, ...] = field((), "layers whose SAEs are read, such as 0,2; all that have "
+                                    "one if not given")
     corpus: str = field("python", "real text, of which held-out rows are read: see train.py")
     held_out_share: float = field(HELD_OUT_SHARE, "of the documents of a text of yours; as in "
                                   "training")
@@ -51,14 +53,14 @@ class Study(NamedTuple):
         return min(128, self.model.config.n_ctx)
 
 
-def begin(config, name, layers=()):                         # -> Study
+def begin(config, name):                                    # -> Study
     """Load what a study reads, say which SAEs these are, and make its folder."""
     device = pick_device(config.device)
     model = load_model(config.model, device)
     tokenizer = data.load_tokenizer(config.model)
     set_n_tokens(model, tokenizer, config.model)
     saes_from = str(find_saes(config.saes, config.out, config.model))
-    saes = load_saes(saes_from, model, layers, device)
+    saes = load_saes(saes_from, model, config.layers, device)
     run = run_folder(config.out, config.model)
     folder = run / name
     check_writable(folder)

@@ -30,13 +30,13 @@ def collected(tiny):
     half = torch.randint(4000, (20, 20), generator=g)
     stream = torch.cat([torch.full((20, 1), 4095), half, half], 1)
     tokens, kept = F.collect_places(tiny, saes, [stream], 20, n_places=20)
-    return tiny, saes, tokens, kept, F.attribute_places(tiny, saes, tokens, kept)
+    return tiny, saes, tokens, kept, F.read_places(tiny, saes, tokens, kept)
 
 
 def test_sources_equal_those_of_dfa(collected):
     model, saes, tokens, kept, looked = collected
     for layer in saes:
-        sample, reads = kept[layer].sample, looked[layer][0]
+        sample, reads = kept[layer].sample, looked[layer].reads
         for n in range(0, len(sample.f), len(sample.f) // 25):
             row, q, i = int(sample.row[n]), int(sample.q[n]), int(sample.feature[n])
             _, cache = model(tokens[row:row + 1].long(), keep=(layer,))
@@ -54,7 +54,7 @@ def test_sources_equal_those_of_dfa(collected):
 def test_what_a_dashboard_shows_sums_to_the_activation(collected):
     model, saes, tokens, kept, looked = collected
     for layer, sae in saes.items():
-        top, shown = kept[layer].top, looked[layer][1]
+        top, shown = kept[layer].top, looked[layer].top
         constant = A.feature_bias(sae) + model.value_bias(layer) @ sae.W_enc
         torch.testing.assert_close(
             shown.total.sum(1) + constant[top.feature], top.f, atol=1e-4, rtol=1e-4)
@@ -155,7 +155,7 @@ def test_a_bigram_is_short_range_a_topic_long_range_a_token_current_and_the_rest
     rows[bigram] = 11
     rows[:, 0] = 41
     classes = torch.where(rows == 41, -1, rows)
-    of_layer, tokens = W.collection(model, sae, rows, layer=0, with_context=True)
+    of_layer, tokens = W.collection(model, sae, rows, layer=0)
     families = F.find_families(of_layer, tokens, classes)
     names = [F.FAMILIES[i] if i >= 0 else "dead" for i in families.family.tolist()]
     assert names == ["short-range", "long-range", "current token", "dead"]
@@ -175,10 +175,9 @@ def test_gemma_goes_through_all_of_it(tmp_path):
     saes = {layer: S.SAE(64, 90, generator=g).requires_grad_(False) for layer in (1, 2)}
     rows = torch.cat([torch.full((40, 1), 2), torch.randint(3, 120, (40, 35), generator=g)], 1)
     tokens, kept = F.collect_places(model, saes, [rows], 40, n_places=30)
-    attributed = F.attribute_places(model, saes, tokens, kept)
-    context = F.context_kept(model, saes, tokens)
+    by_layer = F.read_places(model, saes, tokens, kept)
     for layer, sae in saes.items():
-        of_layer = F.LayerCollection(kept[layer], *attributed[layer], context[layer])
+        of_layer = by_layer[layer]
         top = of_layer.collected.top
         pre = of_layer.top.total.sum(1) + A.feature_bias(sae)[top.feature]
         torch.testing.assert_close(pre, top.f, atol=1e-4, rtol=1e-4)
@@ -188,10 +187,8 @@ def test_gemma_goes_through_all_of_it(tmp_path):
 
 
 def test_a_collection_is_stored_whole_and_read_back(collected, tmp_path):
-    model, saes, tokens, kept, attributed = collected
-    context = F.context_kept(model, saes, tokens)
-    before = F.Collection(tokens, {layer: F.LayerCollection(kept[layer], *attributed[layer],
-                                                            context[layer]) for layer in saes})
+    model, saes, tokens, kept, by_layer = collected
+    before = F.Collection(tokens, by_layer)
     settings = {part: {"seed": "0", "sae": str(part)} for part in ("tokens", *saes)}
     F.save_collection(before, tmp_path, settings)
     after = F.load_collection(tmp_path, saes, settings)

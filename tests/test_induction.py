@@ -193,7 +193,7 @@ def text_with_prefixes(n=60):
 
 def test_cutting_a_prefix_hurts_the_heads_that_need_it_and_the_controls_do_not(model):
     tokens = text_with_prefixes()
-    examples = I.find_examples(tokens, TABLE[tokens])
+    examples = I.find_examples(TABLE[tokens])
     assert set(examples.length.tolist()) == set(range(1, 10))
     r = I.intervene(model, tokens, TABLE, examples, [(1, 0), (1, 1), (1, 2)], n=300)
     def close(condition, head, before, after):
@@ -212,16 +212,16 @@ def test_cutting_a_prefix_hurts_the_heads_that_need_it_and_the_controls_do_not(m
 
 def test_the_examples_of_a_head_are_those_it_attends_to(model):
     tokens = text_with_prefixes(20)
-    for head, need in ((0, 1), (1, 2), (2, 3)):
-        lengths = I.find_examples(tokens, TABLE[tokens], model, (1, head)).length
-        assert lengths.min() == need and lengths.max() == 9
+    needs = {(1, 0): 1, (1, 1): 2, (1, 2): 3}
+    for head, found in I.find_attended(model, tokens, TABLE[tokens], list(needs)).items():
+        assert found.length.min() == needs[head] and found.length.max() == 9
 
 
 def test_examples_have_one_key_room_before_it_and_copies_that_do_not_overlap():
     # 4 1 | 2: q = 6, k = 3 has L = 2
     classes = torch.tensor([[-1, 1, 2, 3, 4, 1, 2, 9, 4, 8], [-1, 7, 7, 7, 7, 7, 7, 7, 7, 7],
                             [-1, 1, 2, 5, 3, 4, 6, 5, 5, 8]])  # q = 8 looks at 4, not at itself
-    found = I.find_examples(classes, classes)
+    found = I.find_examples(classes)
     places = {(b, q, k): L for b, q, k, L in zip(*(column.tolist() for column in found))}
     # q = 5 has k = 2, too early; copies that overlap and queries with many keys do not count
     assert places == {(0, 6, 3): 2, (0, 8, 5): 1, (2, 7, 4): 1, (2, 8, 4): 1}
@@ -229,7 +229,7 @@ def test_examples_have_one_key_room_before_it_and_copies_that_do_not_overlap():
 
 def test_a_replaced_token_matches_nothing_in_its_row():
     tokens = text_with_prefixes(5)
-    examples = I.find_examples(tokens, TABLE[tokens])
+    examples = I.find_examples(TABLE[tokens])
     rows = I.with_token_replaced(tokens, TABLE, examples, -2, torch.Generator().manual_seed(0))
     at = torch.arange(len(rows))
     assert ((rows != tokens[examples.row]).sum(1) == 1).all()
@@ -354,13 +354,12 @@ def test_a_feature_of_the_current_token_is_no_induction_feature():
     names = I.name_next(naming, classes[:100], entries, 13)
     assert names[12] == 0 and (names[1:11] == 0).all() and names[11] == -1
     shares = I.sum_where_followed(OneHot(), {0: sae}, tokens, classes, {0: names})[0]
-    expected = I.expected_share(OneHot(), sae, 0, tokens, classes, every, names[every], tokens,
-                                classes)
-    torch.testing.assert_close(expected.double(), (shares.mass_hit / shares.mass)[every], rtol=1e-4,
-                               atol=1e-6)
+    text = I.Text(tokens, classes)
+    expected = I.expected_shares(OneHot(), {0: sae}, {0: every}, {0: names[every]}, text, text)[0]
+    torch.testing.assert_close(expected.double(), shares.share[every], rtol=1e-4, atol=1e-6)
     found, _, _ = I.find_features(OneHot(), {0: sae}, tokens, classes)
     assert (shares.n[1:11] > I.MIN_ACTIVE).all()
-    assert (shares.mass_hit / shares.mass)[1:11].max() > I.MIN_SHARE
+    assert shares.share[1:11].max() > I.MIN_SHARE
     assert [one["feature"] for one in found] == [12], \
         "the proxy is one, the current token alone is not"
     assert found[0]["share"] == 1.0

@@ -111,7 +111,7 @@ def test_features_finds_the_places_that_the_loop_finds(trained, tiny):
     assert all(found[place] == pytest.approx(expected[place], abs=1e-4) for place in found)
     tokens, collected = features.collect_places(tiny, saes, [rows], 3)
     assert int(collected[2].n.sum()) == len(expected)
-    _, top, _ = features.attribute_places(tiny, saes, tokens, collected)[2]
+    top = features.read_places(tiny, saes, tokens, collected)[2].top
     for n, (row, q, i) in enumerate(zip(*(c.tolist() for c in collected[2].top[:3]))):
         for t in range(max(1, q - features.BEFORE), min(25, q + features.AFTER + 1)):
             shown = float(top.window[n, t - q + features.BEFORE])

@@ -152,11 +152,8 @@ def train_sae(z, d_sae=256, l1=0.1, n_steps=600, seed=0):
     return learner.sae.rescale(learner.scale).requires_grad_(False)
 
 
-def collection(model, sae, tokens, layer=1, seed=0, with_context=False):
-    """What features.py collects of one layer over some text -> LayerCollection, tokens. The census
-    does not ask for the context that features need."""
+def collection(model, sae, tokens, layer=1, seed=0):
+    """What features.py collects of one layer over some text -> LayerCollection, tokens."""
     saes = {layer: sae}
     tokens, collected = features.collect_places(model, saes, [tokens], len(tokens), seed=seed)
-    attributed = features.attribute_places(model, saes, tokens, collected)
-    context = features.context_kept(model, saes, tokens)[layer] if with_context else None
-    return features.LayerCollection(collected[layer], *attributed[layer], context), tokens
+    return features.read_places(model, saes, tokens, collected)[layer], tokens
