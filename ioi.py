@@ -27,7 +27,6 @@ prompts with other names in the same order, less LD patched from those with the 
 Shapes: N prompts, T positions, H heads, D = H*d_head, d_sae; L layers.
 """
 
-import dataclasses
 import random
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,230 +42,14 @@ from data.figures import plot_ablations, plot_cells, plot_circuit, plot_effects,
 from data.files import write_json
 from data.flags import field, parse_flags
 from data.progress import Progress
+from data.prompts import (CONNECTORS, FILLERS, ORDERS, POSITIONS, PromptBatch, draw_prompts,
+                          flipped, longer, names_of_one_token, other_giver, placed, tokenise,
+                          with_connector, with_filler, with_other_names)
 from data.stats import bootstrap, format_ci, mean_with_ci, wilson
-from data.stories import HELD_OUT_NAMES, OBJECTS, PLACES
-from data.tokens import pad_prompts
+from data.stories import HELD_OUT_NAMES
 from model import Run, span
 from sae import ablate, splice
 from study import Study, StudyConfig, begin, finish, held_out_rows, reported
-
-# ---- prompts ----
-
-# (opening, what the two did, what the giver did). In the stories that tiny was trained on nobody
-# gives with these verbs, which occur otherwise ("the snow slid off the roof"); but for "gave", and
-# that never after a bare comma.
-TEMPLATES = (("When", " went to the {place},", " gave a {object} to"),
-             ("After", " got to the {place},", " presented a {object} to"),
-             ("While", " were working at the {place},", " rolled a {object} to"),
-             ("Once", " came back from the {place},", " delivered the {object} to"),
-             ("Because", " left the {place},", " slid a {object} to"),
-             ("Then", " met at the {place}.", " pushed the {object} to"),
-             ("Yesterday", " looked around the {place}.", " awarded a {object} to"),
-             ("At last", " sat down in the {place}.", " lowered the {object} to"),
-             ("So", " cleaned the {place}.", " donated a {object} to"),
-             ("Afterwards", " had lunch near the {place}.", " kicked a {object} to"))
-FILLERS = ("the rain had stopped.", "it was a quiet morning.", "the dog was asleep.",
-           "nobody else was there.", "the door was open.", "the sun was going down.")
-CONNECTORS = (" and", " alongside", " or", " but", " with", " plus", ",")
-ORDERS = ("ABBA", "BABA")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt in words. dataclasses.replace makes the flips."""
-    template: int           # of TEMPLATES
-    order: str              # ABBA: IO, connector, S; BABA: S, connector, IO
-    io: str
-    s: str
-    place: str
-    object: str
-    connector: str = " and"
-    front: str = ""         # a sentence before the prompt
-    middle: str = ""        # a sentence before S2
-
-
-class PromptBatch(NamedTuple):
-    """Prompts as tokens."""
-    tokens: Tensor          # (N,T), BOS first, and filled up with BOS
-    pos: dict               # {named position: (N,)}: IO, S1, S1+1, connector, S2, end
-    io: Tensor              # (N,) token
-    s: Tensor               # (N,) token
-    prompts: list           # (N,) Prompt
-
-    def pick(self, which):
-        return PromptBatch(self.tokens[which], {name: at[which] for name, at in self.pos.items()},
-                           self.io[which], self.s[which], [self.prompts[i] for i in which.tolist()])
-
-    def rows(self):
-        return torch.arange(len(self.tokens), device=self.tokens.device)
-
-
-def draw_prompts(n, names, tokenizer, seed=0):              # -> list of Prompt
-    """n prompts, ABBA and BABA in turn, templates in turn, everything else at random; two different
-    names.
-
-    Places and objects are those that are one token in this vocabulary, as the names are.
-    """
-    places = [word for word in PLACES if len(tokenizer.encode(" " + word)) == 1]
-    objects = [word for word in OBJECTS if len(tokenizer.encode(" " + word)) == 1]
-    if not places or not objects:
-        raise UserError("no place or no object of the templates is one token in this model's "
-                        "vocabulary; the study takes a model that knows such words.")
-    rng = random.Random(f"ioi {seed}")
-    prompts = []
-    for i in range(n):
-        io, s = rng.sample(sorted(set(names)), 2)
-        prompts.append(Prompt(i // 2 % len(TEMPLATES), ORDERS[i % 2], io, s, rng.choice(places),
-                              rng.choice(objects)))
-    return prompts
-
-
-def names_of_one_token(names, tokenizer):                   # -> list of str
-    """Those of the names that are one token, with a space before them, in this vocabulary; the
-    others are left out with a line. Raises UserError if fewer than four are left."""
-    if len(set(names)) < 4 or "" in names:
-        raise UserError("--names takes four different names or more, with commas between them.")
-    left_out = [name for name in names if len(tokenizer.encode(" " + name)) != 1]
-    kept = [name for name in names if name not in left_out]
-    if len(set(kept)) < 4:
-        raise UserError(f"--names: only {len(set(kept))} of these names are one token in this "
-                        f"model's vocabulary, and four are needed; name others.")
-    if left_out:
-        print(f"names that are more than one token are left out: {', '.join(left_out)}")
-    return kept
-
-
-def tokenise(prompts, tokenizer, device="cpu"):             # list of Prompt -> PromptBatch
-    """Tokens, and where everything stands."""
-    rows, positions = [], []
-    for prompt in prompts:
-        ids = [tokenizer.bos]
-        start = {}
-        for piece, text in pieces_of(prompt).items():
-            start[piece] = len(ids)
-            ids += tokenizer.encode(text)
-        io, s1 = start["first"], start["second"]
-        if prompt.order == "BABA":
-            io, s1 = s1, io
-        rows.append(ids)
-        positions.append({"IO": io, "S1": s1, "S1+1": s1 + 1, "connector": start["connector"],
-                          "S2": start["S2"], "end": len(ids) - 1})
-    tokens, _ = pad_prompts(rows, tokenizer.bos)
-    pos = {name: torch.tensor([of_prompt[name] for of_prompt in positions], device=device)
-           for name in positions[0]}
-    io = torch.tensor([tokenizer.single(" " + prompt.io) for prompt in prompts], device=device)
-    s = torch.tensor([tokenizer.single(" " + prompt.s) for prompt in prompts], device=device)
-    return PromptBatch(tokens.to(device), pos, io, s, prompts)
-
-
-def pieces_of(prompt):                                      # -> {piece: text}
-    """A prompt in the pieces whose places matter."""
-    opening, scene, giving = TEMPLATES[prompt.template]
-    scene = scene.replace("{place}", prompt.place)
-    giving = giving.replace("{object}", prompt.object)
-    first, second = prompt.io, prompt.s
-    if prompt.order == "BABA":
-        first, second = second, first
-    front, middle = capitalised(prompt.front), prompt.middle
-    if not scene.endswith(","):                             # the scene is a sentence of its own
-        middle = capitalised(middle)
-    return {"front": front,
-            "opening": f" {opening}" if front else opening,
-            "first": f" {first}", "connector": prompt.connector, "second": f" {second}",
-            "scene": scene,
-            "middle": f" {middle}" if middle else "",
-            "S2": f" {prompt.s}", "giving": giving}
-
-
-def capitalised(text):
-    """The text with a capital first letter, and the rest as it is."""
-    return text[:1].upper() + text[1:]
-
-
-def with_other_names(prompts, names, seed=0):
-    """The same prompts with two names that are neither of their own."""
-    rng = random.Random(f"other names {seed}")
-    changed = []
-    for prompt in prompts:
-        others = [name for name in sorted(set(names)) if name not in (prompt.io, prompt.s)]
-        io, s = rng.sample(others, 2)
-        changed.append(dataclasses.replace(prompt, io=io, s=s))
-    return changed
-
-
-def with_filler(prompts, seed=0):
-    """The same prompts with a sentence in front, and another before S2."""
-    rng = random.Random(f"filler {seed}")
-    changed = []
-    for prompt in prompts:
-        front, middle = rng.sample(FILLERS, 2)
-        changed.append(dataclasses.replace(prompt, front=front, middle=middle))
-    return changed
-
-
-def flipped(prompts):
-    """The same names in the same roles, in the other order: ABBA <-> BABA."""
-    other = {"ABBA": "BABA", "BABA": "ABBA"}
-    return [dataclasses.replace(prompt, order=other[prompt.order]) for prompt in prompts]
-
-
-def other_giver(prompts):
-    """The same text but for S2: "When Mary and John ..., Mary gave ... to" for "..., John gave ...
-    to".
-
-    The names stay where they stand. Since they exchange roles, ABBA is now called BABA: hence
-    `flipped`.
-    """
-    return [dataclasses.replace(prompt, io=prompt.s, s=prompt.io) for prompt in flipped(prompts)]
-
-
-def longer(filler):
-    """The same sentence with two more words."""
-    return filler[:-1] + " at last."
-
-
-POSITIONS = ("same", "2 tokens", "a sentence")
-
-
-def placed(prompts, fillers, position):
-    """The prompts with fillers set so that S1 stands where `position` says.
-
-    For `side_and_position`: its base prompts are placed "same", its sources in all three ways.
-
-                    ABBA: front, middle     BABA: front, middle
-        same              short, longer           longer, short
-        2 tokens          longer, short           short, longer
-        a sentence        none, both              none, both
-
-    "longer" has two tokens more than "short". Without fillers S1 is two tokens later in ABBA; with
-    those of "same" it stands at one position, at one distance from S2, in both orders. "2 tokens"
-    moves it from there by +2 in ABBA and by -2 in BABA. S2 always stays.
-    """
-    changed = []
-    for prompt, short in zip(prompts, fillers):
-        longer_in_front = prompt.order == ("ABBA" if position == "2 tokens" else "BABA")
-        if position == "a sentence":
-            front, middle = "", short + " " + capitalised(longer(short))
-        elif longer_in_front:
-            front, middle = longer(short), short
-        else:
-            front, middle = short, longer(short)
-        changed.append(dataclasses.replace(prompt, front=front, middle=middle))
-    return changed
-
-
-def frequent_word(rows, tokenizer, taken):
-    """A word about as frequent as " and" in the text: the token that is a space and letters, and
-    not among those taken, with the nearest count."""
-    counts = torch.bincount(rows.flatten().cpu(), minlength=tokenizer.n_vocab)
-    distance = (counts - counts[tokenizer.single(" and")]).abs()
-    for token in distance.argsort(stable=True).tolist():
-        word = tokenizer.decode([token])
-        if word[:1] == " " and word[1:].isalpha() and word not in taken:
-            return word
-    raise UserError("this vocabulary has no word besides the connectors: no token that is a space "
-                    "and letters.")
-
 
 # ---- runs and patches ----
 
@@ -353,7 +136,8 @@ def compute_circuit(model, batch, source, clean, source_run, progress=lambda lay
     source: the prompts with the other giver (`other_giver`). The effects are of putting the
     source's z of a head, at S2 or at the end, into the clean run.
     """
-    L, H = model.config.n_layers, model.config.n_heads
+    L = model.config.n_layers
+    H = model.config.n_heads
 
     def from_source(layer, head, place):                    # -> {layer: edit}
         of_base = z_at(clean.z[layer], batch, place)
@@ -362,7 +146,9 @@ def compute_circuit(model, batch, source, clean, source_run, progress=lambda lay
         return {layer: patch_at(patched, batch.pos[place])}
 
     attention, dla = attention_and_dla(model, batch)
-    direct, at_end, at_S2 = [], [], []
+    direct = []
+    at_end = []
+    at_S2 = []
     for layer in range(L):
         frozen = {later: patch_at(z_at(clean.z[later], batch, "end"), batch.pos["end"])
                   for later in range(layer + 1, L)}
@@ -383,7 +169,8 @@ def compute_circuit(model, batch, source, clean, source_run, progress=lambda lay
 def attention_and_dla(model, batch):                        # -> {pair: (N,L,H)}, (N,L,H)
     """Every head's attention between named positions, and its direct logit attribution at the
     end."""
-    row, end = batch.rows(), batch.pos["end"]
+    row = batch.rows()
+    end = batch.pos["end"]
     attention = {f"{q} -> {k}": [] for q, k in ATTENTION_PAIRS} | {PREVIOUS_TOKEN: []}
 
     def look(kept):
@@ -615,7 +402,8 @@ def baselines(model, batch, clean, layers):                 # -> {name: (N,) LD}
     """What is taken as no signal: zero at S2; at S2 the mean over these prompts; zero at all
     positions, as in the released code."""
     S2 = batch.pos["S2"]
-    zero, mean = {}, {}
+    zero = {}
+    mean = {}
     for layer in layers:
         z = z_at(clean.z[layer], batch, "S2")
         zero[layer] = patch_at(torch.zeros_like(z), S2)
@@ -667,10 +455,22 @@ class IOI(NamedTuple):
     batch: PromptBatch
     clean: CleanRun
 
+    @property
+    def model(self):
+        return self.study.model
+
+    @property
+    def saes(self):
+        return self.study.saes
+
+    @property
+    def seed(self):
+        return self.study.config.seed
+
     def run(self, prompts):                                 # -> PromptBatch, CleanRun
         """Other prompts, and the run on them."""
         batch = tokenise(prompts, self.study.tokenizer, self.study.device)
-        return batch, run_clean(self.study.model, batch)
+        return batch, run_clean(self.model, batch)
 
     def pick(self, rows):                                   # (n,) -> IOI
         """Some of the prompts."""
@@ -679,12 +479,11 @@ class IOI(NamedTuple):
 
     def patch_S2_from(self, prompts, layers):               # -> (N,) logit difference
         """z_cat of the layers at S2 from that of other prompts, of which no more is run."""
-        model = self.study.model
         source = tokenise(prompts, self.study.tokenizer, self.study.device)
         up_to_S2 = source.tokens[:, :int(source.pos["S2"].max()) + 1]
         with torch.no_grad():
-            source_z = model.z_cat_at(up_to_S2, layers)
-        return patch_S2(model, self.batch, self.clean, source, source_z, layers)
+            source_z = self.model.z_cat_at(up_to_S2, layers)
+        return patch_S2(self.model, self.batch, self.clean, source, source_z, layers)
 
 
 def main():
@@ -706,7 +505,8 @@ def main():
 
 def prepare(study):                                         # -> IOI, a word as frequent as " and"
     """The prompts and the clean run. Raises UserError if the model cannot take them."""
-    config, tokenizer = study.config, study.tokenizer
+    config = study.config
+    tokenizer = study.tokenizer
     if config.n_prompts < 20:
         raise UserError(f"--n-prompts must be 20 or more for intervals, not {config.n_prompts}.")
     names = names_of_one_token([name.strip() for name in config.names.split(",")], tokenizer)
@@ -732,7 +532,9 @@ def study_circuit(ioi):                                     # -> dict
     largest effect at S2, however small it is, on the first half of the prompts; then
     "signal_rows" are those of the second half.
     """
-    model, batch, clean = ioi.study.model, ioi.batch, ioi.clean
+    model = ioi.model
+    batch = ioi.batch
+    clean = ioi.clean
     source, source_run = ioi.run(other_giver(batch.prompts))
     ld = clean.ld.cpu().numpy()
     source_ld = -source_run.ld.cpu().numpy()    # the base's IO less its S: the source's S and IO
@@ -769,12 +571,11 @@ def study_circuit(ioi):                                     # -> dict
 
 def study_saes(ioi, n_shown=12, n_read=5):                  # -> dict
     """Does the task survive the SAEs, and which features does it hang on?"""
-    model, saes = ioi.study.model, ioi.study.saes
+    edits = {f"layer {layer}": {layer: splice(sae)} for layer, sae in ioi.saes.items()}
+    edits["all layers"] = {layer: splice(sae) for layer, sae in ioi.saes.items()}
     spliced = {}
-    edits = {f"layer {layer}": {layer: splice(sae)} for layer, sae in saes.items()}
-    edits["all layers"] = {layer: splice(sae) for layer, sae in saes.items()}
     for name, edit in edits.items():
-        spliced[name] = logit_diff_with(model, ioi.clean, ioi.batch, edit, "BOS").cpu().numpy()
+        spliced[name] = logit_diff_with(ioi.model, ioi.clean, ioi.batch, edit, "BOS").cpu().numpy()
     places = {place: study_place(ioi, place, n_shown, n_read) for place in ("S2", "end")}
     return {"spliced": spliced, "places": places}
 
@@ -782,28 +583,31 @@ def study_saes(ioi, n_shown=12, n_read=5):                  # -> dict
 def study_place(ioi, place, n_shown, n_read):               # -> dict
     """Every feature active at one place removed in turn; the strongest read by DFA and recursive
     DFA."""
-    model, saes, tokenizer = ioi.study.model, ioi.study.saes, ioi.study.tokenizer
-    at = (ioi.batch, ioi.clean, place)
-    effects = {layer: ablate_features(model, sae, layer, *at) for layer, sae in saes.items()}
-    errors = {layer: ablate_error(model, sae, layer, *at).cpu().numpy()
-              for layer, sae in saes.items()}
+    effects = {}
+    errors = {}
+    for layer, sae in ioi.saes.items():
+        at = (ioi.model, sae, layer, ioi.batch, ioi.clean, place)
+        effects[layer] = ablate_features(*at)
+        errors[layer] = ablate_error(*at).cpu().numpy()
     ranked = rank_features(effects, ioi.batch.prompts, n_shown)
-    for rank, one in enumerate(ranked):
-        layer, i = one["layer"], one["feature"]
-        raised = token_effects(model, layer, saes[layer], i)
-        one["raises"] = tokenizer.decode([int(raised.argmax())])
+    for rank, of_feature in enumerate(ranked):
+        layer = of_feature["layer"]
+        i = of_feature["feature"]
+        raised = token_effects(ioi.model, layer, ioi.saes[layer], i)
+        of_feature["raises"] = ioi.study.tokenizer.decode([int(raised.argmax())])
         if rank < n_read:
-            one |= read_feature(ioi, layer, i, place)
+            of_feature |= read_feature(ioi, layer, i, place)
     return {"n_removed": sum(len(e.row) for e in effects.values()), "features": ranked,
             "errors": errors}
 
 
 def read_feature(ioi, layer, feature, place):               # -> dict
     """Where a feature reads, and who wrote there, in the prompts where it is most active."""
-    model, saes, batch = ioi.study.model, ioi.study.saes, ioi.batch
-    rows_of, f = most_active_prompts(saes[layer], layer, feature, batch, ioi.clean, place)
-    by_role = sources_by_role(model, saes[layer], layer, feature, batch, rows_of, f, place)
-    writers = writers_by_role(model, saes, layer, feature, batch, rows_of, f, place)
+    sae = ioi.saes[layer]
+    batch = ioi.batch
+    rows_of, f = most_active_prompts(sae, layer, feature, batch, ioi.clean, place)
+    by_role = sources_by_role(ioi.model, sae, layer, feature, batch, rows_of, f, place)
+    writers = writers_by_role(ioi.model, ioi.saes, layer, feature, batch, rows_of, f, place)
     strongest = {}
     for order, shares in writers.items():
         parts = [[role, writer, share] for (role, writer), share in shares.items() if writer]
@@ -814,8 +618,8 @@ def read_feature(ioi, layer, feature, place):               # -> dict
 
 def study_signal(ioi, layers, frequent):                    # -> dict
     """What z_cat at S2 tells the later layers: noising, connectors, side and position."""
-    model, batch, clean = ioi.study.model, ioi.batch, ioi.clean
-    without_signal = baselines(model, batch, clean, layers)
+    clean = ioi.clean
+    without_signal = baselines(ioi.model, ioi.batch, clean, layers)
     ld = {name: ioi.patch_S2_from(prompts, layers)
           for name, prompts in source_prompts(ioi, frequent).items()}
     effects = {"other names": ld[OTHER_NAMES] - ld[FLIPPED],
@@ -826,7 +630,7 @@ def study_signal(ioi, layers, frequent):                    # -> dict
                          "order_kept": (None, None)}
         if name.startswith(OTHER_NAMES):
             sources[name]["order_kept"] = recovered(patched, ld[OTHER_NAMES], ld[FLIPPED])
-        sources[name] |= recovered_by(patched, clean.ld, without_signal, batch.prompts)
+        sources[name] |= recovered_by(patched, clean.ld, without_signal, ioi.batch.prompts)
     means = {name: ci(of_prompts)
              for name, of_prompts in {"clean": clean.ld, **without_signal}.items()}
     return {"n_prompts": len(clean.ld), "layers": layers, "frequent_word": frequent,
@@ -862,9 +666,9 @@ WITH_FILLER, WITH_FILLER_FLIPPED = "names and filler", "names, filler, order fli
 def source_prompts(ioi, frequent):                          # -> {name: list of Prompt}
     """The prompts whose z_cat at S2 is put into the clean run: the connectors with the prompt's own
     names, as in the paper, and with others."""
-    prompts, seed = ioi.batch.prompts, ioi.study.config.seed
-    others = with_other_names(prompts, ioi.names, seed)
-    noisy = with_filler(others, seed)
+    prompts = ioi.batch.prompts
+    others = with_other_names(prompts, ioi.names, ioi.seed)
+    noisy = with_filler(others, ioi.seed)
     sources = {"itself": prompts, OTHER_NAMES: others, FLIPPED: flipped(others),
                WITH_FILLER: noisy, WITH_FILLER_FLIPPED: flipped(noisy)}
     for connector in (*CONNECTORS[1:], frequent):
@@ -875,9 +679,17 @@ def source_prompts(ioi, frequent):                          # -> {name: list of 
     return sources
 
 
-def with_connector(prompts, connector):
-    """The same prompts with another word between the names."""
-    return [dataclasses.replace(prompt, connector=connector) for prompt in prompts]
+def frequent_word(rows, tokenizer, taken):
+    """A word about as frequent as " and" in the text: the token that is a space and letters, and
+    not among those taken, with the nearest count."""
+    counts = torch.bincount(rows.flatten().cpu(), minlength=tokenizer.n_vocab)
+    distance = (counts - counts[tokenizer.single(" and")]).abs()
+    for token in distance.argsort(stable=True).tolist():
+        word = tokenizer.decode([token])
+        if word[:1] == " " and word[1:].isalpha() and word not in taken:
+            return word
+    raise UserError("this vocabulary has no word besides the connectors: no token that is a space "
+                    "and letters.")
 
 
 def side_and_position(ioi, layers):                         # -> {cell or effect: [mean, interval]}
@@ -889,7 +701,7 @@ def side_and_position(ioi, layers):                         # -> {cell or effect
     sides. At "2 tokens" it moves in opposite directions, and at "a sentence" it is two tokens
     apart.
     """
-    prompts, seed = ioi.batch.prompts, ioi.study.config.seed
+    prompts = ioi.batch.prompts
 
     def n_tokens(text):
         return len(ioi.study.tokenizer.encode(" " + text))
@@ -897,9 +709,9 @@ def side_and_position(ioi, layers):                         # -> {cell or effect
     fits = [filler for filler in FILLERS if n_tokens(longer(filler)) == n_tokens(filler) + 2]
     if not fits:
         return {}
-    rng = random.Random(f"fillers {seed}")
+    rng = random.Random(f"fillers {ioi.seed}")
     fillers = [rng.choice(fits) for _ in prompts]
-    others = with_other_names(prompts, ioi.names, seed)
+    others = with_other_names(prompts, ioi.names, ioi.seed)
     batch, clean = ioi.run(placed(prompts, fillers, "same"))
     with_fillers = ioi._replace(batch=batch, clean=clean)
 
@@ -922,7 +734,7 @@ def study_qk(ioi, movers):                                  # -> {head: {"score"
     """Why the name movers look at IO and not at S1."""
     why = {}
     for layer, head in movers:
-        score, pairs = why_io(ioi.study.model, ioi.study.saes, layer, head, ioi.batch)
+        score, pairs = why_io(ioi.model, ioi.saes, layer, head, ioi.batch)
         why[f"{layer}.{head}"] = {"score": score, "pairs": pairs[:20]}
     return why
 
@@ -937,9 +749,13 @@ def mean_text(values, spec="+.2f"):                         # (N,) -> "mean [low
 
 def report_circuit(ioi, result):
     """The task, every head's effects and roles, and the layers that act at S2."""
-    study, batch = ioi.study, ioi.batch
-    ld, source_ld, unit = result["ld"], result["source_ld"], result["unit"]
-    spec, of_what = (".1%", "part of clean - source") if result["told_apart"] else (".2f", "logits")
+    study = ioi.study
+    batch = ioi.batch
+    ld = result["ld"]
+    source_ld = result["source_ld"]
+    unit = result["unit"]
+    spec = ".1%" if result["told_apart"] else ".2f"
+    of_what = "part of clean - source" if result["told_apart"] else "logits"
     text = study.tokenizer.decode(batch.tokens[0][1:batch.pos["end"][0] + 1])
     print(f"{len(ld)} prompts, such as: {text!r}")
     for order in ORDERS:
@@ -955,7 +771,8 @@ def report_circuit(ioi, result):
         "in logits, and no roles, since the two are not told apart"))
 
     print("head    direct logit   patched at the end: directly   in all   patched at S2   looks at")
-    effects, dla = result["effects"], result["circuit"].dla.mean(0)
+    effects = result["effects"]
+    dla = result["circuit"].dla.mean(0)
     size = sum(np.abs(effect) for effect in effects.values())
     for i in np.argsort(-size, axis=None)[:12]:
         head = divmod(int(i), study.model.config.n_heads)
@@ -1037,7 +854,8 @@ def report_place(place, found):
 def report_signal(ioi, result):
     """What z_cat at S2 from other prompts leaves of the logit difference, of the effect of order,
     and of what zero takes away."""
-    study, layers = ioi.study, result["layers"]
+    study = ioi.study
+    layers = result["layers"]
     print(f"\nz_cat of layers {' and '.join(map(str, layers))} at S2 from other prompts; "
           f"{result['n_prompts']} prompts" + (
               "" if study.config.signal_layers else

@@ -14,6 +14,7 @@ import data
 import ioi
 import sae as S
 from conftest import program, random_gpt2
+from data import prompts as P
 from data.errors import UserError
 from data.stories import HELD_OUT_NAMES, is_held_out
 from data.weights import TINY
@@ -28,13 +29,13 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def words(tokenizer):
-    return ioi.draw_prompts(N, HELD_OUT_NAMES, tokenizer)
+    return P.draw_prompts(N, HELD_OUT_NAMES, tokenizer)
 
 
 @pytest.fixture(scope="module")
 def run(tiny, tokenizer, words):
     """(prompts, base) of the plain prompts, and the same of those with the other name at S2."""
-    prompts, source = ioi.tokenise(words, tokenizer), ioi.tokenise(ioi.other_giver(words),
+    prompts, source = P.tokenise(words, tokenizer), P.tokenise(P.other_giver(words),
                                                                    tokenizer)
     return prompts, ioi.run_clean(tiny, prompts), source, ioi.run_clean(tiny, source)
 
@@ -48,9 +49,9 @@ def saes(tiny):
 
 
 def test_every_named_position_holds_what_its_name_says(words, tokenizer):
-    for change in (list, ioi.flipped, ioi.other_giver, ioi.with_filler):
+    for change in (list, P.flipped, P.other_giver, P.with_filler):
         changed = change(words)
-        prompts = ioi.tokenise(changed, tokenizer)
+        prompts = P.tokenise(changed, tokenizer)
         token = lambda name, i, back=0: tokenizer.decode(
             [prompts.tokens[i, prompts.pos[name][i] - back]])
         for i, one in enumerate(changed):
@@ -67,49 +68,49 @@ def test_every_named_position_holds_what_its_name_says(words, tokenizer):
 
 
 def test_prompts_cover_every_template_in_both_orders_and_names_differ(words):
-    every = {(t, order) for t in range(len(ioi.TEMPLATES)) for order in ioi.ORDERS}
+    every = {(t, order) for t in range(len(P.TEMPLATES)) for order in P.ORDERS}
     assert {(one.template, one.order) for one in words} == every
     assert all(one.io != one.s for one in words)
 
 
 def test_prompts_depend_on_the_seed_alone(tokenizer, words):
-    assert ioi.draw_prompts(N, HELD_OUT_NAMES, tokenizer) == words
-    assert ioi.draw_prompts(N, HELD_OUT_NAMES[::-1], tokenizer) == words
-    assert ioi.draw_prompts(N, HELD_OUT_NAMES, tokenizer, seed=1) != words
+    assert P.draw_prompts(N, HELD_OUT_NAMES, tokenizer) == words
+    assert P.draw_prompts(N, HELD_OUT_NAMES[::-1], tokenizer) == words
+    assert P.draw_prompts(N, HELD_OUT_NAMES, tokenizer, seed=1) != words
 
 
 def test_tiny_never_saw_these_forms():
-    for _, scene, giving in ioi.TEMPLATES:
+    for _, scene, giving in P.TEMPLATES:
         between, verb = scene[-1] + " ", giving.split(" a ")[0].split(" the ")[0].strip()
         assert is_held_out(between, verb), (between, verb)
 
 
 def test_flips_change_what_they_say_and_nothing_else(words, tokenizer):
-    prompts, other = ioi.tokenise(words, tokenizer), ioi.tokenise(ioi.other_giver(words), tokenizer)
+    prompts, other = P.tokenise(words, tokenizer), P.tokenise(P.other_giver(words), tokenizer)
     differ = prompts.tokens != other.tokens
     assert (differ.sum(1) == 1).all() and differ[torch.arange(N), prompts.pos["S2"]].all()
     assert torch.equal(other.io, prompts.s) and torch.equal(other.s, prompts.io)
-    for one, flip in zip(words, ioi.flipped(words)):
+    for one, flip in zip(words, P.flipped(words)):
         assert (flip.io, flip.s) == (one.io, one.s) and flip.order != one.order
-    for one, new in zip(words, ioi.with_other_names(words, HELD_OUT_NAMES)):
+    for one, new in zip(words, P.with_other_names(words, HELD_OUT_NAMES)):
         assert len({one.io, one.s, new.io, new.s}) == 4 and new.order == one.order
 
 
 def test_side_and_position_are_separated(words, tokenizer):
-    fillers = [f for f in ioi.FILLERS if len(tokenizer.encode(" " + ioi.longer(f)))
+    fillers = [f for f in P.FILLERS if len(tokenizer.encode(" " + P.longer(f)))
                == len(tokenizer.encode(" " + f)) + 2]
     assert fillers, "tiny's vocabulary has a filler that grows by two tokens"
     fillers = (fillers * N)[:N]
 
     def at(changed, position):
-        pos = ioi.tokenise(ioi.placed(changed, fillers, position), tokenizer).pos
+        pos = P.tokenise(P.placed(changed, fillers, position), tokenizer).pos
         return pos["S1"], pos["S2"] - pos["S1"]
 
     base = at(words, "same")
-    flip = at(ioi.flipped(words), "same")
+    flip = at(P.flipped(words), "same")
     assert torch.equal(base[0], flip[0]) and torch.equal(base[1], flip[1]), \
         "side changes, position does not"
-    moved, both = at(words, "2 tokens"), at(ioi.flipped(words), "2 tokens")
+    moved, both = at(words, "2 tokens"), at(P.flipped(words), "2 tokens")
     assert ((moved[0] - base[0]).abs() == 2).all() and ((moved[1] - base[1]).abs() == 2).all()
     assert torch.equal((both[0] - base[0]).abs(), (moved[0] - base[0]).abs())
     far = at(words, "a sentence")
@@ -117,15 +118,15 @@ def test_side_and_position_are_separated(words, tokenizer):
 
 
 def test_names_that_do_not_serve_are_named(tokenizer, capsys):
-    kept = ioi.names_of_one_token([*HELD_OUT_NAMES, "Bartholomew"], tokenizer)
+    kept = P.names_of_one_token([*HELD_OUT_NAMES, "Bartholomew"], tokenizer)
     assert kept == list(HELD_OUT_NAMES), "a name of several tokens is left out"
     assert "left out: Bartholomew\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="only 3 of these names are one token"):
-        ioi.names_of_one_token(["Mary", "John", "Paul", "Bartholomew"], tokenizer)
+        P.names_of_one_token(["Mary", "John", "Paul", "Bartholomew"], tokenizer)
     with pytest.raises(UserError, match="four different names"):
-        ioi.names_of_one_token(["Mary", "John", "Paul", "Tom", ""], tokenizer)
+        P.names_of_one_token(["Mary", "John", "Paul", "Tom", ""], tokenizer)
     with pytest.raises(UserError, match="four different names"):
-        ioi.names_of_one_token(["Mary", "John", "Mary"], tokenizer)
+        P.names_of_one_token(["Mary", "John", "Mary"], tokenizer)
 
 
 # ---- patches ----
@@ -286,7 +287,7 @@ def test_what_a_feature_reads_sums_to_the_feature_and_so_do_its_writers(tiny, ru
     rows_of, f = ioi.most_active_prompts(saes[3], 3, feature, prompts, base, "end")
     by_role = ioi.sources_by_role(tiny, saes[3], 3, feature, prompts, rows_of, f, "end")
     by_writer = ioi.writers_by_role(tiny, saes, 3, feature, prompts, rows_of, f, "end")
-    for order in ioi.ORDERS:
+    for order in P.ORDERS:
         assert sum(by_role[order].values()) == pytest.approx(1, abs=1e-4), order
         sums = {}
         for (role, _), share in by_writer[order].items():
@@ -356,11 +357,11 @@ def test_the_effect_of_order_by_brute_force(tiny, tokenizer, run):
     study = SimpleNamespace(model=tiny, tokenizer=tokenizer, device="cpu", config=config)
     this = ioi.IOI(study, list(HELD_OUT_NAMES), prompts, base)
     found = ioi.study_signal(this, [0, 2], " of")
-    others = ioi.with_other_names(prompts.prompts, list(HELD_OUT_NAMES), 3)
+    others = P.with_other_names(prompts.prompts, list(HELD_OUT_NAMES), 3)
     rows, end, S2 = torch.arange(N), prompts.pos["end"], prompts.pos["S2"]
 
     def patched(words):
-        source = ioi.tokenise(words, tokenizer)
+        source = P.tokenise(words, tokenizer)
         _, cache = tiny(source.tokens, keep=(0, 2))
 
         def put(layer):
@@ -373,7 +374,7 @@ def test_the_effect_of_order_by_brute_force(tiny, tokenizer, run):
         logits = tiny(prompts.tokens, {layer: put(layer) for layer in (0, 2)})[0][rows, end]
         return logits[rows, prompts.io] - logits[rows, prompts.s]
 
-    same, flipped = patched(others), patched(ioi.flipped(others))
+    same, flipped = patched(others), patched(P.flipped(others))
     with_or = patched([dataclasses.replace(one, connector=" or") for one in others])
     sources = found["sources"]
     for name, ld in ((ioi.OTHER_NAMES, same), (ioi.FLIPPED, flipped),

@@ -29,6 +29,7 @@ import ioi  # noqa: E402
 from data.errors import UserError, run  # noqa: E402
 from data.files import check_writable, run_folder, write_json  # noqa: E402
 from data.flags import field, parse_flags  # noqa: E402
+from data.prompts import draw_prompts, names_of_one_token, other_giver, tokenise  # noqa: E402
 from data.stories import HELD_OUT_NAMES  # noqa: E402
 from data.tokens import fuzzy_classes, set_n_tokens  # noqa: E402
 from model import load_model  # noqa: E402
@@ -158,10 +159,10 @@ def patched_change(theirs, batch, source, layer, head, place):      # -> float
 
 def compare_patches(ours, theirs, tokenizer, heads, n, seed):       # -> [[head, place, ours, theirs]]
     """The same prompts, heads and places."""
-    names = ioi.names_of_one_token(HELD_OUT_NAMES, tokenizer)
-    prompts = ioi.draw_prompts(n, names, tokenizer, seed)
-    batch = ioi.tokenise(prompts, tokenizer)
-    source = ioi.tokenise(ioi.other_giver(prompts), tokenizer)
+    names = names_of_one_token(HELD_OUT_NAMES, tokenizer)
+    prompts = draw_prompts(n, names, tokenizer, seed)
+    batch = tokenise(prompts, tokenizer)
+    source = tokenise(other_giver(prompts), tokenizer)
     clean, source_run = ioi.run_clean(ours, batch), ioi.run_clean(ours, source)
     rows = []
     for layer, head in heads:
