@@ -10,8 +10,9 @@ changing z_cat needs no hooks:
 
     logits, cache = model(tokens, edit_z={5: fn}, keep=(5,))
 
-applies fn to the z_cat of layer 5 and returns what layer 5 computed. (`run` and `rerun`, which a
-first reading skips, do the same for many edits of one run, and compute only what an edit changes.)
+applies fn to the z_cat of layer 5 and returns what layer 5 computed. `edit_mlp` is the same seam
+after an MLP. (`run` and `rerun`, which a first reading skips, do the same for many edits of one
+run, and compute only what an edit changes.)
 
 Read GPT-2 first, and `load_model` after it. Gemma, which comes last, has the same structure with
 different parts.
@@ -111,6 +112,7 @@ class LayerCache(NamedTuple):
     v: Tensor               # (B,T,H,d_head)
     z_cat: Tensor           # (B,T,D), after the edit if there was one
     attn_out: Tensor        # (B,T,d_model), as added to the residual stream
+    mlp_in: Tensor          # (B,T,d_model) what the MLP reads, its norm applied
     mlp_out: Tensor         # (B,T,d_model), as added to the residual stream
     scales: dict            # what each norm divided by, (B,T,1): "attn_in" and "mlp_in"; in Gemma 2
                             # and 3 also "attn_out" and "mlp_out"; in Gemma 3 "q" and "k" (B,T,H,1)
@@ -119,6 +121,20 @@ class LayerCache(NamedTuple):
     def resid_post(self):
         """(B,T,d_model) the residual stream after the layer: the next one's resid_pre."""
         return self.resid_pre + self.attn_out + self.mlp_out
+
+
+class AfterHeads(NamedTuple):
+    """What a layer computes after z_cat: the fields of LayerCache."""
+    attn_out: Tensor
+    mlp_in: Tensor
+    mlp_out: Tensor
+    scales: dict | None     # None if not asked for
+
+
+def layer_cache(resid_pre, heads, z_cat, after):            # -> LayerCache
+    """Put together from `Heads`, z_cat as it was after edits, and `AfterHeads`."""
+    return LayerCache(resid_pre, heads.pattern, heads.q, heads.k, heads.v, z_cat, after.attn_out,
+                      after.mlp_in, after.mlp_out, after.scales)
 
 
 class Run(NamedTuple):
@@ -180,25 +196,28 @@ class Transformer(nn.Module):
         # tokens: they have logits, but no part in means over tokens, effects and ranks.
         self.n_tokens = config.d_vocab                      # until `data.tokens.set_n_tokens`
 
-    def forward(self, tokens, edit_z=None, keep=()):  # (B,T) -> (B,T,d_vocab), {layer: LayerCache}
-        """Logits and, for the layers in `keep`, what the layer computed.
+    def forward(self, tokens, edit_z=None, keep=(), edit_mlp=None):
+        """Logits and, for the layers in `keep`, what the layer computed: (B,T) -> (B,T,d_vocab),
+        {layer: LayerCache}.
 
         edit_z: {layer: function from z_cat (B,T,D) to the z_cat (B,T,D) that goes on}. A function
-        and not a tensor, so that an edit of layer 6 sees what an edit of layer 5 led to. Keeping a
-        layer switches fused attention off there, so that logits may differ in the last digit from
-        a run without `keep`: see `attend`.
+        and not a tensor, so that an edit of layer 6 sees what an edit of layer 5 led to. edit_mlp:
+        {layer: function from mlp_in and mlp_out, (B,T,d_model) each, to the mlp_out that goes on}.
+        Keeping a layer switches fused attention off there, so that logits may differ in the last
+        digit from a run without `keep`: see `attend`.
         """
-        x, cache = self.run_layers(self.embed(tokens), edit_z, keep)
+        x, cache = self.run_layers(self.embed(tokens), edit_z, keep, edit_mlp=edit_mlp)
         return self.unembed(x), cache
 
-    def run_layers(self, x, edit_z=None, keep=(), layers=None):
+    def run_layers(self, x, edit_z=None, keep=(), layers=None, edit_mlp=None):
         """Run consecutive layers, all of them if `layers` is None: residual stream in and out.
 
         (B,T,d_model) -> (B,T,d_model), {layer: LayerCache} of those in `keep`.
         """
         edit_z = edit_z or {}
+        edit_mlp = edit_mlp or {}
         layers = range(self.config.n_layers) if layers is None else layers
-        self.check_layers([*edit_z, *keep, *layers])
+        self.check_layers([*edit_z, *edit_mlp, *keep, *layers])
         cache = {}
         for layer in layers:
             block = self.blocks[layer]
@@ -206,11 +225,10 @@ class Transformer(nn.Module):
             z_cat = heads.z_cat
             if layer in edit_z:
                 z_cat = edit_z[layer](z_cat)
-            attn_out, mlp_out, scales = block.after_heads(x, z_cat, with_scales=layer in keep)
+            after = block.after_heads(x, z_cat, layer in keep, edit_mlp.get(layer))
             if layer in keep:
-                cache[layer] = LayerCache(x, heads.pattern, heads.q, heads.k, heads.v, z_cat,
-                                          attn_out, mlp_out, scales)
-            x = x + attn_out + mlp_out
+                cache[layer] = layer_cache(x, heads, z_cat, after)
+            x = x + after.attn_out + after.mlp_out
         return x, cache
 
     @torch.no_grad()
@@ -225,8 +243,8 @@ class Transformer(nn.Module):
             keys.append(heads.k[:, :, ::n_sharing].clone())
             values.append(heads.v[:, :, ::n_sharing].clone())
             z_of_layer.append(heads.z_cat)
-            attn_out, mlp_out, _ = block.after_heads(x, heads.z_cat)
-            x = x + attn_out + mlp_out
+            after = block.after_heads(x, heads.z_cat)
+            x = x + after.attn_out + after.mlp_out
         return Run(tokens, resid_pre, keys, values, z_of_layer, x)
 
     @torch.no_grad()
@@ -268,9 +286,8 @@ class Transformer(nn.Module):
                 whole = run.z_cat[layer][rows]                          # a copy
                 whole[row, positions] = z_cat
                 z_cat = edit_z[layer](whole)[row, positions]
-            attn_out, mlp_out, scales = block.after_heads(x, z_cat, with_scales=with_pattern)
-            kept = LayerCache(x, heads.pattern, heads.q, heads.k, heads.v, z_cat, attn_out,
-                              mlp_out, scales)
+            after = block.after_heads(x, z_cat, with_scales=with_pattern)
+            kept = layer_cache(x, heads, z_cat, after)
             yield layer, kept
             x = kept.resid_post
 
@@ -291,10 +308,12 @@ class Transformer(nn.Module):
         (_, cache), = self.layer_caches(tokens, [layer])
         return cache
 
-    def z_cat_at(self, tokens, layers, edit_z=None):        # (B,T) -> {layer: (B,T,D)}
-        """z_cat of some layers, after edits, and nothing more: stops inside the last of them."""
+    def z_cat_at(self, tokens, layers, edit_z=None, edit_mlp=None):
+        """z_cat of some layers, after edits, and nothing more, (B,T) -> {layer: (B,T,D)}: stops
+        inside the last of them."""
         edit_z = edit_z or {}
-        self.check_layers([*edit_z, *layers])
+        edit_mlp = edit_mlp or {}
+        self.check_layers([*edit_z, *edit_mlp, *layers])
         last = max(layers, default=-1)
         z_of_layer = {}
         x = self.embed(tokens)
@@ -305,17 +324,36 @@ class Transformer(nn.Module):
             if layer in layers:
                 z_of_layer[layer] = z_cat
             if layer < last:
-                attn_out, mlp_out, _ = block.after_heads(x, z_cat)
-                x = x + attn_out + mlp_out
+                after = block.after_heads(x, z_cat, edit_mlp=edit_mlp.get(layer))
+                x = x + after.attn_out + after.mlp_out
         return z_of_layer
+
+    def mlp_at(self, tokens, layers):                       # (B,T) -> {layer: AfterHeads}
+        """What the MLPs of some layers read and write, mlp_in and mlp_out: stops after the last of
+        them."""
+        self.check_layers(layers)
+        of_layer = {}
+        x = self.embed(tokens)
+        for layer, block in enumerate(self.blocks[:max(layers, default=-1) + 1]):
+            after = block.after_heads(x, block.heads(x, with_pattern=False).z_cat)
+            if layer in layers:
+                of_layer[layer] = after
+            x = x + after.attn_out + after.mlp_out
+        return of_layer
 
     @torch.no_grad()
     def z_cat_bfloat16(self, tokens, layers):               # (B,T) -> {layer: (B,T,D)} float32
         """z_cat_at with its matrix products in bfloat16, if that is faster on this device. What
         comes back is float32 either way."""
-        faster = fast_bfloat16(tokens.device)
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=faster):
+        with bfloat16_products(tokens.device):
             return {layer: z.float() for layer, z in self.z_cat_at(tokens, layers).items()}
+
+    @torch.no_grad()
+    def mlp_bfloat16(self, tokens, layers):                 # (B,T) -> {layer: (mlp_in, mlp_out)}
+        """The same of what MLPs read and write, (B,T,d_model) each."""
+        with bfloat16_products(tokens.device):
+            return {layer: (after.mlp_in.float(), after.mlp_out.float())
+                    for layer, after in self.mlp_at(tokens, layers).items()}
 
     def embed(self, tokens):                                # (B,T) -> (B,T,d_model)
         """The residual stream before layer 0."""
@@ -349,6 +387,11 @@ class Transformer(nn.Module):
         if T > self.config.n_ctx:
             raise UserError(f"a prompt of {T} tokens does not fit this model, which takes 1 to "
                             f"{self.config.n_ctx}; shorten it.")
+
+
+def bfloat16_products(device):
+    """Within it matrix products are in bfloat16, if that is faster on this device."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
 def dot_with_embeddings(x, embedding, tokens=None):         # (...,d), (d_vocab,d) -> (...,d_vocab)
@@ -489,16 +532,19 @@ class Block(nn.Module):
     def heads(self, x, with_pattern=True, within=None):     # resid_pre (B,T,d_model) -> Heads
         return self.attn.heads(self.ln_1(x), with_pattern, within)
 
-    def after_heads(self, x, z_cat, with_scales=False):     # (B,T,d_model), (B,T,D)
-        """The layer's two contributions to the residual stream -> attn_out, mlp_out, and what its
-        norms divided by, if asked for."""
+    def after_heads(self, x, z_cat, with_scales=False, edit_mlp=None):  # (B,T,d_model), (B,T,D)
+        """The layer's two contributions to the residual stream, and what its norms divided by, if
+        asked for -> AfterHeads. edit_mlp: see `Transformer.forward`."""
         attn_out = self.attn.out(z_cat)
         resid_mid = x + attn_out
-        mlp_out = self.mlp(self.ln_2(resid_mid))
+        mlp_in = self.ln_2(resid_mid)
+        mlp_out = self.mlp(mlp_in)
+        if edit_mlp:
+            mlp_out = edit_mlp(mlp_in, mlp_out)
         scales = None
         if with_scales:
             scales = {"attn_in": self.ln_1.scale(x), "mlp_in": self.ln_2.scale(resid_mid)}
-        return attn_out, mlp_out, scales
+        return AfterHeads(attn_out, mlp_in, mlp_out, scales)
 
 
 class GPT2(Transformer):
@@ -740,19 +786,22 @@ class GemmaBlock(nn.Module):
     def heads(self, x, with_pattern=True, within=None):     # resid_pre (B,T,d_model) -> Heads
         return self.self_attn.heads(self.input_layernorm(x), with_pattern, within)
 
-    def after_heads(self, x, z_cat, with_scales=False):     # (B,T,d_model), (B,T,D)
-        """As GPT-2's: attn_out, mlp_out, and what the norms divided by, if asked for."""
+    def after_heads(self, x, z_cat, with_scales=False, edit_mlp=None):  # (B,T,d_model), (B,T,D)
+        """As GPT-2's -> AfterHeads."""
         attn_raw = self.self_attn.out(z_cat)
         attn_out = attn_raw
         if self.post_attention_layernorm:
             attn_out = self.post_attention_layernorm(attn_raw)
         resid_mid = x + attn_out
-        mlp_raw = self.mlp(self.pre_feedforward_layernorm(resid_mid))
+        mlp_in = self.pre_feedforward_layernorm(resid_mid)
+        mlp_raw = self.mlp(mlp_in)
         mlp_out = mlp_raw
         if self.post_feedforward_layernorm:
             mlp_out = self.post_feedforward_layernorm(mlp_raw)
+        if edit_mlp:
+            mlp_out = edit_mlp(mlp_in, mlp_out)
         scales = self.scales(x, attn_raw, resid_mid, mlp_raw) if with_scales else None
-        return attn_out, mlp_out, scales
+        return AfterHeads(attn_out, mlp_in, mlp_out, scales)
 
     def scales(self, x, attn_raw, resid_mid, mlp_raw):
         """What each norm divided by, for LayerCache."""

@@ -7,13 +7,21 @@
     loss  = sum_d (z_hat - z)^2 + l1 * sum_i f_i    the mean over the batch of both
 
 An SAE reads z_cat of one attention layer: the outputs z of its H heads side by side, before W_O, so
-that d_in = D = H*d_head. In this file: the SAE; its loss and gradient; what keeps the decoder at
-unit norm and revives dead features; edits of z_cat that use an SAE; loading.
+that d_in = D = H*d_head. A transcoder (Dunefsky et al. 2024) is the same for an MLP: from what it
+reads, x, it makes what it writes, y. The two differ in two places, the input and the target:
 
-Shapes: B batch (or any leading dimensions), d_in, d_sae.
+    pre   = x @ W_enc + b_enc
+    y_hat = f @ W_dec + b_dec
+    loss  = sum_d (y_hat - y)^2 + l1 * sum_i f_i
+
+In this file: the SAE and the transcoder; their loss and gradient; what keeps the decoder at unit
+norm and revives dead features; edits that use them; loading.
+
+Shapes: B batch (or any leading dimensions), d_in, d_sae; d_out, which for an SAE is d_in.
 """
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +31,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from data.files import atomic
-from data.sae_files import FOLDED_Z_CAT, Z_CAT, read_sae, sae_paths
+from data.sae_files import FOLDED_Z_CAT, MLP, Z_CAT, read_sae, sae_paths
 from data.weights import digest
 
 
@@ -35,6 +43,8 @@ class SAE(nn.Module):
     is in it, the input it takes: "z_cat". The paper's SAEs were trained on a z_cat without value
     biases and take "z_cat less value_bias", until `load_saes` converts them.
     """
+
+    subtracts_b_dec = True      # from what the encoder reads
 
     def __init__(self, d_in, d_sae, generator=None):
         super().__init__()
@@ -54,14 +64,22 @@ class SAE(nn.Module):
 
     @property
     def d_in(self):
-        return self.W_dec.shape[1]
+        return self.W_enc.shape[0]
 
     @property
     def d_sae(self):
         return self.W_dec.shape[0]
 
+    @property
+    def d_out(self):
+        return self.W_dec.shape[1]
+
+    def encoder_input(self, z):                 # (...,d_in) -> (...,d_in)
+        """What W_enc is multiplied with: z - b_dec; in a transcoder z itself."""
+        return z - self.b_dec if self.subtracts_b_dec else z
+
     def pre_activations(self, z):               # (...,d_in) -> (...,d_sae)
-        return (z - self.b_dec) @ self.W_enc + self.b_enc
+        return self.encoder_input(z) @ self.W_enc + self.b_enc
 
     def activate(self, pre):                    # (...,d_sae) -> (...,d_sae)
         """Feature activations from pre-activations: ReLU, or JumpReLU where threshold > 0.
@@ -79,11 +97,11 @@ class SAE(nn.Module):
         """Feature activations."""
         return self.activate(self.pre_activations(z))
 
-    def decode(self, f):                        # (...,d_sae) -> z_hat (...,d_in)
+    def decode(self, f):                        # (...,d_sae) -> z_hat (...,d_out)
         """The reconstruction."""
         return f @ self.W_dec + self.b_dec
 
-    def forward(self, z):                       # (...,d_in) -> z_hat (...,d_in)
+    def forward(self, z):                       # (...,d_in) -> z_hat (...,d_out)
         return self.decode(self.encode(z))
 
     @torch.no_grad()
@@ -94,9 +112,16 @@ class SAE(nn.Module):
         return self
 
     @torch.no_grad()
-    def rescale(self, s):
+    def rescale(self, s, s_out=None):
         """Convert an SAE trained on z / s to take z; features become s times as large. In place;
-        returns self."""
+        returns self.
+
+        A transcoder trained from x / s to y / s_out is made one from x to y; features become s_out
+        times as large.
+        """
+        if s_out is not None:
+            self.W_enc *= s_out / s
+            s = s_out
         self.b_enc *= s
         self.b_dec *= s
         self.threshold *= s
@@ -119,24 +144,49 @@ class SAE(nn.Module):
         shape or is not finite.
         """
         tensors, about = read_sae(path)
+        d_in, d_sae = tensors["W_enc"].shape
         with torch.device("meta"):              # no memory yet: the tensors take their places
-            sae = cls(*tensors["W_enc"].shape)
+            if about["reads"] == MLP:
+                sae = Transcoder(d_in, d_sae, tensors["W_dec"].shape[1])
+            else:
+                sae = cls(d_in, d_sae)
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         sae.load_state_dict(tensors, assign=True)
         sae.about = about
         return sae.requires_grad_(False)
 
 
+class Transcoder(SAE):
+    """The same from what an MLP reads to what it writes: f = encode(x), y_hat = decode(f).
+
+    x is the MLP's input, after the norm before it; y is what the MLP adds to the stream.
+    Parameters: W_enc (d_in,d_sae), b_enc (d_sae,), W_dec (d_sae,d_out), b_dec (d_out,), threshold
+    (d_sae,). b_dec is a vector of y's space, and has no place in the encoder.
+    """
+
+    subtracts_b_dec = False
+
+    def __init__(self, d_in, d_sae, d_out, generator=None):
+        super().__init__(d_in, d_sae, generator)
+        W_dec = F.normalize(torch.randn(d_sae, d_out, generator=generator), dim=-1)
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.about = {"reads": MLP}
+
+
 # ---- the loss and its gradient ----
 #
-# With x = z - b_dec, e = z_hat - z, and the loss a mean over the batch (its 1/B is in dL/dz_hat and
-# dL/df, and the sums over b below are plain):
-#     dL/dz_hat = 2 e / B                      =: g
+# Let x be what W_enc is multiplied with, t the target, and t_hat = f @ W_dec + b_dec. An SAE has
+# x = z - b_dec and t = z; a transcoder has the MLP's input and output. With e = t_hat - t, and the
+# loss a mean over the batch (its 1/B is in dL/dt_hat and dL/df, and the sums over b below are
+# plain):
+#     dL/dt_hat = 2 e / B                      =: g
 #     dL/df     = g @ W_dec^T + l1 / B
 #     dL/dpre   = dL/df where the feature is active, else 0
 #     dL/dW_dec = f^T @ g                      dL/dW_enc = x^T @ dL/dpre
 #     dL/db_enc = sum_b dL/dpre                dL/db_dec = sum_b g  -  W_enc @ (sum_b dL/dpre)
-# b_dec enters twice: it is added to z_hat, and subtracted from z in x.
+# In an SAE b_dec enters twice: it is added to t_hat, and subtracted from z in x. In a transcoder it
+# is only added, and dL/db_dec is sum_b g.
 
 
 class LossAndGradients(NamedTuple):
@@ -148,24 +198,35 @@ class LossAndGradients(NamedTuple):
 
 
 @torch.no_grad()
-def dense_step(sae, z, l1):                     # (B,d_in) -> LossAndGradients
+def dense_step(sae, z, l1, target=None):        # (B,d_in), _, (B,d_out) -> LossAndGradients
     """Loss and gradient by five matrix products of B * d_in * d_sae multiplications each.
 
-    (On the CPU, sparse.py computes the same to float precision at a fraction of the cost.)
+    target: what a transcoder is to make of z; an SAE's is z itself. (On the CPU, sparse.py computes
+    the same to float precision at a fraction of the cost.)
     """
     B = len(z)
+    target = z if target is None else target
+    x = sae.encoder_input(z)
     f = sae.encode(z)
     active = f != 0
-    e = sae.decode(f) - z
+    e = sae.decode(f) - target
 
     g = 2 * e / B
     d_pre = (g @ sae.W_dec.T + l1 / B) * active
     d_b_enc = d_pre.sum(0)
-    gradients = {"W_enc": (z - sae.b_dec).T @ d_pre,
+    gradients = {"W_enc": x.T @ d_pre,
                  "b_enc": d_b_enc,
                  "W_dec": f.T @ g,
-                 "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
+                 "b_dec": gradient_of_b_dec(sae, g, d_b_enc)}
     return LossAndGradients(e.square().sum() / B, f.sum() / B, active.sum(0), gradients)
+
+
+def gradient_of_b_dec(sae, g, d_b_enc):         # (B,d_out), (d_sae,) -> (d_out,)
+    """sum_b g, and in an SAE also what comes through the encoder's input."""
+    d_b_dec = g.sum(0)
+    if sae.subtracts_b_dec:
+        d_b_dec = d_b_dec - sae.W_enc @ d_b_enc
+    return d_b_dec
 
 
 # ---- what training does besides gradient steps ----
@@ -190,25 +251,31 @@ def normalise_decoder(sae):
 
 
 @torch.no_grad()
-def resample(sae, optimizer, dead, z, generator):
+def resample(sae, optimizer, dead, z, generator, target=None, mean_in=None):
     """Give each dead feature a new direction, taken from an input that is badly reconstructed
     (Bricken et al. 2023), in place.
 
     dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in), inputs to draw from, with
-    replacement and with probability ~ (squared error)^2. The new row of W_dec is the input less
-    b_dec, normalised; the column of W_enc is the same direction at 0.2 times the mean norm of live
-    columns; b_enc is 0. generator: for the draw, on the CPU.
+    replacement and with probability ~ (squared error)^2. The new row of W_dec is the target less
+    b_dec, normalised. The column of W_enc is the input less b_dec, or in a transcoder less mean_in
+    (d_in,), normalised too, at 0.2 times the mean norm of live columns; b_enc makes the
+    pre-activation 0 where that difference is. generator: for the draw, on the CPU.
     """
     live = ~dead
     if not dead.any() or not live.any():
         return
-    error = (sae(z) - z).square().sum(-1).cpu().double()                # (B,)
+    target = z if target is None else target
+    error = (sae(z) - target).square().sum(-1).cpu().double()           # (B,)
     drawn = torch.multinomial(error.square(), int(dead.sum()), replacement=True,
-                              generator=generator)
-    direction = F.normalize(z[drawn.to(z.device)] - sae.b_dec, dim=-1)  # (n_dead,d_in)
-    sae.W_dec[dead] = direction
-    sae.W_enc[:, dead] = 0.2 * sae.W_enc[:, live].norm(dim=0).mean() * direction.T
+                              generator=generator).to(z.device)
+    centre = sae.b_dec if sae.subtracts_b_dec else mean_in
+    columns = F.normalize(z[drawn] - centre, dim=-1).T                  # (d_in,n_dead)
+    columns = 0.2 * sae.W_enc[:, live].norm(dim=0).mean() * columns
+    sae.W_dec[dead] = F.normalize(target[drawn] - sae.b_dec, dim=-1)
+    sae.W_enc[:, dead] = columns
     sae.b_enc[dead] = 0.0
+    if not sae.subtracts_b_dec:                             # then the centre is still in the input
+        sae.b_enc[dead] -= centre @ columns
     reset_adam(optimizer.state[sae.W_dec], dead, feature_dim=0)
     reset_adam(optimizer.state[sae.W_enc], dead, feature_dim=1)
     reset_adam(optimizer.state[sae.b_enc], dead, feature_dim=0)
@@ -239,6 +306,15 @@ def splice(sae):
     def edit(z):                                            # (B,T,d_in) -> (B,T,d_in)
         z_hat = sae(z[:, 1:].to(sae.b_dec.dtype)).to(z.dtype)
         return torch.cat([z[:, :1], z_hat], 1)
+    return edit
+
+
+def splice_mlp(transcoder):
+    """The same for an MLP, for model(tokens, edit_mlp={layer: edit}): what the transcoder makes of
+    the MLP's input in place of its output, except at position 0."""
+    def edit(mlp_in, mlp_out):                              # (B,T,d_model) x 2 -> (B,T,d_model)
+        y_hat = transcoder(mlp_in[:, 1:].to(transcoder.b_dec.dtype)).to(mlp_out.dtype)
+        return torch.cat([mlp_out[:, :1], y_hat], 1)
     return edit
 
 
@@ -276,29 +352,51 @@ def load_saes(where, model, layers=None, device="cpu"):
     lacks model.value_bias. Such SAEs are shifted to take z_cat itself.
     """
     model.check_layers(layers or ())
-    D = model.config.d_z_cat
-    architecture, weights = model.architecture(), digest(model)
     saes = {}
     for layer, path in sae_paths(where, layers, model.config.n_layers).items():
         sae = SAE.load(path, device)
-        if sae.reads not in (Z_CAT, FOLDED_Z_CAT):
-            raise UserError(f"--saes {where}: the SAE of layer {layer} reads {sae.reads}, and "
-                            f"{Z_CAT} is what this program has for it.")
-        if sae.about.get("layer", layer) != layer:
-            raise UserError(f"--saes {where}: the SAE in the place of layer {layer} is of layer "
-                            f"{sae.about['layer']}; put it where it belongs.")
-        if sae.about.get("architecture", architecture) != architecture:
-            raise UserError(f"--saes {where}: the SAE of layer {layer} is of another model, a "
-                            f"{sae.about['architecture']}; this one is a {architecture}.")
-        if sae.d_in != D:
-            raise UserError(f"--saes {where}: the SAE of layer {layer} reads {sae.d_in} numbers "
-                            f"and this model's z_cat has {D}; they do not belong together.")
+        check_belongs(sae, layer, model, where, (Z_CAT, FOLDED_Z_CAT), model.config.d_z_cat)
         if sae.reads == FOLDED_Z_CAT:
             sae.shift(model.value_bias(layer).to(device))
             sae.about["reads"] = Z_CAT
         saes[layer] = sae
-    print_doubts(saes, weights, where)
+    print_doubts(saes, digest(model), where)
     return saes
+
+
+def load_transcoders(where, model, layers=None, device="cpu"):
+    """The transcoders beside some SAEs, in where/mlp/L<layer>/, as train.py --reads mlp writes them
+    -> {layer: Transcoder}.
+
+    layers: all that are there if not given. Raises UserError as `load_saes` does.
+    """
+    model.check_layers(layers or ())
+    folder = Path(where) / MLP
+    transcoders = {}
+    for layer, path in sae_paths(folder, layers, model.config.n_layers).items():
+        transcoders[layer] = SAE.load(path, device)
+        check_belongs(transcoders[layer], layer, model, folder, (MLP,), model.config.d_model)
+    print_doubts(transcoders, digest(model), folder)
+    return transcoders
+
+
+def check_belongs(sae, layer, model, where, reads, width):
+    """Raise UserError for an SAE of another site, layer or architecture, or of another width."""
+    architecture = model.architecture()
+    if sae.reads not in reads:
+        raise UserError(f"--saes {where}: the SAE of layer {layer} reads {sae.reads}, and "
+                        f"{reads[0]} is what this program has for it.")
+    if sae.about.get("layer", layer) != layer:
+        raise UserError(f"--saes {where}: the SAE in the place of layer {layer} is of layer "
+                        f"{sae.about['layer']}; put it where it belongs.")
+    if sae.about.get("architecture", architecture) != architecture:
+        raise UserError(f"--saes {where}: the SAE of layer {layer} is of another model, a "
+                        f"{sae.about['architecture']}; this one is a {architecture}.")
+    for verb, its_width in (("reads", sae.d_in), ("writes", sae.d_out)):
+        if its_width != width:
+            raise UserError(f"--saes {where}: the SAE of layer {layer} {verb} {its_width} numbers "
+                            f"and this model's {sae.reads} has {width}; they do not belong "
+                            f"together.")
 
 
 def print_doubts(saes, weights, where):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from data.machine import fast_bfloat16
 from data.strongest import Entries
-from sae import LossAndGradients
+from sae import LossAndGradients, gradient_of_b_dec
 
 ROWS_AT_ONCE = 512      # a block of the encoder's product is then still cached when it is read
 
@@ -36,7 +36,7 @@ ROWS_AT_ONCE = 512      # a block of the encoder's product is then still cached 
 
 
 @torch.no_grad()
-def sparse_step(sae, z, l1):                                # (B,d_in) -> LossAndGradients
+def sparse_step(sae, z, l1, target=None):       # (B,d_in), _, (B,d_out) -> LossAndGradients
     """Loss and gradients as `sae.dense_step` has them, to float precision, on the CPU.
 
     Of the products with the batch only the encoder's is dense, and it is in low precision; the rest
@@ -44,11 +44,12 @@ def sparse_step(sae, z, l1):                                # (B,d_in) -> LossAn
     """
     B = len(z)
     d_sae = sae.d_sae
-    x = z - sae.b_dec
+    target = z if target is None else target
+    x = sae.encoder_input(z)
     rows, cols, crow, pre = candidate_pre_activations(sae, x)
     active = pre > sae.threshold[cols]
     f = pre * active                                                    # (nnz,)
-    e = weighted_sums(crow, cols, f, sae.W_dec) + sae.b_dec - z         # (B,d_in)
+    e = weighted_sums(crow, cols, f, sae.W_dec) + sae.b_dec - target    # (B,d_out)
     g = 2 * e / B
     d_pre = (sampled_product(crow, cols, g, sae.W_dec) + l1 / B) * active   # (nnz,)
 
@@ -60,7 +61,7 @@ def sparse_step(sae, z, l1):                                # (B,d_in) -> LossAn
     gradients = {"W_enc": weighted_sums(ccol, rows_by_feature, d_pre_by_feature, x).T.contiguous(),
                  "b_enc": d_b_enc,
                  "W_dec": weighted_sums(ccol, rows_by_feature, f_by_feature, g),
-                 "b_dec": g.sum(0) - sae.W_enc @ d_b_enc}
+                 "b_dec": gradient_of_b_dec(sae, g, d_b_enc)}
     fired = torch.zeros(d_sae, dtype=torch.int64).index_add_(0, cols, active.long())
 
     # The decoder of features that are no candidates is never read, and an encoder with a NaN may
@@ -177,7 +178,7 @@ def encode_sparse(sae, z):                                  # (B,T,d_in) -> Entr
 def activate_candidates(sae, z):                            # (n,d_in) -> place, feature, f (nnz,)
     """Pre-activations of the candidates, put through `SAE.activate`: in whole rows, since an
     activation such as TopK compares the features of a row."""
-    place, feature, crow, pre = candidate_pre_activations(sae, z - sae.b_dec)
+    place, feature, crow, pre = candidate_pre_activations(sae, sae.encoder_input(z))
     # What is no candidate is at or below its threshold, where by the rules of `SAE.activate` one
     # value is as good as another: 0, or the threshold itself if that is negative.
     filling = sae.threshold.clamp_max(0)

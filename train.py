@@ -3,6 +3,7 @@ by its reconstruction costs the model.
 
     python train.py                          the shipped model, all layers, minutes on two cores
     python train.py --layers 1 --d-sae 4096 --n-tokens 10e6
+    python train.py --reads mlp              transcoders: from what MLPs read to what they write
     python train.py --model gpt2 --preset paper
     python train.py --model gpt2 --corpus c4 --saes kissane     measure SAEs, train nothing
 
@@ -19,9 +20,10 @@ does nothing.
 
 Written to <out>/<model>/: in L<layer>/ sae.safetensors, config.json and metrics.json; beside them
 log.jsonl, training.png and model.json, which says whose results these are; and
-checkpoint.safetensors until the run is finished. With --saes only measured.json.
+checkpoint.safetensors until the run is finished. With --saes only measured.json. Of transcoders
+the same is written to <out>/<model>/mlp/.
 
-Shapes: R rows, T positions, B batch of activations, D = H*d_head = d_in, d_sae.
+Shapes: R rows, T positions, B batch of activations, D = H*d_head, d_model, d_in, d_sae, d_out.
 """
 
 import contextlib
@@ -49,13 +51,14 @@ from data.files import (atomic, check_writable, claim, parse_json, run_folder, s
 from data.flags import field, parse_flags
 from data.machine import deferred_interrupt, keep_freed_memory, pick_device, pick_dtype
 from data.progress import Progress
+from data.sae_files import MLP, Z_CAT
 from data.stats import bootstrap, format_ci
 from data.team import Team, join, leave
 from data.tokens import set_n_tokens
 from data.weights import digest
 from model import load_model
-from sae import (SAE, dense_step, load_saes, normalise_decoder, project_decoder_gradient, resample,
-                 splice)
+from sae import (SAE, Transcoder, dense_step, load_saes, load_transcoders, normalise_decoder,
+                 project_decoder_gradient, resample, splice, splice_mlp)
 from sparse import is_threshold_activation, sparse_step
 
 # Reports call a feature dead if it fired on none of the last 1,000,000 training activations.
@@ -74,13 +77,15 @@ class TrainConfig:
     corpus: str = field("python", "text: \"python\" is what tiny was trained on, \"c4\" is "
                         "streamed from the hub; or a .txt, .jsonl or .json.gz file, or a folder "
                         "of them")
+    reads: str = field(Z_CAT, "z_cat trains SAEs on it; mlp trains transcoders, from what MLPs "
+                       "read to what they write")
     layers: tuple[int, ...] = field((), "layers, such as 0,2; all of them if not given")
     d_sae: tuple[int, ...] = field((2048,), "features per SAE: one number for all layers, or one "
                                    "for each (paper: 24576 = 32 x d_in, layers 5 and 7 49152)")
     l1: tuple[float, ...] = field((0.2,), "weight of the sparsity term: one for all layers, or one "
                                   "for each (paper: 0.8 to 3, with --no-normalise)")
     normalise: bool = field(True, "train on z_cat divided by its mean distance to the mean, so "
-                            "that one l1 suits all layers (paper: no)")
+                            "that one l1 suits all layers; likewise both sides of MLPs (paper: no)")
     lr: float = field(3.4e-3, "Adam's peak learning rate (paper: 1.2e-3)")
     passes: int = field(1, "how often a text that ends is read in training")
     held_out_share: float = field(HELD_OUT_SHARE, "of the documents of a text of yours, for the "
@@ -172,6 +177,7 @@ def check(config, model, layers, folder, team):
 
     at_least_1 = "must be at least 1."
     rules = [   # the flag, what must hold, what to say where it does not
+        (f"--reads {config.reads}", config.reads in (Z_CAT, MLP), f"is neither {Z_CAT} nor {MLP}."),
         ("--layers", len(set(layers)) == n_layers, "names a layer twice; name each once."),
         ("--l1", len(l1) in (1, n_layers), wrong_number(l1)),
         ("--d-sae", len(d_sae) in (1, n_layers), wrong_number(d_sae)),
@@ -223,8 +229,11 @@ class Learner:
     sae: SAE
     optimizer: torch.optim.Adam
     l1: float
-    mean: Tensor            # (D,) mean activation over the first block, the vector of mean ablation
-    scale: Tensor           # () activations are divided by it: mean of |z - mean|, or 1
+    mean_in: Tensor         # (d_in,) mean of what it reads, over the first block
+    scale_in: Tensor        # () what it reads is divided by this: mean of |z - mean|, or 1
+    mean: Tensor            # (d_out,) the same of its target, the vector of mean ablation; in an
+                            # SAE all this is of z_cat
+    scale: Tensor           # ()
     fired: Tensor           # (d_sae,) how many inputs it fired on since the last resampling
     last_fired: Tensor      # (d_sae,) training activations seen up to each feature's last firing
     l0: float               # active features per input in the last step: decides whether the next
@@ -239,19 +248,25 @@ class Learner:
         few = self.l0 < self.sae.d_sae / 16
         return sparse_step if self.use_sparse_step and few and device.type == "cpu" else dense_step
 
+    def in_its_units(self, site):                           # -> (B,d_in), (B,d_out)
+        """What it reads and its target, divided by their scales. `site`: of ActivationBuffer."""
+        z = site[0] / self.scale_in
+        target = z if len(site) == 1 else site[1] / self.scale
+        return z, target
 
-def train_step(learner, z, step, config, team=Team()):
-    """One step of one layer's SAE, in place. z: the batch, (B,D); under torchrun (data/team.py)
-    this process's share of it."""
+
+def train_step(learner, site, step, config, team=Team()):
+    """One step of one layer's SAE or transcoder, in place. site: the batch, as ActivationBuffer
+    gives it; under torchrun (data/team.py) this process's share of it."""
     sae = learner.sae
-    z = z / learner.scale
+    z, target = learner.in_its_units(site)
     lr = learning_rate(step, config)
     # sparsity comes in gently: fewer features die
     l1_scale = min(1.0, (step + 1) / config.warmup)
     sparse_or_dense_step = learner.step_function(z.device)
 
     # the gradients are derived by hand, without autograd: LossAndGradients in sae.py
-    result = sparse_or_dense_step(sae, z, learner.l1 * l1_scale)
+    result = sparse_or_dense_step(sae, z, learner.l1 * l1_scale, target)
     team.sum_step(result, len(z) / config.batch_size)   # in place: from shares to the whole batch
     project_decoder_gradient(sae, result.gradients["W_dec"])
     adam_step(learner, result.gradients, lr)
@@ -278,6 +293,8 @@ def train(config):                                          # -> {layer: metrics
     set_n_tokens(model, tokenizer, config.model)
     layers = config.layers or tuple(range(model.config.n_layers))
     folder = run_folder(config.out, config.model)
+    if config.reads == MLP:
+        folder = folder / MLP
     check(config, model, layers, folder, team)
     held_out = next(data.rows(config.corpus, tokenizer, "held-out", T=config.n_ctx,
                               n=config.n_eval_rows,
@@ -289,7 +306,7 @@ def train(config):                                          # -> {layer: metrics
         if team.leads:
             claim(folder, config.model, digest(model))
         buffer = ActivationBuffer(model, tokenizer, config, layers, device, team)
-        learners = make_learners(config, layers, buffer.D, device)
+        learners = make_learners(config, layers, buffer.widths, device)
         first_step = 0
         if config.resume:
             first_step = resume(learners, config, folder)
@@ -305,8 +322,9 @@ def run_steps(config, buffer, learners, first_step, folder, team):
     """The training loop, from `first_step` to the last -> activations per second; None if no step
     was left."""
     d_sae = " or ".join(map(str, sorted({learner.sae.d_sae for learner in learners.values()})))
-    print(f"{len(learners)} x SAE {buffer.D} -> {d_sae}, {config.n_activations:,} activations",
-          flush=True)
+    kind = "transcoder" if config.reads == MLP else "SAE"
+    print(f"{len(learners)} x {kind} {buffer.widths[0]} -> {d_sae}, {config.n_activations:,} "
+          f"activations", flush=True)
     choose_sparse_step(learners, buffer.device)
     progress = Progress(config.n_activations, "tokens")
     log = TrainingLog(folder, config, first_step, team)
@@ -323,9 +341,10 @@ def run_steps(config, buffer, learners, first_step, folder, team):
             if n_done in resampling_steps(config):
                 for layer, learner in learners.items():
                     dead = learner.fired == 0           # on nothing since the last resampling
-                    inputs = buffer.sample(layer) / learner.scale
+                    z, target = learner.in_its_units(buffer.sample(layer))
                     random = generator(config.seed, "resample", layer, step)
-                    resample(learner.sae, learner.optimizer, dead, inputs, random)
+                    resample(learner.sae, learner.optimizer, dead, z, random, target,
+                             learner.mean_in / learner.scale_in)
                     learner.fired.zero_()
 
             progress(n_done * config.batch_size, "L0 by layer: " + "  ".join(
@@ -414,6 +433,9 @@ class ActivationBuffer:
     """Batches of all layers' activations: a block of whole rows is run through the model, shuffled,
     and drained batch by batch. Position 0 (BOS) is left out.
 
+    What is kept of a layer is its *site*, a tuple of tensors: z_cat alone, or what the MLP reads
+    and what it writes.
+
     One forward pass serves all layers. With the same settings, a block depends on its number alone.
     In a team, each process has the activations of its own rows of a block, and its share of each
     batch.
@@ -426,24 +448,24 @@ class ActivationBuffer:
         self.layers = layers
         self.device = device
         self.team = team
-        self.D = model.config.d_z_cat
+        self.widths = site_widths(model, config.reads)
         self.per_row = config.n_ctx - 1                     # activations
         # The fewest blocks that fit the memory, and all of them equally long. By default 131,072
         # activations of tiny's four layers fit, enough for 64 steps; 1,220 steps are then 20 blocks
         # of 61 steps; they take 984 rows each, and 40 activations of a block are left over.
-        fit_memory = config.block_mib * 2**20 // (self.D * 4 * len(layers))    # activations
+        bytes_each = 4 * sum(self.widths) * len(layers)
+        fit_memory = config.block_mib * 2**20 // bytes_each             # activations
         n_blocks = math.ceil(config.n_steps / max(1, fit_memory // config.batch_size))
         wanted_steps = math.ceil(config.n_steps / n_blocks)
         self.n_rows = math.ceil(wanted_steps * config.batch_size / self.per_row)
         self.n_rows = max(self.n_rows, team.size)           # a row for each process at least
         # counted from n_rows, which may be enough for more steps than were wanted
         self.steps_per_block = self.n_rows * self.per_row // config.batch_size
-        self.z_by_row = None        # {layer: (rows,T-1,D)} of this process's rows of the block
-        self.z = None               # {layer: (N,D)} the same, a view of it
+        self.sites = None           # {layer: site} of this process's rows of the block, (N,width)
         self.block_number = None    # of the block that is in them
         self.n_filled = 0           # activations in the block, those of all processes
 
-    def batches(self, first_step):                          # -> step, {layer: (B,D)}
+    def batches(self, first_step):                          # -> step, {layer: site}
         """Batches for every step from `first_step` on, until the steps or the text end. They are
         copies, which no refill touches."""
         B = self.config.batch_size
@@ -460,12 +482,13 @@ class ActivationBuffer:
             order = torch.randperm(self.n_filled, generator=random)
             for i in range(first_batch, self.n_filled // B):
                 batch = order[i * B:(i + 1) * B]
-                # `mine` are the places in self.z[layer] of those activations of the batch that this
-                # process holds; alone, it is `batch` itself. per_row tells `share` which row an
-                # activation is from, since rows are dealt out to processes.
+                # `mine` are the places in self.sites[layer] of those activations of the batch that
+                # this process holds; alone, it is `batch` itself. per_row tells `share` which row
+                # an activation is from, since rows are dealt out to processes.
                 _, mine = self.team.share(batch, self.per_row)
                 mine = mine.to(self.device)
-                yield step, {layer: self.z[layer][mine] for layer in self.layers}
+                yield step, {layer: tuple(part[mine] for part in self.sites[layer])
+                             for layer in self.layers}
                 step += 1
                 if step == self.config.n_steps:
                     return
@@ -479,33 +502,52 @@ class ActivationBuffer:
                          held_out_share=config.held_out_share)
 
     def fill(self, tokens, number):                         # (R,T), fewer rows where the text ends
-        """Run the model on a block and keep its z_cat, but not that of position 0."""
+        """Run the model on a block and keep its sites, but not position 0."""
         self.n_filled = len(tokens) * self.per_row
         self.block_number = number
         tokens = tokens[self.team.rank::self.team.size]
-        if self.z is None:
-            shape = (math.ceil(self.n_rows / self.team.size), self.per_row, self.D)
-            self.z_by_row = {layer: torch.empty(shape, device=self.device) for layer in self.layers}
-            self.z = {layer: z.flatten(0, 1) for layer, z in self.z_by_row.items()}
+        if self.sites is None:
+            N = math.ceil(self.n_rows / self.team.size) * self.per_row
+            self.sites = {layer: tuple(torch.empty(N, width, device=self.device)
+                                       for width in self.widths) for layer in self.layers}
         for i in range(0, len(tokens), 64):
             part = tokens[i:i + 64].to(self.device)
-            # products in bfloat16 where that is faster, whatever --dtype is; results in float32
-            for layer, z in self.model.z_cat_bfloat16(part, self.layers).items():
-                self.z_by_row[layer][i:i + len(part)] = z[:, 1:]
+            here = slice(i * self.per_row, (i + len(part)) * self.per_row)
+            for layer, site in run_sites(self.model, self.config.reads, part, self.layers).items():
+                for kept, new in zip(self.sites[layer], site):
+                    kept[here] = new[:, 1:].flatten(0, 1)
 
-    def sample(self, layer):                                # -> (n,D)
+    def sample(self, layer):                                # -> site of (n,width)
         """Activations of the block at hand, 8192 to 16383 of them, or all if there are fewer; the
         same in all processes. Dead features are resampled from them.
 
         Each process fills in those of its own rows, and the sum puts them together.
         """
         places = torch.arange(0, self.n_filled, max(1, self.n_filled // 8192))
-        # which of `places` are this process's, and where they lie in self.z[layer]
+        # which of `places` are this process's, and where they lie in self.sites[layer]
         which, mine = self.team.share(places, self.per_row)
-        z = torch.zeros(len(places), self.D, device=self.device)
-        z[which.to(self.device)] = self.z[layer][mine.to(self.device)]
-        self.team.sum(z)
-        return z
+        site = []
+        for part in self.sites[layer]:
+            sampled = torch.zeros(len(places), part.shape[1], device=self.device)
+            sampled[which.to(self.device)] = part[mine.to(self.device)]
+            self.team.sum(sampled)
+            site.append(sampled)
+        return tuple(site)
+
+
+def site_widths(model, reads):                              # -> tuple
+    """The widths of a site's tensors."""
+    if reads == MLP:
+        return (model.config.d_model, model.config.d_model)
+    return (model.config.d_z_cat,)
+
+
+def run_sites(model, reads, tokens, layers):                # (b,T) -> {layer: site of (b,T,width)}
+    """The sites of some layers in float32. Products are in bfloat16 where that is faster, whatever
+    --dtype is."""
+    if reads == MLP:
+        return model.mlp_bfloat16(tokens, layers)
+    return {layer: (z,) for layer, z in model.z_cat_bfloat16(tokens, layers).items()}
 
 
 def generator(*key):
@@ -518,22 +560,29 @@ def generator(*key):
 # ---- how an SAE starts ----
 
 
-def make_learner(d_in, d_sae, l1, lr, device="cpu"):        # -> Learner
-    """An SAE and its Adam before the first step; `initialise` then fits it to activations."""
-    sae = SAE(d_in, d_sae).to(device)   # its random weights are replaced: `initialise`, `restore`
+def make_learner(widths, d_sae, l1, lr, device="cpu"):      # -> Learner
+    """An SAE, or for a site of two a transcoder, and its Adam before the first step; `initialise`
+    then fits it to activations."""
+    # its random weights are replaced: `initialise`, `restore`
+    sae = SAE(*widths, d_sae) if len(widths) == 1 else Transcoder(widths[0], d_sae, widths[1])
+    sae = sae.to(device)
     # beta1 = 0, no momentum: a feature moves only in steps in which it fires
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.0, 0.9999), fused=True)
     never = torch.zeros(d_sae, dtype=torch.int64, device=device)
-    return Learner(sae, optimizer, l1, mean=torch.zeros(d_in, device=device),
-                   scale=torch.ones((), device=device), fired=never, last_fired=never.clone(),
-                   l0=float(d_sae))     # `initialise` and `restore` know better
+    return Learner(sae, optimizer, l1,
+                   # all of this `initialise` and `restore` know better
+                   mean_in=torch.zeros(sae.d_in, device=device),
+                   scale_in=torch.ones((), device=device),
+                   mean=torch.zeros(sae.d_out, device=device),
+                   scale=torch.ones((), device=device),
+                   fired=never, last_fired=never.clone(), l0=float(d_sae))
 
 
-def make_learners(config, layers, d_in, device):            # -> {layer: Learner}
+def make_learners(config, layers, widths, device):          # -> {layer: Learner}
     """One for each layer, with its own size and l1."""
     d_sae = per_layer(config.d_sae, layers)
     l1 = per_layer(config.l1, layers)
-    return {layer: make_learner(d_in, d_sae[layer], l1[layer], config.lr, device)
+    return {layer: make_learner(widths, d_sae[layer], l1[layer], config.lr, device)
             for layer in layers}
 
 
@@ -546,34 +595,46 @@ def initialise_all(learners, config, buffer):
     buffer.fill(next(buffer.blocks(0)), 0)
     for layer, learner in learners.items():
         random = generator(config.seed, "start", layer)
-        initialise(learner, buffer.z[layer][:buffer.n_filled], config.normalise, random)
+        site = tuple(part[:buffer.n_filled] for part in buffer.sites[layer])
+        initialise(learner, site, config.normalise, random)
 
 
 @torch.no_grad()
-def initialise(learner, z, normalise, random):              # z (N,D)
-    """b_dec is the mean activation, W_dec's rows are random directions in the space that
-    activations fill, W_enc half their transpose (the half by trial).
+def initialise(learner, site, normalise, random):           # site of (N,width)
+    """W_enc's columns are random directions in the space that activations fill, of length 1/2 (by
+    trial), b_dec is the mean of the target. An SAE's W_dec has the same directions; a transcoder's
+    row of W_dec is the direction in which the target moves with its feature's column.
 
     Attention outputs have low rank, and features that start outside their space stay dead (arXiv
-    2508.16929). So a row is drawn from a normal distribution with the activations' covariance, and
-    scaled to unit norm. Each b_enc lets its feature fire on one token in a hundred, so that the
-    sparse step serves from the start.
+    2508.16929). So a direction is drawn from a normal distribution with the activations'
+    covariance. Each b_enc lets its feature fire on one token in a hundred, so that the sparse step
+    serves from the start.
     """
     sae = learner.sae
-    learner.mean = z.mean(0)
-    centred = z[::max(1, len(z) // 8192)] - learner.mean    # 8192 to 16383 of them are enough
+    z, target = site[0], site[-1]
+    some = slice(None, None, max(1, len(z) // 8192))        # 8192 to 16383 of them are enough
+    learner.mean_in = z.mean(0)
+    learner.mean = target.mean(0)
+    centred = z[some] - learner.mean_in
+    centred_target = target[some] - learner.mean
     if normalise:
-        learner.scale = centred.norm(dim=-1).mean()
+        learner.scale_in = centred.norm(dim=-1).mean()
+        learner.scale = centred_target.norm(dim=-1).mean()
     # their number times the covariance; F.normalize below takes the factor out again
     variances, directions = eigenvectors((centred.T @ centred).cpu())
     noise = torch.randn(sae.d_sae, sae.d_in, generator=random)
-    drawn = (noise * variances.clamp_min(0).sqrt()) @ directions.T
+    drawn = F.normalize((noise * variances.clamp_min(0).sqrt()) @ directions.T, dim=-1).to(z.device)
     sae.b_dec.copy_(learner.mean / learner.scale)
-    sae.W_dec.copy_(F.normalize(drawn, dim=-1))
-    sae.W_enc.copy_(0.5 * sae.W_dec.T)
-    # pre-activations without b_enc, which is to be chosen; centred / scale is z / scale - b_dec
-    pre = (centred[::8] / learner.scale) @ sae.W_enc        # an eighth, enough for a quantile
+    sae.W_enc.copy_(0.5 * drawn.T)
+    if len(site) == 1:
+        sae.W_dec.copy_(drawn)
+    else:
+        sae.W_dec.copy_(F.normalize((centred @ drawn.T).T @ centred_target, dim=-1))
+    # the part of pre-activations that varies; an eighth is enough for a quantile
+    pre = (centred[::8] / learner.scale_in) @ sae.W_enc
     sae.b_enc.copy_(-pre.kthvalue(math.ceil(0.99 * len(pre)), dim=0).values)
+    if not sae.subtracts_b_dec:                             # then the mean is in them too
+        sae.b_enc -= (learner.mean_in / learner.scale_in) @ sae.W_enc
     learner.l0 = 0.01 * sae.d_sae
 
 
@@ -589,7 +650,7 @@ def eigenvectors(covariance):                               # (D,D) -> (D,), (D,
 # ---- stopping and going on ----
 
 # A Learner's tensors that last from step to step, besides SAE and Adam.
-SAVED = ("fired", "last_fired", "mean", "scale")
+SAVED = ("fired", "last_fired", "mean_in", "scale_in", "mean", "scale")
 
 
 def checkpoint_path(folder):
@@ -699,15 +760,17 @@ def dead_fraction(learner, n_tokens):
 
 @torch.no_grad()
 def evaluate(model, saes, rows, means):                     # -> {layer: metrics}
-    """What each layer's SAE keeps of its z_cat, and what the model loses when z_cat is replaced.
+    """What each layer's SAE keeps of its z_cat, and what the model loses when z_cat is replaced; or
+    what each layer's transcoder makes of its MLP's output, and the same.
 
-    saes: {layer: SAE}. rows (R,T): held-out tokens. means: {layer: (D,)}, the vector of mean
-    ablation, from training text. Cross-entropies are nats per token over the predictions made from
-    positions 1 to T-2, or, where the vocabulary is large, from one in `ce_stride` of them;
-    every replacement leaves position 0 (BOS) as it is. *zero* puts 0 in place
-    of z_cat, so that attention adds b_O alone. Intervals are 95% bootstrap intervals over rows.
-    Where z_cat matters too little to tell, that is if CE_zero - CE_clean is below 0.05 nats or its
-    interval reaches 0, ce_recovered_zero is None; likewise ce_recovered_mean, judged by CE_mean.
+    saes: {layer: SAE or Transcoder}. rows (R,T): held-out tokens. means: {layer: (d_out,)}, the
+    vector of mean ablation, from training text. Cross-entropies are nats per token over the
+    predictions made from positions 1 to T-2, or, where the vocabulary is large, from one in
+    `ce_stride` of them; every replacement leaves position 0 (BOS) as it is. *zero* puts 0 in place
+    of z_cat, so that attention adds b_O alone, or of what the MLP writes. Intervals are 95%
+    bootstrap intervals over rows. Where z_cat matters too little to tell, that is if CE_zero -
+    CE_clean is below 0.05 nats or its interval reaches 0, ce_recovered_zero is None; likewise
+    ce_recovered_mean, judged by CE_mean.
     """
     R, T = rows.shape
     at = ce_positions(R, T, ce_stride(model)).to(rows.device)           # (R,m)
@@ -749,18 +812,23 @@ def ce_positions(R, T, stride):                             # -> (R,m)
 
 def evaluate_layer(model, sae, mean, layer, x, tokens, q):  # (D,), (R,T,d_model), (R,T), (R,m)
     """What one layer's SAE makes of its z_cat, and the cross-entropy at q with z_cat replaced by
-    the reconstruction, by 0 and by the mean -> {name: (R,...)}. x is the clean stream before the
-    layer."""
+    the reconstruction, by 0 and by the mean -> {name: (R,...)}; likewise a transcoder and what the
+    MLP writes. x is the clean stream before the layer."""
     block = model.blocks[layer]
     z_cat = block.heads(x, with_pattern=False).z_cat
-    result = reconstruction_stats(sae, z_cat[:, 1:])
-    edits = {"ce_sae": splice(sae),
-             "ce_zero": replace_with(torch.zeros_like(mean)),
-             "ce_mean": replace_with(mean)}
+    by_vector = {"ce_zero": replace_with(torch.zeros_like(mean)), "ce_mean": replace_with(mean)}
+    if sae.reads == MLP:
+        clean = block.after_heads(x, z_cat)
+        result = reconstruction_stats(sae, clean.mlp_in[:, 1:], clean.mlp_out[:, 1:])
+        edits = {"ce_sae": {"edit_mlp": {layer: splice_mlp(sae)}}}
+        edits |= {name: {"edit_mlp": {layer: of_output(edit)}} for name, edit in by_vector.items()}
+    else:
+        result = reconstruction_stats(sae, z_cat[:, 1:], z_cat[:, 1:])
+        edits = {"ce_sae": {"edit_z": {layer: splice(sae)}}}
+        edits |= {name: {"edit_z": {layer: edit}} for name, edit in by_vector.items()}
+    to_the_end = range(layer, model.config.n_layers)
     for name, edit in edits.items():
-        attn_out, mlp_out, _ = block.after_heads(x, edit(z_cat))
-        later = range(layer + 1, model.config.n_layers)
-        after, _ = model.run_layers(x + attn_out + mlp_out, layers=later)
+        after, _ = model.run_layers(x, layers=to_the_end, **edit)
         result[name] = row_ce(model.unembed(at_positions(after, q)), tokens, q)
     return result
 
@@ -780,22 +848,28 @@ def row_ce(logits, tokens, q):                              # (R,m,d_vocab), (R,
 
 
 def replace_with(value):
-    """The edit that puts one vector in place of z_cat at every position but 0."""
+    """The edit that puts one vector in place of z_cat, or of what the MLP writes, at every position
+    but 0."""
     def edit(z):
         replacement = value.to(z.dtype).expand_as(z[:, 1:])
         return torch.cat([z[:, :1], replacement], 1)
     return edit
 
 
-def reconstruction_stats(sae, z):                           # (R,T,D) -> {name: (R,) or (R,D)}
-    """Per row: active features per token, squared error, and for the variance the sums of z^2 and
-    of z."""
-    z = z.to(sae.b_dec.dtype)
-    f = sae.encode(z)
+def of_output(edit):
+    """An edit of one tensor as an edit of what an MLP writes, whatever it reads."""
+    return lambda mlp_in, mlp_out: edit(mlp_out)
+
+
+def reconstruction_stats(sae, z, target):                   # (R,T,d_in), (R,T,d_out) -> {name: ...}
+    """Per row, (R,): active features per token, squared error, and for the variance the sum of
+    target^2; and that of the target, (R,d_out)."""
+    f = sae.encode(z.to(sae.b_dec.dtype))
+    target = target.to(sae.b_dec.dtype)
     return {"l0": (f != 0).float().sum(-1).mean(-1),
-            "error": (sae.decode(f) - z).square().sum((-1, -2)),
-            "power": z.square().sum((-1, -2)),
-            "z_sum": z.sum(1)}
+            "error": (sae.decode(f) - target).square().sum((-1, -2)),
+            "power": target.square().sum((-1, -2)),
+            "sum": target.sum(1)}
 
 
 def ce_recovered(ablated, sae, clean):                      # numpy (R,) each -> float
@@ -811,8 +885,8 @@ def summarise(by_row, n_positions):                         # {name: (R,...) flo
 
     def explained_variance(drawn):
         n = len(drawn) * n_positions
-        z_sum = by_row["z_sum"][drawn].sum(0)
-        total = by_row["power"][drawn].sum() - (z_sum ** 2).sum() / n
+        sums = by_row["sum"][drawn].sum(0)
+        total = by_row["power"][drawn].sum() - (sums ** 2).sum() / n
         return 1 - by_row["error"][drawn].sum() / total
 
     def mean(name):
@@ -846,12 +920,12 @@ def summarise(by_row, n_positions):                         # {name: (R,...) flo
     return metrics
 
 
-def mean_z_cat(model, layers, rows):                        # (R,T) -> {layer: (D,)}
-    """The mean of z_cat over all positions but 0."""
+def mean_targets(model, reads, layers, rows):               # (R,T) -> {layer: (d_out,)}
+    """The mean of z_cat, or of what the MLP writes, over all positions but 0."""
     sums = {layer: 0 for layer in layers}
     for part in rows.split(16):
-        for layer, z in model.z_cat_at(part, layers).items():
-            sums[layer] = sums[layer] + z[:, 1:].float().sum((0, 1))
+        for layer, site in run_sites(model, reads, part, layers).items():
+            sums[layer] = sums[layer] + site[-1][:, 1:].sum((0, 1))
     return {layer: total / rows[:, 1:].numel() for layer, total in sums.items()}
 
 
@@ -878,7 +952,7 @@ def finish(config, model, held_out, learners, folder, speed):   # -> {layer: met
         write_json(folder / f"L{layer}" / "metrics.json", metrics[layer])
     plot_training(read_log(folder / "log.jsonl"), densities, folder / "training.png")
     checkpoint_path(folder).unlink(missing_ok=True)
-    print(table(metrics), f"\n\nwritten to {folder}/", sep="")
+    print(table(metrics, config.reads), f"\n\nwritten to {folder}/", sep="")
     return metrics
 
 
@@ -891,36 +965,43 @@ def write_saes(config, model, learners, folder):            # -> {layer: SAE}, a
     saes = {}
     for layer, learner in learners.items():
         path = folder / f"L{layer}" / "sae.safetensors"
-        sae = learner.sae.rescale(learner.scale)
+        sae = learner.sae
+        if sae.reads == MLP:
+            sae.rescale(learner.scale_in, learner.scale)
+        else:
+            sae.rescale(learner.scale)
         sae.about |= {"layer": layer, **of_model}
         sae.save(path, torch.float16 if config.half else torch.float32)
         write_json(path.with_name("config.json"),
-                   {**sae.about, "d_in": sae.d_in, "l1_of_layer": learner.l1,
+                   {**sae.about, "d_in": sae.d_in, "d_out": sae.d_out, "l1_of_layer": learner.l1,
                     **lasting_settings(config)})
         saes[layer] = SAE.load(path, learner.mean.device)
     return saes
 
 
 def measure_saes(config, model, tokenizer, held_out, folder):   # -> {layer: metrics}
-    """Measure the SAEs of --saes on held-out text; nothing is trained. Mean ablation puts in the
-    mean of z_cat over n_eval_rows rows of training text."""
+    """Measure the SAEs of --saes, or its transcoders, on held-out text; nothing is trained. Mean
+    ablation puts in the mean over n_eval_rows rows of training text."""
     claim(folder, config.model, digest(model))
-    saes = load_saes(config.saes, model, config.layers, held_out.device)    # (): all that are there
+    load = load_transcoders if config.reads == MLP else load_saes
+    saes = load(config.saes, model, config.layers, held_out.device)     # (): all that are there
     print(f"measuring {config.saes} on {len(held_out)} held-out rows ...", flush=True)
     training_rows = next(data.rows(config.corpus, tokenizer, "train", T=config.n_ctx,
                                    n=config.n_eval_rows,
                                    held_out_share=config.held_out_share)).to(held_out.device)
-    metrics = evaluate(model, saes, held_out, mean_z_cat(model, list(saes), training_rows))
+    means = mean_targets(model, config.reads, list(saes), training_rows)
+    metrics = evaluate(model, saes, held_out, means)
     layers = {f"L{layer}": values for layer, values in metrics.items()}
     write_json(folder / "measured.json",
                {"saes": config.saes, "corpus": config.corpus, "layers": layers})
-    print(table(metrics), f"\n\nwritten to {folder}/measured.json", sep="")
+    print(table(metrics, config.reads), f"\n\nwritten to {folder}/measured.json", sep="")
     return metrics
 
 
-def table(metrics):
+def table(metrics, reads):
     """The metrics of all layers, a line each."""
-    lines = ["cross-entropy in nats per token, clean and with z_cat replaced; [95% interval]",
+    replaced = "the MLP's output" if reads == MLP else "z_cat"
+    lines = [f"cross-entropy in nats per token, clean and with {replaced} replaced; [95% interval]",
              "layer    L0   clean     SAE    zero    mean   recovered over zero   "
              "recovered over mean   variance   dead"]
     for layer, m in metrics.items():

@@ -38,6 +38,7 @@ from data.weights import TINY, read_tensors
 
 Z_CAT = "z_cat"                                 # what an SAE of this project reads
 FOLDED_Z_CAT = "z_cat less value_bias"          # what the paper's read
+MLP = "mlp"                                     # what a transcoder reads: the MLP's input
 NAMES = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
 ABOUT = ("model", "architecture", "weights", "layer", "reads", "left_out", "units")
 
@@ -148,11 +149,12 @@ def read_own(path):
     """What `SAE.save` wrote. In float16, rows of W_dec get their unit norm back, which rounding
     took."""
     stored = dict(read_tensors(path))
-    tensors = checked(stored, NAMES, path)
+    about = {"reads": Z_CAT} | about_own(path)
+    tensors = checked(stored, NAMES, path, is_transcoder=about["reads"] == MLP)
     norms = tensors["W_dec"].norm(dim=-1, keepdim=True)
     if stored["W_dec"].dtype == torch.float16 and (norms - 1).abs().max() < 1e-2:
         tensors["W_dec"] /= norms
-    return tensors, {"reads": Z_CAT} | about_own(path)
+    return tensors, about
 
 
 def about_own(path):
@@ -316,19 +318,21 @@ def layer_of_hook(hook, config):
     return int(match[1])
 
 
-def checked(tensors, names, path):
+def checked(tensors, names, path, is_transcoder=False):
     """The tensors as float32, with a threshold of 0 if there is none. Raises UserError if they are
-    not `names`, do not fit each other, or are not finite."""
+    not `names`, do not fit each other, or are not finite. A transcoder may write another number of
+    dimensions than it reads."""
     is_dict = isinstance(tensors, dict)
     if not is_dict or tensors.keys() != names \
             or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()) \
-            or tensors["W_dec"].dim() != 2:
+            or tensors["W_dec"].dim() != 2 or tensors["W_enc"].dim() != 2:
         present = sorted(map(str, tensors)) if is_dict else type(tensors).__name__
         raise UserError(f"{path} is not an SAE of this kind: it has {present}, and {sorted(names)} "
                         f"are needed.")
-    d_sae, d_in = tensors["W_dec"].shape
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,),
-              "threshold": (d_sae,)}
+    d_sae, d_out = tensors["W_dec"].shape
+    d_in = tensors["W_enc"].shape[0] if is_transcoder else d_out
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out),
+              "b_dec": (d_out,), "threshold": (d_sae,)}
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name] or not tensor.is_floating_point() \
                 or not tensor.isfinite().all():

@@ -110,9 +110,9 @@ def folder(tmp_path_factory):
     (folder / "of").mkdir()
     claim(folder / "of", "tiny", "0123456789abcdef")
 
-    learner = T.make_learner(8, 24, 0.1, 1e-3)
+    learner = T.make_learner((8,), 24, 0.1, 1e-3)
     learner.l0 = 24.0
-    T.train_step(learner, torch.randn(64, 8, generator=random), 0, CHECKPOINTED)
+    T.train_step(learner, (torch.randn(64, 8, generator=random),), 0, CHECKPOINTED)
     (folder / "run").mkdir()
     T.save(folder / "run", CHECKPOINTED, 1, {0: learner})
     return folder
@@ -176,9 +176,9 @@ def load_text(path):
 
 
 def load_checkpoint(path):
-    learners = {0: T.make_learner(8, 24, 0.1, 1e-3)}
+    learners = {0: T.make_learner((8,), 24, 0.1, 1e-3)}
     step = T.resume(learners, CHECKPOINTED, path.parent)
-    T.train_step(learners[0], torch.zeros(64, 8), step, CHECKPOINTED)
+    T.train_step(learners[0], (torch.zeros(64, 8),), step, CHECKPOINTED)
 
 
 BYTES = {

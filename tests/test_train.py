@@ -87,7 +87,7 @@ def test_a_batch_is_a_copy_that_no_refill_overwrites(tiny):
     config = dataclasses.replace(SHORT, n_tokens=60_000)
     tokenizer = data.load_tokenizer("tiny")
     buffer = T.ActivationBuffer(tiny, tokenizer, config, (0,), torch.device("cpu"))
-    batches = [(z[0], z[0].clone()) for _, z in buffer.batches(0)]
+    batches = [(sites[0][0], sites[0][0].clone()) for _, sites in buffer.batches(0)]
     assert len(batches) > 2 * buffer.steps_per_block, "this test needs several blocks"
     for kept, copy in batches:
         assert torch.equal(kept, copy), \
@@ -98,7 +98,7 @@ def test_every_activation_of_a_block_is_used_once_and_bos_never(tiny):
     config = dataclasses.replace(SHORT, batch_size=127, n_tokens=127 * 64, block_mib=1000)
     buffer = T.ActivationBuffer(tiny, data.load_tokenizer("tiny"), config, (0,),
                                 torch.device("cpu"))
-    got = torch.cat([z[0] for _, z in buffer.batches(0)])
+    got = torch.cat([sites[0][0] for _, sites in buffer.batches(0)])
     rows = next(data.rows("python", data.load_tokenizer("tiny"), "train", 128, buffer.n_rows, 0))
     expected = torch.cat(
         [tiny.z_cat_bfloat16(part, [0])[0][:, 1:].flatten(0, 1) for part in rows.split(64)])
@@ -115,8 +115,8 @@ def test_every_process_of_a_team_has_part_of_a_batch_that_fits_one_row(tiny):
     for rank in range(2):
         buffer = T.ActivationBuffer(tiny, data.load_tokenizer("tiny"), config, (0,),
                                     torch.device("cpu"), Team(rank, 2))
-        [(_, z)] = buffer.batches(0)
-        shares.append(len(z[0]))
+        [(_, sites)] = buffer.batches(0)
+        shares.append(len(sites[0][0]))
     assert min(shares) > 0 and sum(shares) == 64
 
 
@@ -237,7 +237,7 @@ def test_where_z_cat_does_not_matter_recovered_is_not_given():
     assert small["ce_recovered_zero"] is None and small["ce_recovered_mean"] == pytest.approx(1)
     unsure = metrics(0.1 + 2 * noise, 0.2 * np.ones(50))
     assert unsure["ce_recovered_zero"] is None and unsure["ce_zero_minus_clean_ci"][0] < 0
-    assert "n/a" in T.table({0: small | {"dead_fraction": 0.0}})
+    assert "n/a" in T.table({0: small | {"dead_fraction": 0.0}}, "z_cat")
 
 
 # ---- stopping and going on ----
@@ -332,17 +332,17 @@ def test_training_curves_of_the_sparse_and_the_dense_step_overlay(tmp_path, monk
 
 
 def test_a_checkpoint_of_a_step_after_the_end_is_damaged(tmp_path):
-    learner = T.make_learner(4, 8, 0.1, 1e-3)
+    learner = T.make_learner((4,), 8, 0.1, 1e-3)
     learner.l0 = 8.0
     config = dataclasses.replace(SHORT, batch_size=32)
-    T.train_step(learner, torch.randn(32, 4), 0, config)
+    T.train_step(learner, (torch.randn(32, 4),), 0, config)
     T.save(tmp_path, config, 10**6, {0: learner})
     with pytest.raises(UserError, match="damaged"):
-        T.resume({0: T.make_learner(4, 8, 0.1, 1e-3)}, config, tmp_path)
+        T.resume({0: T.make_learner((4,), 8, 0.1, 1e-3)}, config, tmp_path)
     T.save(tmp_path, config, 1, {0: learner})
-    assert T.resume({0: T.make_learner(4, 8, 0.1, 1e-3)}, config, tmp_path) == 1
+    assert T.resume({0: T.make_learner((4,), 8, 0.1, 1e-3)}, config, tmp_path) == 1
     with pytest.raises(UserError, match="damaged"):
-        T.resume({0: T.make_learner(4, 1, 0.1, 1e-3)}, config, tmp_path)    # would broadcast
+        T.resume({0: T.make_learner((4,), 1, 0.1, 1e-3)}, config, tmp_path)    # would broadcast
 
 
 def test_a_log_that_was_cut_short_is_read(tmp_path):
@@ -578,8 +578,8 @@ def test_activations_of_low_rank_can_be_started_from(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "eigh", stubborn)
     z = torch.eye(40)[torch.arange(4000) % 10]          # ten directions of forty
-    learner = T.make_learner(40, 64, 0.2, 1e-3)
-    T.initialise(learner, z, True, torch.Generator().manual_seed(0))
+    learner = T.make_learner((40,), 64, 0.2, 1e-3)
+    T.initialise(learner, (z,), True, torch.Generator().manual_seed(0))
     sae = learner.sae
     assert sae.W_dec[:, 10:].abs().max() < 1e-4, \
         "directions outside the space that activations fill"

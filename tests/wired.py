@@ -142,12 +142,12 @@ def train_sae(z, d_sae=256, l1=0.1, n_steps=600, seed=0):
     """An SAE of some activations, by the steps of train.py."""
     config = train.TrainConfig(batch_size=512, lr=2.4e-3, n_tokens=512 * n_steps, warmup=50,
                                decay=0.3, seed=seed)
-    learner = train.make_learner(z.shape[1], d_sae, l1, config.lr)
-    train.initialise(learner, z, config.normalise, train.generator(seed, "start"))
+    learner = train.make_learner((z.shape[1],), d_sae, l1, config.lr)
+    train.initialise(learner, (z,), config.normalise, train.generator(seed, "start"))
     order = torch.randperm(len(z), generator=train.generator(seed, "order"))
     for step in range(n_steps):
         batch = order[torch.arange(step * 512, (step + 1) * 512) % len(z)]
-        train.train_step(learner, z[batch], step, config)
+        train.train_step(learner, (z[batch],), step, config)
         train.read_back({1: learner}, step, config.batch_size)
     return learner.sae.rescale(learner.scale).requires_grad_(False)
 

@@ -63,14 +63,14 @@ def planted(d_in, d_sae, batch_size, n_batches=4):
 def ours(d_in, d_sae, batch_size, steps):
     import train
     W, bias, batches = planted(d_in, d_sae, batch_size)
-    learner = train.make_learner(d_in, d_sae, L1, LR)
+    learner = train.make_learner((d_in,), d_sae, L1, LR)
     begin_with(learner.sae, W, bias)
     learner.l0 = 25.0
     config = train.TrainConfig(batch_size=batch_size, lr=LR, warmup=1, decay=0.0, n_tokens=10**9)
     with train.keep_freed_memory():
         # step 0 of a warmup would have a tenth of the learning rate
         def step(i):
-            train.train_step(learner, batches[i % len(batches)], i + 1, config)
+            train.train_step(learner, (batches[i % len(batches)],), i + 1, config)
             train.read_back({0: learner}, i + 1, batch_size)
 
         return timed(step, steps, lambda: learner.mse + L1 * learner.sparsity)
@@ -178,7 +178,7 @@ def curve(dense):
                                     (2,), torch.device("cpu"))
     one_step = train.dense_step if dense else train.sparse_step
     train.Learner.step_function = lambda learner, device: one_step
-    learners = train.make_learners(config, (2,), buffer.D, torch.device("cpu"))
+    learners = train.make_learners(config, (2,), buffer.widths, torch.device("cpu"))
     train.initialise_all(learners, config, buffer)
     losses = []
     for step, batches in buffer.batches(0):

@@ -53,8 +53,8 @@ class SpacesConfig:
 
 def started(z, config, key):                            # (N,d_in) -> train.Learner
     """An SAE fitted to the first activations; the key draws its directions."""
-    learner = train.make_learner(z.shape[1], config.d_sae[0], config.l1[0], config.lr, z.device)
-    train.initialise(learner, z, config.normalise, train.generator(config.seed, "start", key))
+    learner = train.make_learner((z.shape[1],), config.d_sae[0], config.l1[0], config.lr, z.device)
+    train.initialise(learner, (z,), config.normalise, train.generator(config.seed, "start", key))
     return learner
 
 
@@ -139,14 +139,15 @@ def train_all(model, tokenizer, config, layers, device, W_O):   # -> {(layer, na
     buffer.fill(next(buffer.blocks(0)), 0)
     learners = {}
     for layer in layers:
-        z = buffer.z[layer][:buffer.n_filled]
+        z = buffer.sites[layer][0][:buffer.n_filled]
         for name in SPACES:
             learners[layer, name] = started(read_by(name, z, W_O[layer]), config, f"{layer} {name}")
     progress = Progress(config.n_tokens, "tokens")
     with keep_freed_memory():
         for step, batches in buffer.batches(0):
             for (layer, name), learner in learners.items():
-                train.train_step(learner, read_by(name, batches[layer], W_O[layer]), step, config)
+                z = read_by(name, batches[layer][0], W_O[layer])
+                train.train_step(learner, (z,), step, config)
             train.read_back(learners, step, config.batch_size)
             progress((step + 1) * config.batch_size)
     progress(config.n_steps * config.batch_size, last=True)
