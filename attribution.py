@@ -1,16 +1,16 @@
-"""Which head, which source token, which earlier feature: attribution of SAE features (the paper,
-section 2).
+"""A prompt as a circuit: what an SAE feature, or a logit, was made of, back to the tokens (the paper,
+section 2: recursive DFA).
 
     python attribution.py "When Mary and John went to the store, John gave a drink to"
 
 takes the strongest feature of the last token apart, and writes a page in which the strongest
 features of every token can be opened: <out>/<model>/attribution/explorer.html.
 
-In reading order: one layer (head weights and DFA); what heads and features do to the logits; the
-residual stream as a sum of what was written to it; recursive DFA over it; QK, why a head looks
-where it looks; the program and its report. Most start with their formula. Every sum is exact. Exact
-does not mean that the SAE is right: its error is one of the terms. Nor does removing a feature have
-the effect that is attributed to it: `ablation_effects` removes features, nothing frozen, and looks.
+In reading order: the residual stream as a sum of what was written to it; recursive attribution over
+it; what of it is not explained; removing features; QK, why a head looks where it looks; the program
+and its report. Most start with their formula. Every sum is exact. Exact does not mean that an SAE
+or a transcoder is right: its error is one of the terms. Nor does removing a feature have the effect
+that is attributed to it: `ablation_effects` removes features, nothing frozen, and looks.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
@@ -24,143 +24,36 @@ from torch import Tensor, nn
 from data import pages
 from data.errors import UserError, run
 from data.flags import field, parse_flags
-from sae import ablate, check_feature
+from direct import constant_part, dfa, feature_bias, head_weights, values_minus_bias
+from sae import ablate, ablate_mlp, check_feature
 from study import StudyConfig, begin, parse_feature
-
-# ---- one layer: heads and sources ----
-#
-# With w = W_enc[:,i], and w^h its slice at head h, the pre-activation of feature i at query q is
-#
-#     pre_i(q) = sum_{h,k} pattern[h,q,k] * (v[h,k] . w^h)  +  b_enc[i] - b_dec . w
-#
-# The terms of the sum are direct feature attribution (DFA). All values of a head share a constant,
-# `model.value_bias`. A head's pattern sums to 1, so it moves this constant wherever it looks, and
-# the constant says nothing about sources. To compare sources, callers first subtract it
-# (`values_minus_bias`), and count it with the feature's bias (`constant_part`).
-
-
-def head_weights(W_dec, n_heads):                           # (...,D) -> (...,H)
-    """Weight-based head attribution: the norm of a decoder row's slice at each head, over the sum
-    of these norms. A row of zeros stays 0."""
-    norms = W_dec.unflatten(-1, (n_heads, -1)).norm(dim=-1)
-    return norms / norms.sum(-1, keepdim=True).clamp_min(1e-30)
-
-
-def dfa(pattern, v, w_enc):                     # (B,H,q,k), (B,k,H,d_head), (D,) -> (B,H,q,k)
-    """Direct feature attribution: the part of z_cat[q] . w_enc that head h moved from position
-    k."""
-    w = w_enc.unflatten(0, (v.shape[2], -1))                            # (H,d_head)
-    return pattern * torch.einsum("bkhd,hd->bhk", v, w)[:, :, None]     # d_head is summed first
-
-
-def dfa_at_positions(pattern, v, w_enc, q):     # (H,q,k), (k,H,d_head), (m,D), (m,) -> (m,H,k)
-    """DFA of m features (rows of W_enc^T), each at its own query, in one prompt."""
-    w = w_enc.unflatten(1, (v.shape[1], -1))                            # (m,H,d_head)
-    return pattern[:, q].transpose(0, 1) * torch.einsum("khd,mhd->mhk", v, w)
-
-
-def feature_bias(sae):                                      # -> (d_sae,)
-    """Add this to the sum of DFA over heads and sources, of the raw values, and you get the
-    pre-activation."""
-    return sae.b_enc - sae.b_dec @ sae.W_enc
-
-
-@torch.no_grad()
-def values_minus_bias(model, layer, v):                     # (B,k,H,d_head) -> the same
-    """Values minus value_bias, the part that all sources share."""
-    return v - model.value_bias(layer).unflatten(0, v.shape[2:])
-
-
-@torch.no_grad()
-def constant_part(model, layer, sae):                       # -> (d_sae,)
-    """Add this to the sum of DFA of `values_minus_bias`, and you get the pre-activation."""
-    return feature_bias(sae) + model.value_bias(layer) @ sae.W_enc
-
-
-# ---- what heads and features do to the logits ----
-#
-# `direct_logits` and `token_effects` are for induction.py, ioi.py and features.py; what follows
-# below does not use them. With
-#
-#     scaled_direction = model.logit_directions(token) / model.final_scale(final residual stream)
-#
-# the dot product of scaled_direction and what is written to the stream is what this adds to the
-# token's logit (before a soft cap), less the mean over all tokens, the final norm's scale frozen:
-# direct logit attribution.
-
-
-def head_logits(z_cat, matrices, scaled_direction, scale=1.0):  # (...,D), _, (...,d_model)
-    """What each head of a layer, having gathered z_cat, writes along a direction -> (...,H).
-
-    scaled_direction: with the final norm's scale in it, as above. scale: the layer's
-    scales["attn_out"], where there is one.
-    """
-    z = z_cat.unflatten(-1, matrices.b_V.shape)                         # (...,H,d_head)
-    return torch.einsum("...hd,hdm,...m->...h", z, matrices.W_O, scaled_direction / scale)
-
-
-@torch.no_grad()
-def direct_logits(model, matrices, caches, position, direction, look=lambda kept: None):
-    """Direct logit attribution of every head at one position of each row -> (B,layers,H).
-
-    matrices: every layer's HeadMatrices. caches: every layer's (layer, LayerCache), of
-    model.layer_caches or model.rerun_caches. position (B,): in them. direction (B,d_model): of
-    model.logit_directions, or a difference of two; the final norm's scale is put in here. look:
-    called with each layer's LayerCache, for what else a caller wants of this pass, such as
-    attention.
-    """
-    row = torch.arange(len(position), device=position.device)
-    gathered = []
-    for _, kept in caches:
-        look(kept)
-        scale = kept.scales["attn_out"][row, position] if "attn_out" in kept.scales else 1.0
-        gathered.append((kept.z_cat[row, position], scale))
-    final = kept.resid_post[row, position]                  # kept: of the last layer
-    scaled_direction = direction / model.final_scale(final)
-    by_layer = [head_logits(z, matrices[layer], scaled_direction, scale)
-                for layer, (z, scale) in enumerate(gathered)]
-    return torch.stack(by_layer, 1)
-
-
-@torch.no_grad()
-def token_effects(model, layer, sae, features, directions=None):    # int or (m,) -> (...,n_tokens)
-    """W_dec[i] @ W_O @ unembedding: what a feature adds to every token's logit per unit of
-    activation, less the mean over all tokens, with the scales of the final norm and of Gemma's
-    post-norm taken as 1.
-
-    directions: `token_directions` of the model, if it is at hand.
-    """
-    if directions is None:
-        directions = token_directions(model)
-    W_O = model.head_matrices(layer).W_O.flatten(0, 1)                  # (D,d_model)
-    return sae.W_dec[features] @ W_O @ directions.T
-
-
-def token_directions(model):                                # -> (n_tokens,d_model)
-    """model.logit_directions of all tokens. With a large vocabulary that is as large as the
-    model."""
-    device = next(model.parameters()).device
-    return model.logit_directions(torch.arange(model.n_tokens, device=device))
-
 
 # ---- the residual stream as a sum of components ----
 #
 # Before a layer, the stream at a position is the sum of everything written there: embeddings, and
-# for each earlier layer its features f_j * W_dec[j] @ W_O, biases b_dec @ W_O + b_O, the SAE's
-# error (z_cat - z_hat) @ W_O, and the MLP's output. (Gemma 2 and 3 divide what attention writes by
-# scales["attn_out"].) At BOS, and in layers without an SAE, attention's output is one component.
+# for each earlier layer
+#
+#     attention   its features f_j * W_dec[j] @ W_O, biases b_dec @ W_O + b_O, and the SAE's error
+#                 (z_cat - z_hat) @ W_O; in Gemma 2 and 3 divided by scales["attn_out"]
+#     MLP         its features f_j * W_dec[j], bias b_dec, and the transcoder's error y - y_hat
+#
+# What has no SAE or transcoder is one component, and so is everything at BOS, which they do not
+# see.
 
 # "constant" is never a component: it labels terms that nobody wrote to the stream, such as biases
 # of values and of a feature.
-KINDS = ("embedding", "position", "feature", "bias", "error", "attention", "MLP", "constant")
-EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP, CONSTANT = range(len(KINDS))
+KINDS = ("embedding", "position", "feature", "bias", "error", "attention", "MLP feature",
+         "MLP bias", "MLP error", "MLP", "constant")
+(EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP_FEATURE, MLP_BIAS, MLP_ERROR, MLP,
+ CONSTANT) = range(len(KINDS))
+FEATURES = ("feature", "MLP feature")       # the kinds that are taken apart
 
 
 class Components(NamedTuple):
     """What was written to the residual stream of one prompt, one row for each writer and position.
 
-    *attention* is an attention output that no SAE takes apart: BOS, which SAEs do not see, and
-    layers without an SAE.
+    *attention* and *MLP* are outputs that are not taken apart: at BOS, and in layers without an SAE
+    or a transcoder.
     """
     kind: Tensor            # (N,) index into KINDS
     layer: Tensor           # (N,) where it was written; -1 for embeddings
@@ -171,55 +64,81 @@ class Components(NamedTuple):
     def pick(self, which):
         return Components(*(column[which] for column in self))
 
+    def is_feature(self):                                   # -> (N,) bool
+        return (self.kind == FEATURE) | (self.kind == MLP_FEATURE)
+
 
 class TracedPrompt(NamedTuple):
-    """A model's run on one prompt, and what its SAEs make of it."""
+    """A model's run on one prompt, and what its SAEs and transcoders make of it."""
     model: nn.Module
     saes: dict              # {layer: SAE}
+    transcoders: dict       # {layer: Transcoder}
     tokens: Tensor          # (T,)
     cache: dict             # {layer: LayerCache}, B = 1
-    f: dict                 # {layer: (T,d_sae)}, 0 at BOS
+    f: dict                 # {layer: (T,d_sae)} of SAEs, 0 at BOS
+    f_mlp: dict             # {layer: (T,d_sae)} of transcoders, 0 at BOS
     components: Components  # in the order in which they are written
     n_before: list          # n_before[layer]: how many of them are in the stream that it reads
+    n_mid: list             # n_mid[layer]: how many are in the stream that its MLP reads
     matrices: list          # each layer's head_matrices
 
 
 @torch.no_grad()
-def trace_prompt(model, saes, tokens):                      # (T,) or (1,T) -> TracedPrompt
+def trace_prompt(model, saes, tokens, transcoders=None):    # (T,) or (1,T) -> TracedPrompt
     """Run the model on one prompt and cut everything written to its residual stream into
     components."""
+    transcoders = transcoders or {}
     tokens = tokens[None] if tokens.dim() == 1 else tokens
     assert len(tokens) == 1, "one prompt at a time"
-    check_one_dtype(model, saes)
+    check_one_dtype(model, saes, transcoders)
     everywhere = torch.arange(tokens.shape[1], device=tokens.device)
     matrices = [model.head_matrices(layer) for layer in range(model.config.n_layers)]
     cache = dict(model.layer_caches(tokens))
 
     f = {}
-    n_before = []
+    f_mlp = {}
     written = []            # Components
+    n_before = []
+    n_mid = []
+
+    def n_written():
+        return sum(len(part.kind) for part in written)
+
     for name, vectors in model.embed_parts(tokens).items():
         written.append(component(KINDS.index(name), -1, everywhere, vectors[0]))
     for layer, kept in cache.items():
-        n_before.append(sum(len(part.kind) for part in written))
+        n_before.append(n_written())
         if layer in saes:
-            f[layer] = saes[layer].encode(kept.z_cat[0])
-            f[layer][0] = 0
+            f[layer] = encode_prompt(saes[layer], kept.z_cat[0])
             written += attention_components(layer, kept, saes[layer], f[layer], matrices[layer])
         else:
             written.append(component(ATTENTION, layer, everywhere, kept.attn_out[0]))
-        written.append(component(MLP, layer, everywhere, kept.mlp_out[0]))
+        n_mid.append(n_written())
+        if layer in transcoders:
+            f_mlp[layer] = encode_prompt(transcoders[layer], kept.mlp_in[0])
+            written += mlp_components(layer, kept, transcoders[layer], f_mlp[layer])
+        else:
+            written.append(component(MLP, layer, everywhere, kept.mlp_out[0]))
     components = Components(*(torch.cat(column) for column in zip(*written)))
-    return TracedPrompt(model, saes, tokens[0], cache, f, components, n_before, matrices)
+    return TracedPrompt(model, saes, transcoders, tokens[0], cache, f, f_mlp, components, n_before,
+                        n_mid, matrices)
 
 
-def check_one_dtype(model, saes):
+def check_one_dtype(model, saes, transcoders):
     """Raise UserError where a model and its SAEs are in different types, or in narrow ones."""
-    dtypes = {p.dtype for module in (model, *saes.values()) for p in module.parameters()}
+    modules = (model, *saes.values(), *transcoders.values())
+    dtypes = {p.dtype for module in modules for p in module.parameters()}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise UserError(f"the model and its SAEs are in {' and '.join(sorted(map(str, dtypes)))}; "
                         f"attribution takes float32 or float64, the same for both, such as "
                         f"load_model(..., dtype=torch.float32).")
+
+
+def encode_prompt(sae, z):                                  # (T,d_in) -> (T,d_sae)
+    """Feature activations, 0 at BOS."""
+    f = sae.encode(z)
+    f[0] = 0
+    return f
 
 
 def component(kind, layer, positions, vectors, features=None):      # -> Components
@@ -248,35 +167,81 @@ def attention_components(layer, kept, sae, f, matrices):    # -> list of Compone
             component(ERROR, layer, position[1:], error[1:])]
 
 
-# ---- recursive DFA ----
+def mlp_components(layer, kept, transcoder, f):             # -> list of Components
+    """An MLP's output in terms of its transcoder; f: (T,d_sae)."""
+    position = torch.arange(len(f), device=f.device)
+    mlp_out = kept.mlp_out[0]                                           # (T,d_model)
+    active_at, active = f.nonzero(as_tuple=True)
+    by_feature = f[active_at, active, None] * transcoder.W_dec[active]
+    bias = transcoder.b_dec.expand_as(mlp_out)
+    error = mlp_out - transcoder.decode(f)
+    return [component(MLP, layer, position[:1], mlp_out[:1]),
+            component(MLP_FEATURE, layer, active_at, by_feature, active),
+            component(MLP_BIAS, layer, position[1:], bias[1:]),
+            component(MLP_ERROR, layer, position[1:], error[1:])]
+
+
+# ---- recursive attribution: one step ----
 #
 # With patterns and norm scales frozen, what a head moves is linear in the stream at the source. So
-# a feature's pre-activation is a sum over (head, component), and biases:
+# an attention feature's pre-activation is a sum over (head, component), and biases:
 #
 #     pre_i(q) = sum_{h,n} pattern[h,q,k_n] / scale[k_n] * (component_n @ W_V[h] . w^h)
 #                + sum_h b_V[h] . w^h  +  b_enc[i] - b_dec . w
 #
 # where component n was written at position k_n, and scale[k] is scales["attn_in"] there. W_V and
-# b_V are those of model.head_matrices: the norm's gain, centring and bias are in them. An active
-# feature j among the components has f_j = pre_j (ReLU passes it unchanged), so what it contributes
-# through a head is a fixed multiple of pre_j; and pre_j is a sum by the same formula, whose terms
-# times that multiple are its children. (In `expand` values are contributions to the root, and
-# node.value / pre is the product of the fixed multiples along the path.)
+# b_V are those of model.head_matrices: the norm's gain, centring and bias are in them. An MLP
+# feature reads at its own position alone, and a logit does so too:
+#
+#     pre_i(q) = sum_n component_n . d / scale[q]  +  constant + b_enc[i]
+#
+# with scale of scales["mlp_in"] and d, constant of model.mlp_directions; for a logit, of the final
+# norm and model.logit_directions.
+#
+# An active feature j among the components has f_j = pre_j (ReLU passes it unchanged), so what it
+# contributes to a reader is a fixed multiple of pre_j; and pre_j is a sum by the same formulas,
+# whose terms times that multiple are its children.
+
+
+class Reader(NamedTuple):
+    """What is taken apart."""
+    kind: str               # "feature", "MLP feature" or "logit"
+    layer: int              # of a logit: the number of layers
+    position: int
+    feature: int            # of a logit: the token
+    against: int = -1       # of a logit: the token whose logit is subtracted; -1: the mean over all
 
 
 class Contributions(NamedTuple):
-    """The n terms of a feature's pre-activation: one for each head and each component written at or
-    before the query, head by head; then a constant for each head, from its value bias; then the
-    feature's own bias."""
-    head: Tensor            # (n,) the head that reads the component; -1 for the feature's own bias
+    """The n terms of what a reader reads.
+
+    Of an attention feature: one for each head and each component written at or before the query,
+    head by head; then a constant for each head, from its value bias; then the feature's own bias.
+    Of an MLP feature or a logit: one for each component written at the position, then a constant.
+    """
+    head: Tensor            # (n,) the head that reads the component; -1 where none does
     component: Tensor       # (n,) row of traced.components, or -1 for a constant
     value: Tensor           # (n,) they sum to pre
-    pre: float              # the pre-activation
+    pre: float              # the pre-activation, or the logit
 
 
 @torch.no_grad()
-def decompose(traced, layer, position, feature):            # -> Contributions
+def decompose(traced, layer, position, feature, kind="feature"):    # -> Contributions
     """The pre-activation of a feature at a position, as the sum above."""
+    return read_terms(traced, Reader(kind, layer, position, feature))
+
+
+def read_terms(traced, reader):                             # -> Contributions
+    """What a reader reads, as the sum above."""
+    if reader.kind == "feature":
+        return attention_terms(traced, reader.layer, reader.position, reader.feature)
+    if reader.kind == "MLP feature":
+        return mlp_terms(traced, reader.layer, reader.position, reader.feature)
+    return logit_terms(traced, reader)
+
+
+def attention_terms(traced, layer, position, feature):      # -> Contributions
+    """What heads bring to a feature."""
     kept = traced.cache[layer]
     sae = traced.saes[layer]
     m = traced.matrices[layer]
@@ -302,15 +267,44 @@ def decompose(traced, layer, position, feature):            # -> Contributions
     return Contributions(heads, rows, values, float(values.sum()))
 
 
-def upstream_features(traced, layer, position, feature):    # -> (n,), (n,)
-    """The earlier features among a feature's contributions, summed over heads, strongest first ->
-    rows of Components, values."""
-    terms = decompose(traced, layer, position, feature)
-    is_feature = kind_of(terms, traced.components) == FEATURE
-    upstream, index = terms.component[is_feature].unique(return_inverse=True)
-    value = terms.value.new_zeros(len(upstream)).index_add_(0, index, terms.value[is_feature])
-    order = value.abs().argsort(descending=True, stable=True)
-    return upstream[order], value[order]
+def mlp_terms(traced, layer, position, feature):            # -> Contributions
+    """What an MLP feature reads."""
+    transcoder = traced.transcoders[layer]
+    w = transcoder.W_enc[:, feature, None]                              # (d_model,1)
+    direction, constant = traced.model.mlp_directions(layer, w)         # (d_model,1), (1,)
+    scale = traced.cache[layer].scales["mlp_in"][0, position]           # (1,)
+    return terms_at(traced, traced.n_mid[layer], position, direction[:, 0] / scale,
+                    constant + transcoder.b_enc[feature])
+
+
+def logit_terms(traced, reader):                            # -> Contributions
+    """What makes a logit, less another or less the mean over all tokens; before a soft cap."""
+    direction, constant = logit_direction(traced, reader)
+    return terms_at(traced, len(traced.components.kind), reader.position, direction, constant)
+
+
+def logit_direction(traced, reader):                        # -> (d_model,), (1,)
+    """The direction of the stream along which a logit grows, and its constant part."""
+    model = traced.model
+    tokens = traced.tokens.new_tensor([reader.feature, max(reader.against, 0)])
+    directions = model.logit_directions(tokens)
+    constants = model.logit_constants(tokens)
+    direction = directions[0]
+    constant = constants[:1]
+    if reader.against >= 0:
+        direction = direction - directions[1]
+        constant = constant - constants[1:]
+    final = traced.cache[model.config.n_layers - 1].resid_post[0, reader.position]
+    return direction / model.final_scale(final), constant
+
+
+def terms_at(traced, n_seen, position, direction, constant):    # (d_model,), (1,) -> Contributions
+    """What is read along a direction at one position, of the first n_seen components."""
+    components = traced.components.pick(slice(n_seen))
+    here = (components.position == position).nonzero()[:, 0]            # (n,)
+    values = torch.cat([components.vector[here] @ direction, constant])
+    rows = torch.cat([here, here.new_tensor([-1])])
+    return Contributions(torch.full_like(rows, -1), rows, values, float(values.sum()))
 
 
 def kind_of(terms, components):                             # -> (n,) index into KINDS
@@ -319,38 +313,28 @@ def kind_of(terms, components):                             # -> (n,) index into
     return torch.where(is_constant, CONSTANT, components.kind[terms.component.clamp_min(0)])
 
 
-@torch.no_grad()
-def ablation_effects(traced, upstream, layer, position, feature):   # (n,) -> (n,)
-    """Drop in a feature's pre-activation when each upstream feature (a row of Components) is
-    ablated where it was written.
+def upstream_features(traced, reader):                      # -> (n,), (n,)
+    """The earlier features that a reader reads, summed over heads, strongest first -> rows of
+    Components, values."""
+    terms = read_terms(traced, reader)
+    of_kind = kind_of(terms, traced.components)
+    is_feature = (of_kind == FEATURE) | (of_kind == MLP_FEATURE)
+    upstream, index = terms.component[is_feature].unique(return_inverse=True)
+    value = terms.value.new_zeros(len(upstream)).index_add_(0, index, terms.value[is_feature])
+    order = value.abs().argsort(descending=True, stable=True)
+    return upstream[order], value[order]
 
-    The SAE's error is kept, and everything after the ablation is computed anew: nothing is frozen.
-    """
-    chosen = traced.components.pick(upstream)
-    T = len(traced.tokens)
-    at = torch.arange(T, device=upstream.device) == chosen.position[:, None]        # (n,T)
-    edits = {}
-    # Each row of the batch loses one upstream feature, by the edit of that feature's layer. In the
-    # edits of other layers that row's mask is empty, so the 0 put in for its feature is never used.
-    for source in chosen.layer.unique().tolist():
-        of_source = chosen.layer == source
-        features = torch.where(of_source, chosen.feature, 0)
-        edits[source] = ablate(traced.saes[source], features, at & of_source[:, None])
-    tokens = traced.tokens.expand(len(upstream), T)
-    z = traced.model.z_cat_at(tokens, [layer], edits)[layer][:, position]           # (n,D)
-    z_clean = traced.cache[layer].z_cat[:, position]                                # (1,D)
-    pre = traced.saes[layer].pre_activations(torch.cat([z_clean, z]))[:, feature]
-    return pre[0] - pre[1:]
+
+# ---- recursive attribution: the tree ----
 
 
 class Node(NamedTuple):
-    """One node of the recursive DFA tree."""
-    kind: str               # one of KINDS
+    """One node of the tree."""
+    kind: str               # one of KINDS, or "logit"
     layer: int              # where it was written; -1 for embeddings and constants
     position: int           # where it was written; -1 for constants
-    feature: int            # -1 if it is none
-    head: int               # in the parent's layer, which reads it; -1: this is the root, or the
-                            # parent feature's own bias, of kind "constant"
+    feature: int            # -1 if it is none; of a logit: the token
+    head: int               # in the parent's layer, which reads it; -1: none does
     value: float            # what it contributes to the root; the root's is its pre-activation
     # About its children. A node that is not taken apart (no feature, or at the last level) keeps
     # these defaults.
@@ -359,40 +343,55 @@ class Node(NamedTuple):
     n_pruned: int = 0       # how many were left out that contribute something
     error: float = 0.0      # share of its value that its own children of kind error contribute,
                             # pruned ones included
-    mlp: float = 0.0        # the same of MLP outputs
+    mlp: float = 0.0        # the same of MLP outputs that are not taken apart
 
 
-def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, breadth=8):  # -> Node
-    """The recursive DFA tree of a feature at a position of one prompt, (T,) or (1,T).
+def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, breadth=8,
+          transcoders=None, kind="feature"):                # -> Node
+    """The tree of a feature at a position of one prompt, (T,) or (1,T).
 
     A child is shown if it contributes at least `share` of the root (and not 0) and is among the
     `breadth` strongest of its parent; features are taken apart down to `depth` levels. share=0 and
     breadth=None prune nothing: then the values of a node's children, if it has any, sum to its own.
+    With transcoders, {layer: Transcoder}, MLP outputs are taken apart too. kind: "MLP feature" for
+    a feature of one of these.
 
     Raises UserError for a layer without SAE and for numbers out of range.
     """
-    traced = trace_prompt(model, saes, tokens)
-    return attribution_tree(traced, layer, position, feature, share, depth, breadth)
+    traced = trace_prompt(model, saes, tokens, transcoders)
+    return attribution_tree(traced, layer, position, feature, share, depth, breadth, kind)
 
 
-def attribution_tree(traced, layer, position, feature, share=0.02, depth=3, breadth=8):    # -> Node
+def attribution_tree(traced, layer, position, feature, share=0.02, depth=3, breadth=8,
+                     kind="feature"):                       # -> Node
     """`trace` on a prompt that is traced already."""
-    check_node(traced, layer, position, feature)
-    terms = decompose(traced, layer, position, feature)
-    root = Node("feature", layer, position, feature, head=-1, value=terms.pre)
-    return expand(traced, root, terms, share * abs(root.value), depth, breadth)
+    check_node(traced, layer, position, feature, kind)
+    return tree_of(traced, Reader(kind, layer, position, feature), share, depth, breadth)
 
 
-def expand(traced, node, terms, least, depth, breadth):     # -> the node with its children
-    """The children of a node, from the terms of its pre-activation.
+def logit_tree(traced, position, token, against=-1, share=0.02, depth=3, breadth=8):    # -> Node
+    """The tree of a token's logit at a position, less that of another token, or, where none is
+    given, less the mean over all; before a soft cap. So a whole circuit is one tree."""
+    check_logit(traced, position, token, against)
+    reader = Reader("logit", traced.model.config.n_layers, position, token, against)
+    return tree_of(traced, reader, share, depth, breadth)
 
-    The terms sum to the node's own pre-activation; times node.value / pre they sum to what it
-    contributes to the root. For the root that factor is 1. It is set apart because ratio(0, 0) is
-    0, and would wipe out the children of a root whose terms cancel.
+
+def tree_of(traced, reader, share, depth, breadth):         # -> Node
+    """The tree of any reader."""
+    terms = read_terms(traced, reader)
+    root = Node(reader.kind, reader.layer, reader.position, reader.feature, head=-1,
+                value=terms.pre)
+    return expand(traced, root, terms, 1.0, share * abs(root.value), depth, breadth)
+
+
+def expand(traced, node, terms, factor, least, depth, breadth):     # -> the node with its children
+    """The children of a node, from what it reads.
+
+    The terms sum to what the node reads; times `factor` they sum to what it contributes to the
+    root. `least`: what a child that is shown contributes at least.
     """
-    # (the parent's own bias, a "constant", has no head either, but is never taken apart)
-    is_root = node.head < 0
-    values = terms.value * (1.0 if is_root else ratio(node.value, terms.pre))
+    values = terms.value * factor
     size = values.abs()
     by_size = size.argsort(descending=True, stable=True)
     is_large = (size >= least) & (values != 0)
@@ -411,15 +410,17 @@ def expand(traced, node, terms, least, depth, breadth):     # -> the node with i
             continue
         child = Node(KINDS[int(components.kind[n])], int(components.layer[n]),
                      int(components.position[n]), int(components.feature[n]), head, value)
-        if child.feature >= 0 and depth > 1:
-            below = decompose(traced, child.layer, child.position, child.feature)
-            child = expand(traced, child, below, least, depth - 1, breadth)
+        if child.kind in FEATURES and depth > 1:
+            below = decompose(traced, child.layer, child.position, child.feature, child.kind)
+            child = expand(traced, child, below, ratio(value, below.pre), least, depth - 1,
+                           breadth)
         children.append(child)
 
     kind = kind_of(terms, components)
+    is_error = (kind == ERROR) | (kind == MLP_ERROR)
     return node._replace(children=tuple(children), pruned=float(values[pruned].sum()),
                          n_pruned=int((pruned & (values != 0)).sum()),
-                         error=ratio(float(values[kind == ERROR].sum()), node.value),
+                         error=ratio(float(values[is_error].sum()), node.value),
                          mlp=ratio(float(values[kind == MLP].sum()), node.value))
 
 
@@ -428,14 +429,191 @@ def ratio(part, total):
     return part / total if total else 0.0
 
 
-def check_node(traced, layer, position, feature):
-    """Raise UserError where there is no such layer, SAE, position or feature."""
+def check_node(traced, layer, position, feature, kind="feature"):
+    """Raise UserError where there is no such layer, SAE or transcoder, position or feature."""
     traced.model.check_layers([layer])
-    check_feature(traced.saes, layer, feature)
+    dictionaries = traced.transcoders if kind == "MLP feature" else traced.saes
+    check_feature(dictionaries, layer, feature, kind)
     last = len(traced.tokens) - 1
     if not 1 <= position <= last:
         raise UserError(f"position {position} is out of range: this prompt has positions 1 to "
                         f"{last} after BOS.")
+
+
+def check_logit(traced, position, token, against):
+    """Raise UserError where there is no such position or token."""
+    last = len(traced.tokens) - 1
+    if not 0 <= position <= last:
+        raise UserError(f"position {position} is out of range: this prompt has positions 0 to "
+                        f"{last}.")
+    for one in (token, max(against, 0)):
+        if not 0 <= one < traced.model.n_tokens:
+            raise UserError(f"token {one} is out of range: this model has tokens 0 to "
+                            f"{traced.model.n_tokens - 1}.")
+    if token == against:
+        raise UserError(f"the logit of token {token} less itself is 0; name another token.")
+
+
+# ---- what is not explained ----
+#
+# Everything between the root and its leaves is linear while patterns, norm scales and the choice of
+# active features are frozen. So what each leaf contributes over all paths takes one sweep, from the
+# last layer to the first, and no tree. It carries d root / d stream, one vector for each position:
+#
+#     component n, written at k       contributes vector_n . gradient[k]
+#     feature j, active, written at k its pre-activation counts C_j = contribution / f_j times, so
+#                                     that what it reads adds C_j d pre_j / d stream to the gradient
+#
+# Leaves are what is no feature: embeddings, biases, errors, and what is not taken apart.
+
+
+class Leaves(NamedTuple):
+    """What the leaves of a root contribute to it, over all paths. `total` and `constants` sum to
+    the root."""
+    total: Tensor           # (N,) of each component; 0 for features, which are no leaves
+    constants: Tensor       # (m,) of biases that nobody wrote to the stream
+    unexplained: Tensor     # (N,) bool: errors, and outputs that are not taken apart, BOS apart
+
+
+@torch.no_grad()
+def sweep(traced, reader):                                  # -> Leaves
+    """The contributions of all leaves to a reader."""
+    components = traced.components
+    stream = traced.cache[0].resid_pre[0]                               # (T,d_model)
+    gradient = torch.zeros_like(stream)
+    contribution = stream.new_zeros(len(components.kind))
+    constants = []
+    if reader.kind == "logit":
+        gradient[reader.position], constant = logit_direction(traced, reader)
+        constants.append(constant)
+
+    def contributed(kind, layer):                           # of components, set in `contribution`
+        rows = ((components.kind == kind) & (components.layer == layer)).nonzero()[:, 0]
+        along = gradient[components.position[rows]]
+        contribution[rows] = (components.vector[rows] * along).sum(-1)
+        return rows
+
+    def coefficients(kind, layer, f):                       # -> (T,d_sae)
+        C = torch.zeros_like(f)
+        if (reader.kind, reader.layer) == (KINDS[kind], layer):
+            C[reader.position, reader.feature] = 1.0        # the root itself
+            return C
+        rows = contributed(kind, layer)
+        at = (components.position[rows], components.feature[rows])
+        C[at] = contribution[rows] / f[at]
+        return C
+
+    for layer in range(min(reader.layer, traced.model.config.n_layers - 1), -1, -1):
+        is_below_mlp = reader.kind == "feature" and reader.layer == layer
+        if not is_below_mlp:
+            for kind in (MLP, MLP_BIAS, MLP_ERROR):
+                contributed(kind, layer)
+            if layer in traced.transcoders:
+                C = coefficients(MLP_FEATURE, layer, traced.f_mlp[layer])
+                gradient, constant = back_through_mlp(traced, layer, C, gradient)
+                constants.append(constant)
+        for kind in (ATTENTION, BIAS, ERROR):
+            contributed(kind, layer)
+        if layer in traced.saes:
+            C = coefficients(FEATURE, layer, traced.f[layer])
+            gradient, constant = back_through_heads(traced, layer, C, gradient)
+            constants.append(constant)
+    for kind in (EMBEDDING, POSITION):
+        contributed(kind, -1)
+
+    contribution[components.is_feature()] = 0
+    of_kind = components.kind
+    is_whole = ((of_kind == MLP) | (of_kind == ATTENTION)) & (components.position > 0)
+    unexplained = is_whole | (of_kind == ERROR) | (of_kind == MLP_ERROR)
+    return Leaves(contribution, torch.cat(constants), unexplained)
+
+
+def back_through_mlp(traced, layer, C, gradient):           # (T,d_sae), (T,d_model) -> gradient, (m,)
+    """The gradient of the stream before an MLP whose features' pre-activations count C times, and
+    what their constants contribute."""
+    transcoder = traced.transcoders[layer]
+    directions, constants = traced.model.mlp_directions(layer, transcoder.W_enc)
+    scale = traced.cache[layer].scales["mlp_in"][0]                     # (T,1)
+    gradient = gradient + C @ directions.T / scale
+    return gradient, (C * (constants + transcoder.b_enc))[C != 0]
+
+
+def back_through_heads(traced, layer, C, gradient):         # (T,d_sae), (T,d_model) -> gradient, (m,)
+    """The same of an attention layer."""
+    kept = traced.cache[layer]
+    sae = traced.saes[layer]
+    m = traced.matrices[layer]
+    w = (C @ sae.W_enc.T).unflatten(1, m.b_V.shape)                     # (q,H,d_head)
+    direction = torch.einsum("qhd,hmd->qhm", w, m.W_V)                  # what each query reads by head
+    moved = torch.einsum("hqk,qhm->km", kept.pattern[0], direction)     # (T,d_model)
+    gradient = gradient + moved / kept.scales["attn_in"][0]
+    constants = m.b_V.flatten() @ sae.W_enc + feature_bias(sae)         # (d_sae,)
+    return gradient, (C * constants)[C != 0]
+
+
+class Unexplained(NamedTuple):
+    """How much of a root comes from errors and from outputs that are not taken apart."""
+    share: float            # sum of |contribution| over these leaves, over that of all leaves
+    of_root: float          # the first sum, over |root|
+
+
+def unexplained(traced, reader):                            # -> Unexplained
+    """The part of a feature or logit that ends in leaves which say nothing."""
+    leaves = sweep(traced, reader)
+    size = leaves.total.abs()
+    root = float(leaves.total.sum() + leaves.constants.sum())
+    ends = float(size[leaves.unexplained].sum())
+    everything = float(size.sum() + leaves.constants.abs().sum())
+    return Unexplained(ratio(ends, everything), abs(ratio(ends, root)))
+
+
+# ---- removing features, nothing frozen ----
+
+
+@torch.no_grad()
+def ablation_effects(traced, upstream, reader):             # (n,), Reader -> (n,)
+    """Drop in what a reader reads when each upstream feature (a row of Components) is ablated where
+    it was written.
+
+    The error of its SAE or transcoder is kept, and everything after the ablation is computed anew:
+    nothing is frozen.
+    """
+    chosen = traced.components.pick(upstream)
+    n = len(upstream)
+    T = len(traced.tokens)
+    at = torch.arange(T, device=upstream.device) == chosen.position[:, None]        # (n,T)
+    edit_z = {}
+    edit_mlp = {}
+    # Each row of the batch loses one upstream feature, by the edit of that feature's layer. In the
+    # edits of other layers that row's mask is empty, so the 0 put in for its feature is never used.
+    for kind, dictionaries, make, edits in ((FEATURE, traced.saes, ablate, edit_z),
+                                            (MLP_FEATURE, traced.transcoders, ablate_mlp, edit_mlp)):
+        for layer in chosen.layer[chosen.kind == kind].unique().tolist():
+            is_here = (chosen.kind == kind) & (chosen.layer == layer)
+            features = torch.where(is_here, chosen.feature, 0)
+            edits[layer] = make(dictionaries[layer], features, at & is_here[:, None])
+    clean = read_anew(traced, reader, traced.tokens[None], {}, {})
+    return clean - read_anew(traced, reader, traced.tokens.expand(n, T), edit_z, edit_mlp)
+
+
+def read_anew(traced, reader, tokens, edit_z, edit_mlp):    # (B,T) -> (B,)
+    """What a reader reads in a run with edits."""
+    model = traced.model
+    layer = reader.layer
+    if reader.kind == "feature":
+        z = model.z_cat_at(tokens, [layer], edit_z, edit_mlp)[layer]
+        pre = traced.saes[layer].pre_activations(z[:, reader.position])
+        return pre[:, reader.feature]
+    if reader.kind == "MLP feature":
+        mlp_in = model.mlp_at(tokens, [layer], edit_z, edit_mlp)[layer].mlp_in
+        pre = traced.transcoders[layer].pre_activations(mlp_in[:, reader.position])
+        return pre[:, reader.feature]
+    x, _ = model.run_layers(model.embed(tokens), edit_z, edit_mlp=edit_mlp)
+    at_position = x[:, reader.position]
+    pair = tokens.new_tensor([reader.feature, max(reader.against, 0)])
+    along = model.logit_directions(pair)                                # (2,d_model)
+    logits = at_position @ along.T / model.final_scale(at_position) + model.logit_constants(pair)
+    return logits[:, 0] - logits[:, 1] if reader.against >= 0 else logits[:, 0]
 
 
 # ---- QK: why a head looks there ----
@@ -558,7 +736,11 @@ def qk_vectors(traced, layer, head, side, where):           # -> writers, (n,d_h
 class AttributionConfig(StudyConfig):
     prompt: str = field("When Mary and John went to the store, John gave a drink to",
                         "the prompt; BOS is put before it", positional=True)
-    feature: str = field("", "the feature to take apart, as layer.feature; empty: the strongest")
+    feature: str = field("", "the feature to take apart, as layer.feature, or mlp.layer.feature "
+                         "for one of a transcoder; empty: the strongest")
+    logit: str = field("", "take the logit of this token apart instead of a feature")
+    against: str = field("", "less the logit of this token; empty: less the mean over all tokens")
+    mlp: bool = field(True, "take MLPs apart, where there are transcoders")
     layer: int = field(-1, "layer in which to look for the strongest; -1: the last that has an "
                        "SAE. With --feature it is not used")
     position: int = field(-1, "where; 1 is the first token after BOS, -1 the last")
@@ -575,24 +757,31 @@ def main():
     tokens = torch.tensor([study.tokenizer.bos, *study.tokenizer.encode(config.prompt)])
     if len(tokens) < 2:
         raise UserError("the prompt is empty; give some text.")
-    traced = trace_prompt(study.model, study.saes, tokens.to(study.device))
+    transcoders = study.transcoders if config.mlp else {}
+    traced = trace_prompt(study.model, study.saes, tokens.to(study.device), transcoders)
     texts = [study.tokenizer.decode([token]) for token in tokens.tolist()]
-    layer, position, feature = choose_feature(traced, config)
-    print("\n".join(describe(traced, texts, layer, position, feature, config)), flush=True)
+    root = choose_root(traced, study.tokenizer, config)
+    print("\n".join(describe(traced, texts, study.tokenizer, root, config)), flush=True)
     if config.page:
         print("\nwriting a page to look at every feature of every token ...", flush=True)
-        content = explorer_data(traced, texts, (layer, position, feature))
+        content = explorer_data(traced, texts, study.tokenizer, root)
         content["dashboards"] = layers_with_dashboards(study)
         pages.fill("explorer.html", pages.rounded(content), study.folder / "explorer.html")
         print(f"{study.folder}/explorer.html")
 
 
-def choose_feature(traced, config):                         # -> layer, position, feature
-    """The feature that the flags name, or the strongest one there."""
+def choose_root(traced, tokenizer, config):                 # -> Reader
+    """What the flags name, or the strongest feature there."""
     position = config.position
     if position == -1:
         position = len(traced.tokens) - 1
-    layer, feature = parse_feature(config.feature)
+    if config.logit:
+        token = one_token(tokenizer, config.logit, "--logit")
+        against = one_token(tokenizer, config.against, "--against") if config.against else -1
+        check_logit(traced, position, token, against)
+        return Reader("logit", traced.model.config.n_layers, position, token, against)
+    kind = "MLP feature" if config.feature.startswith("mlp.") else "feature"
+    layer, feature = parse_feature(config.feature.removeprefix("mlp."))
     if feature is None:
         layer = max(traced.saes) if config.layer == -1 else config.layer
         check_node(traced, layer, position, 0)
@@ -601,8 +790,17 @@ def choose_feature(traced, config):                         # -> layer, position
         if f[feature] == 0:
             raise UserError(f"no feature of layer {layer} is active at position {position}; name "
                             f"one with --feature, or another --position.")
-    check_node(traced, layer, position, feature)
-    return layer, position, feature
+    check_node(traced, layer, position, feature, kind)
+    return Reader(kind, layer, position, feature)
+
+
+def one_token(tokenizer, text, flag):
+    """The token of a text. Raises UserError if it is none, or several."""
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise UserError(f"{flag} {text!r} is {len(ids)} tokens of this model, and one is needed; "
+                        f"mind the space before a word.")
+    return ids[0]
 
 
 def layers_with_dashboards(study):
@@ -611,54 +809,76 @@ def layers_with_dashboards(study):
     return [layer for layer in study.saes if any((folder / f"L{layer}").glob("*.js"))]
 
 
-def explorer_data(traced, texts, start, n_features=15, breadth=12):
-    """What the explorer page shows, as plain lists and numbers: for each (layer, position) its
-    strongest features, for each of these and of the features below them the strongest children,
-    and for each edge why the head looks there."""
-    listed = {}
-    to_expand = [start]                                     # (layer, position, feature)
-    for layer, f in traced.f.items():
-        for position in range(1, len(texts)):
-            strongest = f[position].argsort(descending=True)[:n_features].tolist()
-            active = [i for i in strongest if f[position, i] > 0]
-            listed[f"{layer}.{position}"] = active
-            to_expand += [(layer, position, i) for i in active]
+def explorer_data(traced, texts, tokenizer, root, n_features=15, breadth=12):
+    """What the explorer page shows, as plain lists and numbers: for each site (kind, layer,
+    position) its strongest features, for each of these and of the features below them the strongest
+    children, and for each edge why the head looks there."""
+    listed = []                                             # [layer, kind, position, names]
+    to_expand = [root]                                      # Readers
+    for kind, activations in (("feature", traced.f), ("MLP feature", traced.f_mlp)):
+        for layer, f in activations.items():
+            for position in range(1, len(texts)):
+                strongest = f[position].argsort(descending=True)[:n_features].tolist()
+                readers = [Reader(kind, layer, position, i) for i in strongest
+                           if f[position, i] > 0]
+                listed.append([layer, kind, position, [node_name(one) for one in readers]])
+                to_expand += readers
 
     nodes = {}
     edges = {}
     while to_expand:
-        layer, position, feature = to_expand.pop()
-        name = f"{layer}.{position}.{feature}"
-        if name in nodes:
+        reader = to_expand.pop()
+        if node_name(reader) in nodes:
             continue
         # Each feature is the root of a tree of one level; the page multiplies shares along a path.
-        terms = decompose(traced, layer, position, feature)
-        root = Node("feature", layer, position, feature, head=-1, value=terms.pre)
-        root = expand(traced, root, terms, least=0.0, depth=1, breadth=breadth)
-        nodes[name] = node_data(traced, texts, root, terms)
-        for child in root.children:
-            if child.feature >= 0:
-                to_expand.append((child.layer, child.position, child.feature))
-            edge = f"{layer}.{child.head}.{position}.{child.position}"
-            if child.position >= 0 and edge not in edges:
-                edges[edge] = edge_data(traced, layer, child.head, position, child.position)
-    return {"tokens": texts, "listed": listed, "nodes": nodes, "qk": edges,
-            "start": ".".join(map(str, start))}
+        terms = read_terms(traced, reader)
+        node = Node(reader.kind, reader.layer, reader.position, reader.feature, head=-1,
+                    value=terms.pre)
+        node = expand(traced, node, terms, 1.0, least=0.0, depth=1, breadth=breadth)
+        nodes[node_name(reader)] = node_data(traced, texts, tokenizer, reader, node, terms)
+        for child in node.children:
+            if child.kind in FEATURES:
+                to_expand.append(Reader(child.kind, child.layer, child.position, child.feature))
+            edge = f"{node.layer}.{child.head}.{node.position}.{child.position}"
+            if child.head >= 0 and child.position >= 0 and edge not in edges:
+                edges[edge] = edge_data(traced, node.layer, child.head, node.position,
+                                        child.position)
+    return {"tokens": texts, "listed": sorted(listed), "nodes": nodes, "qk": edges,
+            "start": node_name(root)}
 
 
-def node_data(traced, texts, root, terms):
-    """One feature at one position, for the page."""
-    n_heads = traced.model.config.n_heads
+def node_name(node):                                        # Reader or Node -> text
+    """What the page calls a feature at a position, or a logit."""
+    return f"{node.kind} {node.layer}.{node.feature} at {node.position}"
+
+
+def node_data(traced, texts, tokenizer, reader, node, terms):   # Reader, Node, Contributions -> dict
+    """One feature at one position, or a logit, for the page."""
     is_constant = terms.component < 0
+    children = []
+    for child in node.children:
+        is_open = child.kind in FEATURES
+        edge = None
+        if child.head >= 0 and child.position >= 0:
+            edge = f"{node.layer}.{child.head}.{node.position}.{child.position}"
+        children.append({"label": writer_at(child, texts), "via": via(node, child),
+                         "name": node_name(child) if is_open else None, "edge": edge,
+                         "value": child.value})
+    found = {"title": reader_name(reader, texts, tokenizer), "position": node.position,
+             "pre": node.value, "pruned": node.pruned, "n_pruned": node.n_pruned,
+             "error": node.error, "mlp": node.mlp,
+             "constant": float(terms.value[is_constant].sum()), "children": children}
+    if node.kind == "logit":
+        return found
+    found |= {"layer": node.layer, "feature": node.feature, "kind": node.kind,
+              "label": f"{node.layer}.{node.feature}"}
+    if node.kind == "MLP feature":
+        return found | {"f": float(traced.f_mlp[node.layer][node.position, node.feature])}
+    n_heads = traced.model.config.n_heads
     by_head = [float(terms.value[(terms.head == h) & ~is_constant].sum()) for h in range(n_heads)]
-    weights = head_weights(traced.saes[root.layer].W_dec[root.feature], n_heads)
-    children = [{"label": writer_at(child, texts), "layer": child.layer,
-                 "position": child.position, "feature": child.feature, "head": child.head,
-                 "value": child.value} for child in root.children]
-    return {"pre": root.value, "f": float(traced.f[root.layer][root.position, root.feature]),
-            "pruned": root.pruned, "n_pruned": root.n_pruned, "error": root.error,
-            "mlp": root.mlp, "heads": by_head, "constant": float(terms.value[is_constant].sum()),
-            "weights": weights.tolist(), "children": children}
+    weights = head_weights(traced.saes[node.layer].W_dec[node.feature], n_heads)
+    return found | {"f": float(traced.f[node.layer][node.position, node.feature]),
+                    "heads": by_head, "weights": weights.tolist()}
 
 
 def edge_data(traced, layer, head, query, key, n_pairs=6):
@@ -687,7 +907,9 @@ def writer_name(kind, layer, feature):
     """What wrote a component, in words."""
     return {"feature": f"feature {layer}.{feature}", "embedding": "token", "position": "position",
             "error": f"SAE error {layer}", "bias": f"bias of layer {layer}",
-            "constant": "constant", "attention": f"attention {layer}", "MLP": f"MLP {layer}"}[kind]
+            "constant": "constant", "attention": f"attention {layer}",
+            "MLP feature": f"MLP feature {layer}.{feature}", "MLP error": f"MLP error {layer}",
+            "MLP bias": f"bias of MLP {layer}", "MLP": f"MLP {layer}"}[kind]
 
 
 def writer_at(node, texts):
@@ -698,30 +920,64 @@ def writer_at(node, texts):
     return f"{name} at {node.position} {texts[node.position]!r}"
 
 
-def describe(traced, texts, layer, position, feature, config):      # -> lines
-    """A feature in tables: what else is active there; its heads, sources and tree; what removing
-    the features below it does; and why a head looks where the strongest child of the root was
-    written."""
+def via(node, child):
+    """How a child reaches its parent, in words."""
+    head = f"head {node.layer}.{child.head}"
+    if child.head < 0 and child.position < 0:
+        return ": of the final norm" if node.kind == "logit" else ": the feature's bias"
+    if child.position < 0:
+        return f": the values of {head}"
+    return f" through {head}" if child.head >= 0 else ""
+
+
+def reader_name(reader, texts, tokenizer):
+    """What is taken apart, in words."""
+    where = f"at {reader.position} {texts[reader.position]!r}"
+    if reader.kind != "logit":
+        return f"{reader.kind} {reader.layer}.{reader.feature} {where}"
+    less = "the mean of all"
+    if reader.against >= 0:
+        less = f"that of {tokenizer.decode([reader.against])!r}"
+    return f"logit of {tokenizer.decode([reader.feature])!r} less {less} {where}"
+
+
+def describe(traced, texts, tokenizer, root, config):       # -> lines
+    """What is taken apart, in tables: what else is active there; its heads, sources and tree; what
+    removing the features below it does; and why a head looks where the strongest child of the root
+    was written."""
+    position = root.position
     lines = [" ".join(f"{i}:{text!r}" for i, text in enumerate(texts)), ""]
-    for other_layer, f in traced.f.items():
-        strongest = f[position].argsort(descending=True)[:6].tolist()
-        shown = [f"{other_layer}.{i} {float(f[position, i]):.3f}"
-                 for i in strongest if f[position, i] > 0]
-        lines.append(f"active at {position} in layer {other_layer}:  " + "  ".join(shown))
-    pre = decompose(traced, layer, position, feature).pre
-    activation = float(traced.f[layer][position, feature])
-    lines += ["", f"feature {layer}.{feature} at {position} {texts[position]!r}: pre-activation "
-              f"{pre:.4f}, activation {activation:.4f}", ""]
-    lines += describe_dfa(traced, texts, layer, position, feature)
-    root = attribution_tree(traced, layer, position, feature, config.share, config.depth,
-                            config.breadth)
-    lines += ["", f"recursive DFA, in units of the root's {root.value:.4f}:"]
-    lines += describe_children(texts, root, root.value)
-    lines += describe_ablations(traced, texts, layer, position, feature)
-    written = [child for child in root.children if child.position >= 0]
-    if written:
-        lines += describe_qk(traced, texts, layer, written[0].head, position, written[0].position)
+    for kind, activations in (("", traced.f), ("MLP ", traced.f_mlp)):
+        for layer, f in activations.items():
+            strongest = f[position].argsort(descending=True)[:6].tolist()
+            shown = [f"{layer}.{i} {float(f[position, i]):.3f}"
+                     for i in strongest if f[position, i] > 0]
+            lines.append(f"active at {position} in {kind}layer {layer}:  " + "  ".join(shown))
+    lines += ["", f"{reader_name(root, texts, tokenizer)}: {describe_value(traced, root)}", ""]
+    if root.kind == "feature":
+        lines += describe_dfa(traced, texts, root.layer, position, root.feature) + [""]
+    tree = tree_of(traced, root, config.share, config.depth, config.breadth)
+    lines.append(f"recursive DFA, in units of the root's {tree.value:.4f}:")
+    lines += describe_children(texts, tree, tree.value)
+    ends = unexplained(traced, root)
+    lines += ["", f"over all paths, {ends.share:.1%} of the leaves, by size, are errors or outputs "
+              f"not taken apart; they are {ends.of_root:.0%} of the root"]
+    lines += describe_ablations(traced, texts, root)
+    read_by_heads = [child for child in tree.children if child.head >= 0 and child.position >= 0]
+    if read_by_heads:
+        first = read_by_heads[0]
+        lines += describe_qk(traced, texts, root.layer, first.head, position, first.position)
     return lines
+
+
+def describe_value(traced, root):
+    """The pre-activation and the activation of a feature, or the logit."""
+    value = read_terms(traced, root).pre
+    if root.kind == "logit":
+        return f"{value:+.4f}"
+    activations = traced.f if root.kind == "feature" else traced.f_mlp
+    f = float(activations[root.layer][root.position, root.feature])
+    return f"pre-activation {value:.4f}, activation {f:.4f}"
 
 
 def describe_dfa(traced, texts, layer, position, feature):
@@ -746,41 +1002,38 @@ def describe_dfa(traced, texts, layer, position, feature):
 
 
 def describe_children(texts, node, total, indent="  "):
-    """The tree below a node as indented lines. Numbers are shares of the root, `total`; only "SAE
-    errors" and "MLP outputs", in a line of smaller ones, are shares of that line's node, and count
+    """The tree below a node as indented lines. Numbers are shares of the root, `total`; only
+    "errors" and "MLP outputs", in a line of smaller ones, are shares of that line's node, and count
     the children shown too."""
     lines = []
     for child in node.children:
-        head = f"head {node.layer}.{child.head}"
-        if child.head < 0:
-            via = ": the feature's bias"
-        elif child.position < 0:
-            via = f": the values of {head}"
-        else:
-            via = f" through {head}"
-        lines.append(f"{indent}{ratio(child.value, total):+7.1%}  {writer_at(child, texts)}{via}")
+        share = ratio(child.value, total)
+        lines.append(f"{indent}{share:+7.1%}  {writer_at(child, texts)}{via(node, child)}")
         lines += describe_children(texts, child, total, indent + "    ")
     if node.n_pruned and node.children:
         lines.append(f"{indent}{ratio(node.pruned, total):+7.1%}  {node.n_pruned} smaller ones; of "
-                     f"this node, SAE errors are {node.error:.1%}, MLP outputs {node.mlp:.1%}")
+                     f"this node, errors are {node.error:.1%}, MLP outputs {node.mlp:.1%}")
     return lines
 
 
-def describe_ablations(traced, texts, layer, position, feature, n=3):
+def describe_ablations(traced, texts, root, n=3):
     """The features below with the largest attribution, and what ablating each does. Attribution has
-    the direct step alone, through the heads of the feature's layer; ablation has every path."""
-    upstream, attributed = upstream_features(traced, layer, position, feature)
+    the direct step alone; ablation has every path."""
+    upstream, attributed = upstream_features(traced, root)
     upstream, attributed = upstream[:n], attributed[:n]
     if not len(upstream):
         return []
     lines = ["", "the strongest features below it, removed from the model one at a time, nothing "
              "frozen:"]
-    drops = ablation_effects(traced, upstream, layer, position, feature)
-    chosen = traced.components.pick(upstream)
-    for l, k, j, value, drop in zip(chosen.layer.tolist(), chosen.position.tolist(),
-                                    chosen.feature.tolist(), attributed.tolist(), drops.tolist()):
-        lines.append(f"{l}.{j} at {k} {texts[k]!r}: attributed {value:+.4f} directly, over all "
-                     f"heads, and the root falls by {drop:+.4f}")
+    drops = ablation_effects(traced, upstream, root).tolist()
+    for i, drop in enumerate(drops):
+        row = int(upstream[i])
+        components = traced.components
+        k = int(components.position[row])
+        name = writer_name(KINDS[int(components.kind[row])], int(components.layer[row]),
+                           int(components.feature[row]))
+        lines.append(f"{name} at {k} {texts[k]!r}: attributed {float(attributed[i]):+.4f} "
+                     f"directly, and the root falls by {drop:+.4f}")
     return lines
 
 

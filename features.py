@@ -55,8 +55,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import data
-from attribution import (dfa_at_positions, head_weights, token_directions, token_effects,
-                         values_minus_bias)
 from data import pages
 from data.errors import UserError, run
 from data.figures import plot_families
@@ -66,6 +64,8 @@ from data.progress import Progress
 from data.strongest import Collected, Collector, feature_token_mass, rank_in_group
 from data.tokens import fuzzy_classes, text_around
 from data.weights import digest
+from direct import (dfa_at_positions, head_weights, token_directions, token_effects,
+                    values_minus_bias)
 from sparse import active_entries
 from study import StudyConfig, begin, finish
 
@@ -153,7 +153,7 @@ def read_places(model, saes, tokens, collected, seed=0, progress=lambda rows: No
         z_cat = {}
         for layer, cache in model.layer_caches(rows, saes):
             # Without the value bias: every source has it, so it says nothing about any one of
-            # them. (With attribution.constant_part, DFA sums to the pre-activation.)
+            # them. (With direct.constant_part, DFA sums to the pre-activation.)
             v = values_minus_bias(model, layer, cache.v)
             for i in range(len(rows)):
                 attribute_row(saes[layer], cache.pattern[i], v[i], cache.z_cat[i],
@@ -612,7 +612,7 @@ def commonest_tokens(collected, tokens, n=3):               # -> {feature: [toke
 
 def logit_effects(model, sae, layer, features, n=20):       # (m,) -> two lists of m lists
     """The tokens that each feature raises and lowers most, as [token, effect]
-    (attribution.token_effects)."""
+    (direct.token_effects)."""
     raised, lowered = [], []
     directions = token_directions(model)
     for part in features.to(sae.W_dec.device).split(256):

@@ -35,13 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attribution import head_weights
 from data import pages
 from data.errors import UserError, run
 from data.figures import plot_census
 from data.files import write_json
 from data.flags import field, parse_flags
 from data.tokens import fuzzy_classes
+from direct import head_weights
 from features import (MIN_PLACES, CollectionConfig, activation_share, is_copy, load_or_collect,
                       share_by_chance)
 from study import begin, finish, reported

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attribution import direct_logits, token_directions, token_effects
 from data.errors import UserError, run
 from data.figures import plot_feature, plot_heads, plot_intervention, plot_prefixes
 from data.files import write_json
@@ -41,6 +40,7 @@ from data.progress import Progress
 from data.stats import format_ci, mean_with_ci
 from data.strongest import StrongestPerGroup, feature_token_mass, rank_in_group
 from data.tokens import fuzzy_classes, text_around
+from direct import direct_logits, token_directions, token_effects
 from model import span
 from sae import ablate, check_feature
 from sparse import active_entries

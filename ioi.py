@@ -35,8 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution import (KINDS, constant_part, decompose, dfa, direct_logits, qk, token_effects,
-                         trace_prompt, values_minus_bias, writer_name)
+from attribution import KINDS, decompose, qk, trace_prompt, writer_name
 from data.errors import UserError, run
 from data.figures import plot_ablations, plot_cells, plot_circuit, plot_effects, plot_signal
 from data.files import write_json
@@ -47,6 +46,7 @@ from data.prompts import (CONNECTORS, FILLERS, ORDERS, POSITIONS, PromptBatch, d
                           with_connector, with_filler, with_other_names)
 from data.stats import bootstrap, format_ci, mean_with_ci, wilson
 from data.stories import HELD_OUT_NAMES
+from direct import constant_part, dfa, direct_logits, token_effects, values_minus_bias
 from model import Run, span
 from sae import ablate, splice
 from study import Study, StudyConfig, begin, finish, held_out_rows, reported
@@ -325,7 +325,7 @@ def sources_by_role(model, sae, layer, feature, batch, rows_of, f, place):
     """DFA of a feature by what stands at the source -> {order: {role: share}}.
 
     Shares are sums over prompts, over the sum of activations; with "constant"
-    (attribution.constant_part) they sum to 1. rows_of, f: of `most_active_prompts`.
+    (direct.constant_part) they sum to 1. rows_of, f: of `most_active_prompts`.
     """
     constant = float(constant_part(model, layer, sae)[feature])
     shares = {order: {} for order in rows_of}

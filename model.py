@@ -328,14 +328,19 @@ class Transformer(nn.Module):
                 x = x + after.attn_out + after.mlp_out
         return z_of_layer
 
-    def mlp_at(self, tokens, layers):                       # (B,T) -> {layer: AfterHeads}
-        """What the MLPs of some layers read and write, mlp_in and mlp_out: stops after the last of
-        them."""
-        self.check_layers(layers)
+    def mlp_at(self, tokens, layers, edit_z=None, edit_mlp=None):       # (B,T) -> {layer: AfterHeads}
+        """What the MLPs of some layers read and write, mlp_in and mlp_out, after edits: stops after
+        the last of them."""
+        edit_z = edit_z or {}
+        edit_mlp = edit_mlp or {}
+        self.check_layers([*edit_z, *edit_mlp, *layers])
         of_layer = {}
         x = self.embed(tokens)
         for layer, block in enumerate(self.blocks[:max(layers, default=-1) + 1]):
-            after = block.after_heads(x, block.heads(x, with_pattern=False).z_cat)
+            z_cat = block.heads(x, with_pattern=False).z_cat
+            if layer in edit_z:
+                z_cat = edit_z[layer](z_cat)
+            after = block.after_heads(x, z_cat, edit_mlp=edit_mlp.get(layer))
             if layer in layers:
                 of_layer[layer] = after
             x = x + after.attn_out + after.mlp_out
@@ -589,6 +594,22 @@ class GPT2(Transformer):
         wte = precise(self.wte.weight)
         direction = precise(self.ln_f.weight) * (wte[tokens] - wte[:self.n_tokens].mean(0))
         return direction - direction.mean(-1, keepdim=True)
+
+    @torch.no_grad()
+    def logit_constants(self, tokens):                      # (...) -> (...)
+        """The last term of `logit_directions`."""
+        wte = precise(self.wte.weight)
+        return (wte[tokens] - wte[:self.n_tokens].mean(0)) @ precise(self.ln_f.bias)
+
+    @torch.no_grad()
+    def mlp_directions(self, layer, W):                     # (d_model,m) -> (d_model,m), (m,)
+        """What W reads of the MLP's input, as what it reads of the stream before the norm:
+
+            mlp_in @ W = resid_mid / scales["mlp_in"] @ directions + constants
+        """
+        norm = self.h[layer].ln_2
+        directions = precise(norm.weight)[:, None] * W
+        return directions - directions.mean(0), precise(norm.bias) @ W
 
     @torch.no_grad()
     def head_matrices(self, layer):                         # -> HeadMatrices
@@ -856,6 +877,16 @@ class Gemma(Transformer):
         embedding = precise(self.embed_tokens.weight)
         mean = embedding[:self.n_tokens].mean(0)
         return (1 + precise(self.norm.weight)) * (embedding[tokens] - mean)
+
+    def logit_constants(self, tokens):                      # (...) -> (...)
+        """0: the final norm has no bias."""
+        return precise(self.norm.weight).new_zeros(tokens.shape)
+
+    @torch.no_grad()
+    def mlp_directions(self, layer, W):                     # (d_model,m) -> (d_model,m), (m,)
+        """As GPT-2's; without centring and bias."""
+        gain = 1 + precise(self.layers[layer].pre_feedforward_layernorm.weight)
+        return gain[:, None] * W, W.new_zeros(W.shape[1])
 
     @torch.no_grad()
     def head_matrices(self, layer):                         # -> HeadMatrices

@@ -325,15 +325,28 @@ def ablate(sae, feature, where):
     feature: a number, or one for each row of the batch (B,). where: (B,T) bool.
     """
     def edit(z):                                            # (B,T,d_in) -> (B,T,d_in)
-        row, _ = where.nonzero(as_tuple=True)               # (n,) of each position to edit
-        feature_of_row = torch.as_tensor(feature, device=z.device).expand(len(z))   # (B,)
-        i = feature_of_row[row]                             # (n,) the feature that goes there
-        f = sae.encode(z[where].to(sae.b_dec.dtype))        # (n,d_sae)
-        f_i = f.gather(1, i[:, None])                       # (n,1)
-        edited = z.clone()
-        edited[where] -= (f_i * sae.W_dec[i]).to(z.dtype)
-        return edited
+        return take_out(sae, feature, where, z, z)
     return edit
+
+
+def ablate_mlp(transcoder, feature, where):
+    """The same for an MLP, for edit_mlp: f_i * W_dec[i] out of what it writes."""
+    def edit(mlp_in, mlp_out):                              # (B,T,d_model) x 2 -> (B,T,d_model)
+        return take_out(transcoder, feature, where, mlp_in, mlp_out)
+    return edit
+
+
+def take_out(sae, feature, where, read, written):           # (B,T,d_in), (B,T,d_out) -> the latter
+    """What is written less f_i * W_dec[i] at some places, f_i being what the feature makes of what
+    is read there."""
+    row, _ = where.nonzero(as_tuple=True)                   # (n,) of each position to edit
+    feature_of_row = torch.as_tensor(feature, device=read.device).expand(len(read))     # (B,)
+    i = feature_of_row[row]                                 # (n,) the feature that goes there
+    f = sae.encode(read[where].to(sae.b_dec.dtype))         # (n,d_sae)
+    f_i = f.gather(1, i[:, None])                           # (n,1)
+    edited = written.clone()
+    edited[where] -= (f_i * sae.W_dec[i]).to(written.dtype)
+    return edited
 
 
 # ---- the SAEs of a model ----
@@ -412,11 +425,14 @@ def print_doubts(saes, weights, where):
               f"weights they were trained on")
 
 
-def check_feature(saes, layer, feature):
-    """Raise UserError where there is no such SAE or feature."""
+def check_feature(saes, layer, feature, kind="feature"):
+    """Raise UserError where there is no such SAE or feature; kind: "MLP feature" where these are
+    transcoders."""
+    name = "transcoder" if kind == "MLP feature" else "SAE"
     if layer not in saes:
-        raise UserError(f"layer {layer} has no SAE; there are SAEs for layers "
-                        f"{', '.join(map(str, saes))}.")
+        raise UserError(f"layer {layer} has no {name}; there are {name}s for layers "
+                        f"{', '.join(map(str, saes)) or 'none'}.")
     last = saes[layer].d_sae - 1
     if not 0 <= feature <= last:
-        raise UserError(f"feature {feature} is out of range: this SAE has features 0 to {last}.")
+        raise UserError(f"feature {feature} is out of range: this {name} has features 0 to "
+                        f"{last}.")

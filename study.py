@@ -14,11 +14,11 @@ from data.errors import UserError
 from data.files import check_writable, claim, run_folder, write_json
 from data.flags import field
 from data.machine import pick_device
-from data.sae_files import find_saes
+from data.sae_files import MLP, find_saes
 from data.tokens import Tokenizer, set_n_tokens
 from data.weights import PUBLISHED, digest
 from model import load_model
-from sae import load_saes
+from sae import load_saes, load_transcoders
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Study(NamedTuple):
     tokenizer: Tokenizer
     saes: dict              # {layer: SAE}
     saes_from: str          # where they were read
+    transcoders: dict       # {layer: Transcoder} that lie beside them, of these layers
     folder: Path            # <out>/<model>/<name of the study>
     device: torch.device
 
@@ -66,7 +67,21 @@ def begin(config, name):                                    # -> Study
     check_writable(folder)
     claim(run, config.model, digest(model))
     print(f"SAEs of layers {', '.join(map(str, saes))}: {saes_from}", flush=True)
-    return Study(config, model, tokenizer, saes, saes_from, folder, device)
+    transcoders = beside(saes_from, model, config.layers, device)
+    if transcoders:
+        print(f"transcoders of layers {', '.join(map(str, transcoders))}: {saes_from}/mlp",
+              flush=True)
+    return Study(config, model, tokenizer, saes, saes_from, transcoders, folder, device)
+
+
+def beside(saes_from, model, layers, device):               # -> {layer: Transcoder}
+    """The transcoders that lie beside some SAEs; none if there are none."""
+    folder = Path(saes_from) / MLP
+    if not folder.is_dir():
+        return {}
+    there = [layer for layer in range(model.config.n_layers) if (folder / f"L{layer}").is_dir()]
+    wanted = [layer for layer in there if layer in layers or not layers]
+    return load_transcoders(saes_from, model, wanted, device) if wanted else {}
 
 
 def finish(study):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import attribution as A
+import direct as D
 import model as models
 import sae as S
 from conftest import ROOT, SHAPES, program
@@ -41,10 +42,29 @@ def folder(request, tmp_path_factory):
     return path
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def random_transcoders(model, d_sae=5, seed=9, skip=()):
+    """The same for MLPs."""
+    transcoders = {}
+    d_model = model.config.d_model
+    for layer in range(model.config.n_layers):
+        g = torch.Generator().manual_seed(seed + layer)
+        transcoder = S.Transcoder(d_model, d_sae, d_model, g)
+        with torch.no_grad():
+            transcoder.b_dec += 0.2 * torch.randn(d_model, generator=g)
+            transcoder.b_enc += 0.3 * torch.randn(d_sae, generator=g)
+            transcoder.threshold += 0.2 * (layer % 2)
+        if layer not in skip:
+            transcoders[layer] = transcoder.to(next(model.parameters()).dtype).requires_grad_(False)
+    return transcoders
+
+
+@pytest.fixture(params=[(torch.float32, False), (torch.float64, False), (torch.float64, True)],
+                ids=["float32", "float64", "through MLPs, float64"])
 def traced(request, folder):
-    model = models.load_model(folder, dtype=request.param)
-    return A.trace_prompt(model, random_saes(model), PROMPT), EXACT[request.param]
+    dtype, through_mlps = request.param
+    model = models.load_model(folder, dtype=dtype)
+    transcoders = random_transcoders(model) if through_mlps else {}
+    return A.trace_prompt(model, random_saes(model), PROMPT, transcoders), EXACT[dtype]
 
 
 def pre_activations(run, layer):
@@ -66,9 +86,9 @@ def test_dfa_and_bias_sum_to_the_pre_activation(traced):
     for layer, sae in run.saes.items():
         pre, kept = pre_activations(run, layer), run.cache[layer]
         for i in range(sae.d_sae):
-            found = A.dfa(kept.pattern, kept.v, sae.W_enc[:, i])
+            found = D.dfa(kept.pattern, kept.v, sae.W_enc[:, i])
             assert found.shape == kept.pattern.shape
-            total = found.sum((1, 3))[0] + A.feature_bias(sae)[i]
+            total = found.sum((1, 3))[0] + D.feature_bias(sae)[i]
             assert (total - pre[:, i]).abs().max() < exact * max(1, pre[:, i].abs().max()), \
                 "DFA with its bias does not sum to the pre-activation: is b_enc - b_dec . W_enc in it?"
 
@@ -81,7 +101,7 @@ def test_head_logits_are_what_the_stream_loses_without_the_head(traced):
     direction = model.logit_directions(torch.tensor(3)) / model.final_scale(final)
     for layer, kept in run.cache.items():
         scale = kept.scales["attn_out"][0, last] if "attn_out" in kept.scales else 1.0
-        found = A.head_logits(kept.z_cat[0, last], run.matrices[layer], direction, scale)
+        found = D.head_logits(kept.z_cat[0, last], run.matrices[layer], direction, scale)
         # heads and bias together are what the layer adds to the stream, and that along the
         # direction
         total = found.sum() + run.matrices[layer].b_O @ direction
@@ -90,7 +110,7 @@ def test_head_logits_are_what_the_stream_loses_without_the_head(traced):
         for h in range(model.config.n_heads):
             alone = kept.z_cat[0, last].unflatten(-1, (model.config.n_heads, -1)).clone()
             alone[torch.arange(len(alone)) != h] = 0
-            again = A.head_logits(alone.flatten(), run.matrices[layer], direction, scale)
+            again = D.head_logits(alone.flatten(), run.matrices[layer], direction, scale)
             assert (again[h] - found[h]).abs() < exact
 
 
@@ -103,6 +123,9 @@ def test_parts_add_up_to_the_residual_stream(traced):
         assert (stream - kept.resid_pre[0]).abs().max() < exact * kept.resid_pre.abs().max(), \
             (f"something that is written before layer {layer} is missing: "
              "b_O, a post-norm's gain, its scale?")
+        stream.index_add_(0, run.components.position[run.n_before[layer]:run.n_mid[layer]],
+                          run.components.vector[run.n_before[layer]:run.n_mid[layer]])
+        assert (stream - kept.resid_pre[0] - kept.attn_out[0]).abs().max() < exact * 10
 
 
 def test_children_sum_to_the_pre_activation(traced):
@@ -118,7 +141,7 @@ def test_children_sum_to_the_pre_activation(traced):
 
 def test_every_node_of_an_unpruned_tree_is_the_sum_of_its_children(traced):
     run, exact = traced
-    layer = min(2, max(run.saes))
+    layer = 1 if run.transcoders else min(2, max(run.saes))
     position, i = [node for node in active_nodes(run, layer) if node[0] <= 3][-1]
     root = A.attribution_tree(run, layer, position, i, share=0, depth=10, breadth=None)
     seen = []
@@ -143,11 +166,11 @@ def test_what_is_pruned_is_added_up(traced):
     layer = max(run.saes)
     position, i = active_nodes(run, layer)[-1]
     root = A.trace(run.model, run.saes, run.tokens, layer, position, i, share=0.05, depth=2,
-                   breadth=4)
+                   breadth=4, transcoders=run.transcoders)
     for node in [root, *(child for child in root.children if child.children)]:
         size = max(1.0, max(abs(child.value) for child in node.children))
         assert len(node.children) <= 4 and abs(node.children[-1].value) >= 0.05 * abs(root.value)
-        everything = A.decompose(run, node.layer, node.position, node.feature).value
+        everything = A.decompose(run, node.layer, node.position, node.feature, node.kind).value
         assert node.n_pruned + len(node.children) == int((everything != 0).sum())
         total = sum(child.value for child in node.children) + node.pruned
         assert abs(total - node.value) < exact * size * 10
@@ -239,7 +262,8 @@ def test_one_edge_is_what_the_node_loses_when_the_upstream_feature_is_not_writte
         kept, sae = run.cache[layer], run.saes[layer]
         for position, i in active_nodes(run, layer)[-2:]:
             found = A.decompose(run, layer, position, i)
-            for part in A.upstream_features(run, layer, position, i)[0].tolist():
+            reader = A.Reader("feature", layer, position, i)
+            for part in A.upstream_features(run, reader)[0].tolist():
                 l, k, j = (int(column[part])
                            for column in (run.components.layer, run.components.position,
                                           run.components.feature))
@@ -313,7 +337,7 @@ def test_removing_features_one_by_one_equals_editing_by_hand(folder):
     position, i = active_nodes(run, layer)[-1]
     rows = (run.components.kind == A.FEATURE) & (run.components.layer < layer)
     chosen = rows.nonzero()[:, 0][::3]
-    found = A.ablation_effects(run, chosen, layer, position, i)
+    found = A.ablation_effects(run, chosen, A.Reader("feature", layer, position, i))
     for n, part in enumerate(chosen.tolist()):
         l, k, j = (int(column[part]) for column in (run.components.layer, run.components.position,
                                                                   run.components.feature))
@@ -388,10 +412,10 @@ def test_the_hand_wired_induction_circuit_is_found(induction):
     assert int(run.f[1][6].argmax()) in (2, V + 1)
     assert float(run.cache[1].pattern[0, 1, 6, 2]) > 0.95
 
-    per_source = A.dfa(run.cache[1].pattern, run.cache[1].v, saes[1].W_enc[:, 2])[0, :, 6]
+    per_source = D.dfa(run.cache[1].pattern, run.cache[1].v, saes[1].W_enc[:, 2])[0, :, 6]
     assert divmod(int(per_source.argmax()), 7) == (1, 2), \
         "DFA: head 1.1, from where the token 2 stands"
-    assert A.head_weights(saes[1].W_dec, 2)[2].tolist() == [0.0, 1.0]
+    assert D.head_weights(saes[1].W_dec, 2)[2].tolist() == [0.0, 1.0]
 
     next_token = A.trace(model, saes, tokens, 1, 6, 2)
     top = next_token.children[0]
@@ -418,7 +442,7 @@ def test_the_hand_wired_induction_circuit_is_found(induction):
 
 def test_head_weights_are_shares():
     W_dec = torch.tensor([[3.0, 4, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]])
-    assert torch.allclose(A.head_weights(W_dec, 2), torch.tensor([[1.0, 0], [0, 1], [0.5, 0.5]]))
+    assert torch.allclose(D.head_weights(W_dec, 2), torch.tensor([[1.0, 0], [0, 1], [0.5, 0.5]]))
 
 
 def test_scores_that_are_not_there_are_named(tiny):
@@ -481,8 +505,9 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
         total = sum(child["value"] for child in node["children"]) + node["pruned"]
         assert total == pytest.approx(node["pre"], abs=2e-3 * max(1, abs(node["pre"])))
         for child in node["children"]:
-            below = f"{child['layer']}.{child['position']}.{child['feature']}"
-            assert child["feature"] < 0 or below in found["nodes"], "a child cannot be opened"
+            assert child["name"] is None or child["name"] in found["nodes"], \
+                "a child cannot be opened"
+            assert child["edge"] is None or child["edge"] in found["qk"]
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -499,6 +524,9 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
     (["hello", "--layer", "-7"], "layer -7 is out of range"),
     (["hello", "--position", "-5"], "position -5"),
     (["hello", "--feature", "-9"], "layer.feature"),
+    (["hello", "--feature", "mlp.9.1"], "layer 9 is out of range"),
+    (["hello", "--logit", " two words"], "--logit ' two words' is 3 tokens"),
+    (["hello", "--logit", "a", "--against", "a"], "less itself is 0"),
 ], ids=str)
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words):
     done = program("attribution", *arguments, "--out", tmp_path)

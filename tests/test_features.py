@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import attribution as A
+import direct as A
 import features as F
 import model as models
 import sae as S

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import attribution as A
+import direct as A
 import features as F
 import heads
 import wired as W

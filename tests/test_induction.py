@@ -11,7 +11,7 @@ import torch
 import induction as I
 import model as models
 import sae as S
-from attribution import direct_logits
+from direct import direct_logits
 from conftest import Words, program
 from data.strongest import Entries
 from data.tokens import fuzzy_classes

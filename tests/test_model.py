@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import model as models
 import sae as S
-from attribution import token_effects
+from direct import token_effects
 from conftest import GEMMA_SHAPES, GPT2_SHAPES, ROOT, SHAPES, random_gemma, random_gpt2
 from data.errors import UserError
 from data.tokens import set_n_tokens

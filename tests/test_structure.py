@@ -20,9 +20,11 @@ RUNTIME = {"torch", "numpy", "tiktoken", "safetensors", "matplotlib"}
 # What each file of the top level may import of the others.
 ALLOWED = {
     "model": set(), "sae": set(), "sparse": {"sae"}, "study": {"model", "sae"},
-    "train": {"model", "sae", "sparse"}, "attribution": {"sae", "study"},
-    "features": {"attribution", "sparse", "study"}, "heads": {"attribution", "features", "study"},
-    "induction": {"attribution", "model", "sae", "sparse", "study"}, "ioi": {"attribution", "model", "sae", "study"}}
+    "train": {"model", "sae", "sparse"}, "direct": set(),
+    "attribution": {"direct", "sae", "study"}, "features": {"direct", "sparse", "study"},
+    "heads": {"direct", "features", "study"},
+    "induction": {"direct", "model", "sae", "sparse", "study"},
+    "ioi": {"attribution", "direct", "model", "sae", "study"}}
 
 
 def imported(path):

@@ -50,9 +50,9 @@ EXERCISES = (
              "Bricken et al. 2023, Towards Monosemanticity; the docstrings"),
     Exercise("cross-entropy recovered", "train.py", ("row_ce", "ce_recovered"),
              "train.evaluate, for what is replaced where"),
-    Exercise("which heads a feature lies in", "attribution.py", ("head_weights",),
+    Exercise("which heads a feature lies in", "direct.py", ("head_weights",),
              "the paper, section 2"),
-    Exercise("direct feature attribution", "attribution.py", ("dfa", "feature_bias"),
+    Exercise("direct feature attribution", "direct.py", ("dfa", "feature_bias"),
              "model.Heads, for pattern and v; the paper, section 2"),
     Exercise(
         "one step of recursive DFA", "attribution.py", ("decompose",),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import attribution
+import direct
 import induction
 import ioi
 import model as models
@@ -273,19 +274,19 @@ def test_06_cross_entropy_recovered():
 
 def test_07_head_weights():
     """On paper: norms 5, 0 and 15."""
-    got = attribution.head_weights(torch.tensor([[3.0, 4, 0, 0, 0, 15], [0.0, 0, 0, 0, 0, 0]]), 3)
+    got = direct.head_weights(torch.tensor([[3.0, 4, 0, 0, 0, 15], [0.0, 0, 0, 0, 0, 0]]), 3)
     assert got.isfinite().all(), "a row of zeros gives NaN: keep the denominator above 0"
     assert not near(got[0], torch.tensor([0.1, 0, 0.9]), 1e-4), "norms, not their squares"
     assert near(got[0], torch.tensor([0.25, 0, 0.75]), 1e-6), \
         "the norm of the row's slice at each head, over the sum of these norms"
     assert (got[1] == 0).all(), "a row of zeros stays 0"
-    assert near(attribution.head_weights(torch.tensor([3.0, 4, 0, 0, 0, 15]), 3), got[0], 1e-6), \
+    assert near(direct.head_weights(torch.tensor([3.0, 4, 0, 0, 0, 15]), 3), got[0], 1e-6), \
         "(...,D) -> (...,H): a single row is taken too"
 
 
 def test_08_direct_feature_attribution():
     pattern, v, sae = random(2, 3, 4, 4).softmax(-1), random(2, 4, 3, 2, seed=1), small_sae()
-    got = attribution.dfa(pattern, v, sae.W_enc[:, 7])
+    got = direct.dfa(pattern, v, sae.W_enc[:, 7])
     assert got.shape == (2, 3, 4, 4), "(B,H,q,k): one number for each head, query and key"
     for b, h, q, k in ((0, 0, 1, 0), (1, 2, 3, 2), (0, 1, 2, 2)):
         w = sae.W_enc[2 * h:2 * h + 2, 7]
@@ -293,7 +294,7 @@ def test_08_direct_feature_attribution():
             "pattern[h,q,k] * (v[h,k] . w^h), with w^h the slice of w_enc at head h: is v taken at the key?"
     z_cat = torch.einsum("bhqk,bkhd->bqhd", pattern, v).flatten(-2)
     pre = (z_cat - sae.b_dec) @ sae.W_enc + sae.b_enc
-    bias = attribution.feature_bias(sae)
+    bias = direct.feature_bias(sae)
     assert bias.shape == (10,), "a number for each feature"
     assert not near(bias, sae.b_enc), "z has b_dec subtracted before W_enc: - b_dec . W_enc[:,i]"
     assert near(got.sum((1, 3)) + bias[7], pre[..., 7]), "all of it together is the pre-activation"

@@ -18,12 +18,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from attribution import (ablation_effects, head_weights, trace_prompt,  # noqa: E402
+from attribution import (Reader, ablation_effects, trace_prompt,  # noqa: E402
                          upstream_features)
 from data.errors import UserError, run  # noqa: E402
 from data.files import write_json  # noqa: E402
 from data.flags import field, parse_flags  # noqa: E402
 from data.stats import bootstrap, format_ci, spearman  # noqa: E402
+from direct import head_weights  # noqa: E402
 from study import StudyConfig, begin, finish, held_out_rows  # noqa: E402
 
 
@@ -37,7 +38,7 @@ def head_agreement(model, sae, layer, rows):                # (R,T) -> dict
     """Weight-based head attribution against DFA by head, over the features that fire in `rows`.
 
     DFA by head of a feature is summed over the positions where it fires: z_h . w^h less the
-    constant, which is DFA of attribution.values_minus_bias summed over sources. rank: mean over
+    constant, which is DFA of direct.values_minus_bias summed over sources. rank: mean over
     features of Spearman's correlation over heads; top1: how often both name the same head; with
     intervals over features; None where there is nothing to compare.
     """
@@ -92,13 +93,14 @@ def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10,
         if not len(active):
             continue
         root = int(active[rng.integers(len(active))])
-        upstream, attributed = upstream_features(traced, layer, position, root)
+        upstream, attributed = upstream_features(traced, Reader("feature", layer, position, root))
         if len(upstream) < n_strong + n_random:
             continue
         others = n_strong + rng.choice(len(upstream) - n_strong, n_random, replace=False)
         chosen = torch.from_numpy(np.concatenate([np.arange(n_strong), others])).to(tokens.device)
         attributed = attributed[chosen]
-        fall = ablation_effects(traced, upstream[chosen], layer, position, root)
+        fall = ablation_effects(traced, upstream[chosen],
+                                Reader("feature", layer, position, root))
         rank.append(float(spearman(attributed, fall)))
         sign.append(float((attributed.sign() == fall.sign())[:n_strong].double().mean()))
         product.append(float((attributed * fall).sum()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import attribution as A
+import direct as A
 import sae as S
 from agreement import head_agreement
 
