@@ -1,5 +1,5 @@
-"""A prompt as a circuit: what an SAE feature, or a logit, was made of, back to the tokens (the paper,
-section 2: recursive DFA).
+"""A prompt as a circuit: what an SAE feature, or a logit, was made of, back to the tokens (recursive
+DFA; the paper, section 2).
 
     python attribution.py "When Mary and John went to the store, John gave a drink to"
 
@@ -528,9 +528,9 @@ def sweep(traced, reader):                                  # -> Leaves
     return Leaves(contribution, torch.cat(constants), unexplained)
 
 
-def back_through_mlp(traced, layer, C, gradient):           # (T,d_sae), (T,d_model) -> gradient, (m,)
-    """The gradient of the stream before an MLP whose features' pre-activations count C times, and
-    what their constants contribute."""
+def back_through_mlp(traced, layer, C, gradient):           # (T,d_sae), (T,d_model)
+    """The gradient of the stream before an MLP whose features' pre-activations count C times
+    (T,d_model), and what their constants contribute (m,)."""
     transcoder = traced.transcoders[layer]
     directions, constants = traced.model.mlp_directions(layer, transcoder.W_enc)
     scale = traced.cache[layer].scales["mlp_in"][0]                     # (T,1)
@@ -538,13 +538,13 @@ def back_through_mlp(traced, layer, C, gradient):           # (T,d_sae), (T,d_mo
     return gradient, (C * (constants + transcoder.b_enc))[C != 0]
 
 
-def back_through_heads(traced, layer, C, gradient):         # (T,d_sae), (T,d_model) -> gradient, (m,)
+def back_through_heads(traced, layer, C, gradient):         # (T,d_sae), (T,d_model)
     """The same of an attention layer."""
     kept = traced.cache[layer]
     sae = traced.saes[layer]
     m = traced.matrices[layer]
     w = (C @ sae.W_enc.T).unflatten(1, m.b_V.shape)                     # (q,H,d_head)
-    direction = torch.einsum("qhd,hmd->qhm", w, m.W_V)                  # what each query reads by head
+    direction = torch.einsum("qhd,hmd->qhm", w, m.W_V)                  # (q,H,d_model)
     moved = torch.einsum("hqk,qhm->km", kept.pattern[0], direction)     # (T,d_model)
     gradient = gradient + moved / kept.scales["attn_in"][0]
     constants = m.b_V.flatten() @ sae.W_enc + feature_bias(sae)         # (d_sae,)
@@ -586,8 +586,9 @@ def ablation_effects(traced, upstream, reader):             # (n,), Reader -> (n
     edit_mlp = {}
     # Each row of the batch loses one upstream feature, by the edit of that feature's layer. In the
     # edits of other layers that row's mask is empty, so the 0 put in for its feature is never used.
-    for kind, dictionaries, make, edits in ((FEATURE, traced.saes, ablate, edit_z),
-                                            (MLP_FEATURE, traced.transcoders, ablate_mlp, edit_mlp)):
+    sites = ((FEATURE, traced.saes, ablate, edit_z),
+             (MLP_FEATURE, traced.transcoders, ablate_mlp, edit_mlp))
+    for kind, dictionaries, make, edits in sites:
         for layer in chosen.layer[chosen.kind == kind].unique().tolist():
             is_here = (chosen.kind == kind) & (chosen.layer == layer)
             features = torch.where(is_here, chosen.feature, 0)
@@ -765,7 +766,10 @@ def main():
     if config.page:
         print("\nwriting a page to look at every feature of every token ...", flush=True)
         content = explorer_data(traced, texts, study.tokenizer, root)
-        content["dashboards"] = layers_with_dashboards(study)
+        run = study.folder.parent
+        content["dashboards"] = {
+            "feature": layers_with_dashboards(run / "features", study.saes),
+            "MLP feature": layers_with_dashboards(run / "mlp" / "features", transcoders)}
         pages.fill("explorer.html", pages.rounded(content), study.folder / "explorer.html")
         print(f"{study.folder}/explorer.html")
 
@@ -803,10 +807,9 @@ def one_token(tokenizer, text, flag):
     return ids[0]
 
 
-def layers_with_dashboards(study):
+def layers_with_dashboards(folder, layers):
     """The layers whose dashboards features.py has written, so that the page can link to them."""
-    folder = study.folder.parent / "features"
-    return [layer for layer in study.saes if any((folder / f"L{layer}").glob("*.js"))]
+    return [layer for layer in layers if any((folder / f"L{layer}").glob("*.js"))]
 
 
 def explorer_data(traced, texts, tokenizer, root, n_features=15, breadth=12):
@@ -852,7 +855,7 @@ def node_name(node):                                        # Reader or Node -> 
     return f"{node.kind} {node.layer}.{node.feature} at {node.position}"
 
 
-def node_data(traced, texts, tokenizer, reader, node, terms):   # Reader, Node, Contributions -> dict
+def node_data(traced, texts, tokenizer, reader, node, terms):   # -> dict
     """One feature at one position, or a logit, for the page."""
     is_constant = terms.component < 0
     children = []

@@ -9,6 +9,8 @@ Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_h
 
 import torch
 
+from data.sae_files import MLP
+
 # ---- one layer: heads and sources ----
 #
 # With w = W_enc[:,i], and w^h its slice at head h, the pre-activation of feature i at query q is
@@ -107,14 +109,16 @@ def direct_logits(model, matrices, caches, position, direction, look=lambda kept
 def token_effects(model, layer, sae, features, directions=None):    # int or (m,) -> (...,n_tokens)
     """W_dec[i] @ W_O @ unembedding: what a feature adds to every token's logit per unit of
     activation, less the mean over all tokens, with the scales of the final norm and of Gemma's
-    post-norm taken as 1.
+    post-norm taken as 1. (A transcoder writes to the stream itself: there it is without W_O.)
 
     directions: `token_directions` of the model, if it is at hand.
     """
     if directions is None:
         directions = token_directions(model)
-    W_O = model.head_matrices(layer).W_O.flatten(0, 1)                  # (D,d_model)
-    return sae.W_dec[features] @ W_O @ directions.T
+    written = sae.W_dec[features]
+    if sae.reads != MLP:
+        written = written @ model.head_matrices(layer).W_O.flatten(0, 1)    # (D,d_model)
+    return written @ directions.T
 
 
 def token_directions(model):                                # -> (n_tokens,d_model)

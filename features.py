@@ -5,6 +5,7 @@ eye; this file uses a fixed rule.
                                             ship
     python features.py --layers 2 --n-tokens 1e6
     python features.py --sample 30          30 live features of each layer, to judge by eye
+    python features.py --reads mlp          features of the transcoders that lie beside the SAEs
 
 Collection. One pass over held-out text keeps, for every feature, how often and how strongly it is
 active, its strongest places (`top`), places from each tenth of its range (`spread`), and 200 places
@@ -35,7 +36,9 @@ feature needs the smallest n from which on at least half is left at every length
     short-range     needs n = 2 to 8
     long-range      needs n > 8, or more than was tried
 
-Dashboards. One page for all features, index.html, in <out>/<model>/features/.
+Dashboards. One page for all features, index.html, in <out>/<model>/features/. MLP features read no
+heads and no other place: what has to do with these is left out, and no feature is after a copy.
+Their pages are in <out>/<model>/mlp/features/.
 
 Two tokens are copies if they are equal but for one leading space and case
 (data.tokens.fuzzy_classes). A row is documents end to end. The BOS between them is a token like any
@@ -61,12 +64,13 @@ from data.figures import plot_families
 from data.files import atomic, write_json, write_text
 from data.flags import field, parse_flags
 from data.progress import Progress
+from data.sae_files import MLP, Z_CAT
 from data.strongest import Collected, Collector, feature_token_mass, rank_in_group
 from data.tokens import fuzzy_classes, text_around
 from data.weights import digest
 from direct import (dfa_at_positions, head_weights, token_directions, token_effects,
                     values_minus_bias)
-from sparse import active_entries
+from sparse import active_entries, inputs_of
 from study import StudyConfig, begin, finish
 
 BEFORE, AFTER = 10, 5               # tokens shown around a place
@@ -150,16 +154,13 @@ def read_places(model, saes, tokens, collected, seed=0, progress=lambda rows: No
     context = {layer: ContextSums(sae.d_sae) for layer, sae in saes.items()}
     for first in range(0, len(tokens), ROWS_AT_ONCE):
         rows = tokens[first:first + ROWS_AT_ONCE].long().to(device)
-        z_cat = {}
+        inputs = {}
         for layer, cache in model.layer_caches(rows, saes):
-            # Without the value bias: every source has it, so it says nothing about any one of
-            # them. (With direct.constant_part, DFA sums to the pre-activation.)
-            v = values_minus_bias(model, layer, cache.v)
+            inputs[layer], pattern, v = what_is_read(model, layer, saes[layer], cache)
             for i in range(len(rows)):
-                attribute_row(saes[layer], cache.pattern[i], v[i], cache.z_cat[i],
-                              *by_row[layer], row=first + i)
-            z_cat[layer] = cache.z_cat
-        cut_rows(model, saes, rows, z_cat, context, generator)
+                attribute_row(saes[layer], pattern[i], v[i], inputs[layer][i], *by_row[layer],
+                              row=first + i)
+        cut_rows(model, saes, rows, inputs, context, generator)
         progress(first + len(rows))
     found = {}
     for layer, (sample, top, spread) in by_row.items():
@@ -167,6 +168,16 @@ def read_places(model, saes, tokens, collected, seed=0, progress=lambda rows: No
                                        ExampleDfa(*top.results()), ExampleDfa(*spread.results()),
                                        context[layer].result())
     return found
+
+
+def what_is_read(model, layer, sae, cache):     # -> (b,T,d_in), (b,H,q,k), (b,k,H,d_head)
+    """What an SAE reads, and the patterns and values by which heads brought it. A transcoder has no
+    heads: H = 0."""
+    if sae.reads == MLP:
+        return cache.mlp_in, cache.pattern[:, :0], cache.v[:, :, :0]
+    # Without the value bias: every source has it, so it says nothing about any one of them. (With
+    # direct.constant_part, DFA sums to the pre-activation.)
+    return cache.z_cat, cache.pattern, values_minus_bias(model, layer, cache.v)
 
 
 class PlacesByRow:
@@ -195,20 +206,23 @@ class PlacesByRow:
         return [torch.cat(column)[back] for column in zip(*self.parts)]
 
 
-def attribute_row(sae, pattern, v, z_cat, sample, top, spread, row):
+def attribute_row(sae, pattern, v, z, sample, top, spread, row):
     """Add the DFA of one row's places to `sample`, `top` and `spread`, each a PlacesByRow. pattern
-    (H,q,k), v (k,H,d_head), z_cat (T,D)."""
+    (H,q,k), v (k,H,d_head), z (T,d_in)."""
     f = None
     for places, is_sample in ((sample, True), (top, False), (spread, False)):
         entries = places.of_row(row)
         feature, q = entries.feature.to(v.device), entries.q.to(v.device)
-        moved = dfa_at_positions(pattern, v, sae.W_enc.T[feature], q)                   # (m,H,k)
+        if len(pattern):
+            moved = dfa_at_positions(pattern, v, sae.W_enc.T[feature], q)               # (m,H,k)
+        else:
+            moved = z.new_zeros(len(feature), 0, len(z))                                # (m,0,k)
         if is_sample:
             places.add(strongest_sources(moved, q))
             continue
         if f is None and len(feature):      # a row without places to show is not encoded
-            f = sae.encode(z_cat)                                                       # (T,d_sae)
-        activations = f[:, feature].T if len(feature) else z_cat.new_zeros(0, len(z_cat))   # (m,T)
+            f = sae.encode(z)                                                           # (T,d_sae)
+        activations = f[:, feature].T if len(feature) else z.new_zeros(0, len(z))       # (m,T)
         places.add(example_dfa(moved, activations, q))
 
 
@@ -220,7 +234,8 @@ def strongest_sources(moved, q):                            # (m,H,k), (m,) -> R
     before_q = (k > 0) & (k < q[:, None])                               # (m,k)
     up_to_q = (k > 0) & (k <= q[:, None])
     source = moved.sum(1).masked_fill(~before_q, -torch.inf).argmax(-1)
-    source = torch.where(before_q.any(-1), source, -1)
+    has_source = before_q.any(-1) & (moved.shape[1] > 0)
+    source = torch.where(has_source, source, -1)
     head_value, head_source = moved.masked_fill(~up_to_q[:, None], -torch.inf).max(-1)
     return Reads(source.short(), head_source.short(), head_value)
 
@@ -241,7 +256,7 @@ def example_dfa(moved, activations, q):                     # (m,H,k), (m,T), (m
     return ExampleDfa(window.half(), sources.short(), by_head, moved.sum(-1))
 
 
-def cut_rows(model, saes, rows, z_cat, context, generator):     # (b,T), {layer: (b,T,D)}
+def cut_rows(model, saes, rows, inputs, context, generator):    # (b,T), {layer: (b,T,d_in)}
     """Cut rows, and add what features keep to `context`, {layer: ContextSums}, for every n of
     CONTEXTS that is at most half a row.
 
@@ -258,11 +273,11 @@ def cut_rows(model, saes, rows, z_cat, context, generator):     # (b,T), {layer:
     row, cut = row.to(rows.device), cut.to(rows.device)
     kept = cut[:, None] + torch.arange(longest, device=rows.device)     # (cuts,longest) positions
     shortened = torch.cat([rows[row, :1], rows[row[:, None], kept]], dim=1)
-    z_short = model.z_cat_at(shortened, saes)               # {layer: (cuts,1+longest,D)}
+    short_inputs = inputs_of(model, saes, shortened)        # {layer: (cuts,1+longest,d_in)}
     for layer, sae in saes.items():
         for i, n in enumerate(contexts):
-            f_whole = sae.encode(z_cat[layer][row, cut + n - 1])        # (cuts,d_sae)
-            f_short = sae.encode(z_short[layer][:, n])                  # at the same token
+            f_whole = sae.encode(inputs[layer][row, cut + n - 1])       # (cuts,d_sae)
+            f_short = sae.encode(short_inputs[layer][:, n])             # at the same token
             context[layer].add(i, f_whole, f_short)
 
 
@@ -567,7 +582,10 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
     collected = of_layer.collected
     live = (collected.n > 0).nonzero()[:, 0]
     raised, lowered = logit_effects(model, sae, layer, live)
-    weights = head_weights(sae.W_dec, model.config.n_heads)
+    if sae.reads == MLP:
+        weights = sae.W_dec[:, :0]                          # (d_sae,0): they lie in no head
+    else:
+        weights = head_weights(sae.W_dec, model.config.n_heads)     # (d_sae,H)
     needed_index, _ = context_needed(families.context.share)
     fires_on = commonest_tokens(collected, tokens)
     n_tokens = tokens[:, 1:].numel()
@@ -591,6 +609,11 @@ def feature_records(model, sae, layer, of_layer, families, tokens):     # -> lis
             "fires_on": fires_on[i],
             "raises": raised[place_in_live], "lowers": lowered[place_in_live]})
     return records
+
+
+def n_heads_of(model, sae):
+    """Heads in which a feature may lie: none if it is a transcoder's."""
+    return 0 if sae.reads == MLP else model.config.n_heads
 
 
 def plain(x):
@@ -630,6 +653,7 @@ def logit_effects(model, sae, layer, features, n=20):       # (m,) -> two lists 
 
 @dataclass(frozen=True)
 class FeaturesConfig(CollectionConfig):
+    reads: str = field(Z_CAT, "z_cat: the features of SAEs; mlp: those of transcoders")
     sample: int = field(0, "live features of each layer to list, drawn at random, to judge by eye")
     pages: bool = field(True, "write the dashboards: 10 to 15 kB a feature")
 
@@ -639,6 +663,10 @@ def main():
     if config.sample < 0:
         raise UserError(f"--sample must be at least 0, not {config.sample}.")
     study = begin(config, "features")
+    if config.reads not in (Z_CAT, MLP):
+        raise UserError(f"--reads {config.reads} is neither {Z_CAT} nor {MLP}.")
+    if config.reads == MLP:
+        study = of_transcoders(study)
     collection = load_or_collect(study)
     tokens = collection.tokens
     classes = fuzzy_classes(study.tokenizer)[tokens.long()]
@@ -657,6 +685,15 @@ def main():
     if config.sample:
         list_sample(study, collection, records)
     finish(study)
+
+
+def of_transcoders(study):                                  # -> Study
+    """The study of the transcoders beside the SAEs, in a folder of its own."""
+    if not study.transcoders:
+        raise UserError(f"there are no transcoders in {study.saes_from}/mlp; train some with "
+                        f"python train.py --reads mlp.")
+    return study._replace(saes=study.transcoders,
+                          folder=study.folder.parent / MLP / study.folder.name)
 
 
 # ---- the report ----
@@ -689,13 +726,18 @@ def write_dashboards(study, collection, records):
         pages.write_features(study.folder, layer, collection.tokens, of_layer, records[layer],
                              BEFORE)
     vocabulary = {i: study.tokenizer.decode([i]) for i in tokens_shown(collection, records)}
-    about = (f"Features of the SAEs of {study.config.model}, over {collection.n_tokens:,} tokens "
-             f"of held-out text (--corpus {study.config.corpus}). After a copy: share of the "
-             f"activation at places where the earlier token with the largest DFA, the first left "
-             f"out, stands right after an earlier copy of the current token. Context: how many of "
-             f"the last tokens keep half of the activation.")
+    first_sae = next(iter(study.saes.values()))
+    kind = "transcoders" if first_sae.reads == MLP else "SAEs"
+    about = (f"Features of the {kind} of {study.config.model}, over {collection.n_tokens:,} tokens "
+             f"of held-out text (--corpus {study.config.corpus}). ")
+    if first_sae.reads != MLP:
+        about += ("After a copy: share of the activation at places where the earlier token with "
+                  "the largest DFA, the first left out, stands right after an earlier copy of the "
+                  "current token. ")
+    about += "Context: how many of the last tokens keep half of the activation."
     content = {"about": about, "families": FAMILIES, "contexts": CONTEXTS,
-               "n_heads": study.model.config.n_heads, "chunk": pages.CHUNK, "vocab": vocabulary,
+               "n_heads": n_heads_of(study.model, first_sae), "reads": first_sae.reads,
+               "chunk": pages.CHUNK, "vocab": vocabulary,
                "features": {layer: page_columns(records[layer]) for layer in records}}
     pages.fill("dashboard.html", content, study.folder / "index.html")
     print(f"{study.folder}/index.html")
@@ -713,13 +755,14 @@ def tokens_shown(collection, records):                      # -> list of ids
 
 def page_columns(records):
     """One layer's features for the page's table, column by column."""
-    best_head = [int(np.argmax(r["head_weights"])) for r in records]
+    best_head = [int(np.argmax(r["head_weights"])) if r["head_weights"] else -1 for r in records]
     columns = {name: [r[name] for r in records]
                for name in ("feature", "largest", "after_copy", "context_index")}
     columns["family"] = [FAMILIES.index(r["family"]) for r in records]
     columns["frequency"] = [float(f"{r['frequency']:.3g}") for r in records]
     columns["head"] = best_head
-    columns["weight"] = [r["head_weights"][h] for r, h in zip(records, best_head)]
+    columns["weight"] = [r["head_weights"][h] if h >= 0 else None
+                         for r, h in zip(records, best_head)]
     columns["fires"] = [r["fires_on"] for r in records]
     columns["logits"] = [[token for token, _ in r["raises"][:3]] for r in records]
     return columns

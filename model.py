@@ -328,9 +328,9 @@ class Transformer(nn.Module):
                 x = x + after.attn_out + after.mlp_out
         return z_of_layer
 
-    def mlp_at(self, tokens, layers, edit_z=None, edit_mlp=None):       # (B,T) -> {layer: AfterHeads}
-        """What the MLPs of some layers read and write, mlp_in and mlp_out, after edits: stops after
-        the last of them."""
+    def mlp_at(self, tokens, layers, edit_z=None, edit_mlp=None):
+        """What the MLPs of some layers read and write, mlp_in and mlp_out, after edits, (B,T) ->
+        {layer: AfterHeads}: stops after the last of them."""
         edit_z = edit_z or {}
         edit_mlp = edit_mlp or {}
         self.check_layers([*edit_z, *edit_mlp, *layers])

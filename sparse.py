@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data.machine import fast_bfloat16
+from data.sae_files import MLP
 from data.strongest import Entries
 from sae import LossAndGradients, gradient_of_b_dec
 
@@ -195,6 +196,13 @@ def activate_candidates(sae, z):                            # (n,d_in) -> place,
     return place[active], feature[active], f[active]
 
 
+def inputs_of(model, saes, tokens):                         # (b,T) -> {layer: (b,T,d_in)}
+    """What the SAEs of some layers read, or what transcoders read. All are of one kind."""
+    if any(sae.reads == MLP for sae in saes.values()):
+        return {layer: after.mlp_in for layer, after in model.mlp_at(tokens, list(saes)).items()}
+    return model.z_cat_at(tokens, list(saes))
+
+
 @torch.no_grad()
 def active_entries(model, saes, tokens, progress=lambda rows_done: None):
     """Yields (layer, Entries) for blocks of rows of `tokens` (R,T), position 0 (BOS) left out.
@@ -203,7 +211,7 @@ def active_entries(model, saes, tokens, progress=lambda rows_done: None):
     """
     first = 0
     for part in tokens.split(32):
-        for layer, z in model.z_cat_at(part, list(saes)).items():
+        for layer, z in inputs_of(model, saes, part).items():
             entries = encode_sparse(saes[layer], z[:, 1:])
             # counted through all of tokens, and from BOS, which was cut off
             yield layer, entries._replace(row=entries.row + first, q=entries.q + 1)

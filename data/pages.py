@@ -59,6 +59,7 @@ def write_features(folder, layer, tokens, of_layer, records, n_before):
     top = examples(tokens, collected.top, of_layer.top, collected.largest, n_before, True)
     spread = examples(tokens, collected.spread, of_layer.spread, collected.largest, n_before, False)
     dfa = dfa_shares(collected, of_layer.top)
+    of_heads = dfa.shape[1] > 0                             # not a transcoder's
     n_tokens = tokens[:, 1:].numel()
     chunks = {}
     for record in records:
@@ -70,7 +71,7 @@ def write_features(folder, layer, tokens, of_layer, records, n_before):
                      f"({record['frequency']:.2%}); activation {record['mean']:.3g} on average "
                      f"where active, {record['largest']:.3g} at most.",
             "explorer": f'to take it apart in a prompt: python attribution.py "..." --feature '
-                        f'{layer}.{i}',
+                        f'{"" if of_heads else "mlp."}{layer}.{i}',
             "weights": record["head_weights"],
             "dfa": [round(share, 3) for share in dfa[i].tolist()],
             "counts": collected.counts[i].tolist(),

@@ -498,7 +498,7 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page), \
         "it loads something from elsewhere"
     found = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert found["dashboards"] == [2], \
+    assert found["dashboards"] == {"feature": [2], "MLP feature": []}, \
         "a link to dashboards that are not there, or none to those that are"
     assert "<script" in "".join(found["tokens"])
     for node in found["nodes"].values():

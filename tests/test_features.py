@@ -320,3 +320,53 @@ def test_mistakes_get_one_sentence(tmp_path, flags, words):
     done = program("features", *([] if "--out" in flags else ["--out", tmp_path]), *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+# ---- features of transcoders ----
+
+
+def test_mlp_features_have_pages_without_what_is_about_heads(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    for layer in (0, 2):
+        transcoder = S.Transcoder(256, 64, 256, g)
+        transcoder.save(tmp_path / "saes" / "mlp" / f"L{layer}" / "sae.safetensors")
+        S.SAE(256, 64, g).save(tmp_path / "saes" / f"L{layer}" / "sae.safetensors")
+    flags = ["--saes", tmp_path / "saes", "--layers", "0,2", "--n-tokens", 4_000, "--out", tmp_path]
+    done = program("features", "--reads", "mlp", *flags)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tiny" / "mlp" / "features"
+    page = page_data((folder / "index.html").read_text())
+    assert page["reads"] == "mlp" and page["n_heads"] == 0 and set(page["features"]) == {"0", "2"}
+    records = json.loads((folder / "L2" / "features.json").read_text())["features"]
+    saved = S.SAE.load(tmp_path / "saes" / "mlp" / "L2")
+    model = models.load_model("tiny")
+    for record in records[::20]:
+        assert record["head_weights"] == [] and record["family"] != "after a copy"
+        effects = model.logit_directions(torch.arange(4096)) @ saved.W_dec[record["feature"]]
+        assert record["raises"][0][0] == int(effects.argmax())
+    first = next(iter(chunk(folder / "L2" / "0.js").values()))
+    assert first["dfa"] == [] and "--feature mlp.2." in first["explorer"]
+    assert all(example["sources"] == [] for example in first["top"])
+
+
+def test_mlp_features_are_active_where_the_mlp_reads_it(tiny):
+    transcoder = S.Transcoder(256, 40, 256, torch.Generator().manual_seed(1)).requires_grad_(False)
+    rows = torch.randint(4000, (6, 30), generator=torch.Generator().manual_seed(0))
+    tokens, kept = F.collect_places(tiny, {1: transcoder}, [rows], 6)
+    found = F.read_places(tiny, {1: transcoder}, tokens, kept)[1]
+    _, cache = tiny(rows, keep=(1,))
+    f = transcoder.encode(cache[1].mlp_in)
+    assert int(kept[1].n.sum()) == int((f[:, 1:] > 0).sum())
+    top = kept[1].top
+    torch.testing.assert_close(f[top.row, top.q, top.feature], top.f)
+    shown = found.top.window[:, F.BEFORE].float()
+    torch.testing.assert_close(shown, top.f, atol=1e-2, rtol=1e-2)      # half precision
+    assert (found.reads.source == -1).all() and found.reads.head_value.shape[1] == 0
+
+
+def test_transcoders_that_are_not_there_are_named(tmp_path):
+    for flags, words in ((["--reads", "mlp", "--saes", tmp_path / "x"], "there are no transcoders"),
+                         (["--reads", "else", "--saes", tmp_path / "x"], "neither z_cat nor mlp")):
+        S.SAE(256, 8).save(tmp_path / "x" / "L0" / "sae.safetensors")
+        done = program("features", *flags, "--n-tokens", 4_000, "--out", tmp_path)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
