@@ -467,17 +467,19 @@ def check_logit(traced, position, token, against):
 # Leaves are what is no feature: embeddings, biases, errors, and what is not taken apart.
 
 
-class Leaves(NamedTuple):
-    """What the leaves of a root contribute to it, over all paths. `total` and `constants` sum to
-    the root."""
-    total: Tensor           # (N,) of each component; 0 for features, which are no leaves
+class Paths(NamedTuple):
+    """What each component contributes to a root, over all paths. Leaves and constants sum to the
+    root."""
+    contribution: Tensor    # (N,)
     constants: Tensor       # (m,) of biases that nobody wrote to the stream
-    unexplained: Tensor     # (N,) bool: errors, and outputs that are not taken apart, BOS apart
+    is_leaf: Tensor         # (N,) bool
+    unexplained: Tensor     # (N,) bool: leaves that are errors or outputs not taken apart, but for
+                            # BOS
 
 
 @torch.no_grad()
-def sweep(traced, reader):                                  # -> Leaves
-    """The contributions of all leaves to a reader."""
+def sweep(traced, reader):                                  # -> Paths
+    """The contributions of all components to a reader."""
     components = traced.components
     stream = traced.cache[0].resid_pre[0]                               # (T,d_model)
     gradient = torch.zeros_like(stream)
@@ -521,11 +523,10 @@ def sweep(traced, reader):                                  # -> Leaves
     for kind in (EMBEDDING, POSITION):
         contributed(kind, -1)
 
-    contribution[components.is_feature()] = 0
     of_kind = components.kind
     is_whole = ((of_kind == MLP) | (of_kind == ATTENTION)) & (components.position > 0)
     unexplained = is_whole | (of_kind == ERROR) | (of_kind == MLP_ERROR)
-    return Leaves(contribution, torch.cat(constants), unexplained)
+    return Paths(contribution, torch.cat(constants), ~components.is_feature(), unexplained)
 
 
 def back_through_mlp(traced, layer, C, gradient):           # (T,d_sae), (T,d_model)
@@ -559,11 +560,11 @@ class Unexplained(NamedTuple):
 
 def unexplained(traced, reader):                            # -> Unexplained
     """The part of a feature or logit that ends in leaves which say nothing."""
-    leaves = sweep(traced, reader)
-    size = leaves.total.abs()
-    root = float(leaves.total.sum() + leaves.constants.sum())
-    ends = float(size[leaves.unexplained].sum())
-    everything = float(size.sum() + leaves.constants.abs().sum())
+    paths = sweep(traced, reader)
+    size = paths.contribution.abs()
+    root = float(paths.contribution[paths.is_leaf].sum() + paths.constants.sum())
+    ends = float(size[paths.unexplained].sum())
+    everything = float(size[paths.is_leaf].sum() + paths.constants.abs().sum())
     return Unexplained(ratio(ends, everything), abs(ratio(ends, root)))
 
 

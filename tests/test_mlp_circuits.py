@@ -82,10 +82,10 @@ def test_one_sweep_gives_what_the_whole_tree_gives(run):
         assert abs(sum(expected.values()) - tree.value) < 1e-9 * max(1, abs(tree.value))
         assert abs(float(leaves.constants.sum()) - expected.pop("constant")) < 1e-9
         found = {}
-        for n in leaves.total.nonzero()[:, 0].tolist():
+        for n in leaves.is_leaf.nonzero()[:, 0].tolist():
             key = (A.KINDS[run.components.kind[n]], int(run.components.layer[n]),
                    int(run.components.position[n]))
-            found[key] = float(leaves.total[n])
+            found[key] = float(leaves.contribution[n])
         for key in found.keys() | expected.keys():
             assert abs(found.get(key, 0.0) - expected.get(key, 0.0)) < 1e-9, key
 
@@ -93,7 +93,7 @@ def test_one_sweep_gives_what_the_whole_tree_gives(run):
 def test_leaves_sum_to_the_root(run):
     for reader in readers(run):
         leaves = A.sweep(run, reader)
-        total = float(leaves.total.sum() + leaves.constants.sum())
+        total = float(leaves.contribution[leaves.is_leaf].sum() + leaves.constants.sum())
         assert abs(total - A.read_terms(run, reader).pre) < 1e-9
         kinds = {A.KINDS[kind] for kind in run.components.kind[leaves.unexplained].tolist()}
         assert kinds == {"error", "MLP error"}, "all layers have SAEs and transcoders; BOS is known"
@@ -106,7 +106,8 @@ def test_what_is_not_explained_shrinks_when_mlps_are_taken_apart(run):
     for traced in (run, without):
         leaves = A.sweep(traced, reader)
         sizes = {}
-        for n, size in enumerate(leaves.total.abs().tolist()):
+        for n in leaves.is_leaf.nonzero()[:, 0].tolist():
+            size = float(leaves.contribution[n].abs())
             kind = A.KINDS[traced.components.kind[n]]
             is_bos = int(traced.components.position[n]) == 0
             says_nothing = "error" in kind or (kind in ("MLP", "attention") and not is_bos)
@@ -179,7 +180,11 @@ def test_all_paths_through_a_feature_are_its_gradient_with_everything_else_froze
 
         walk(A.tree_of(run, reader, share=0, depth=20, breadth=None))
         assert {kind for kind, *_ in paths} == set(A.FEATURES) and len(paths) > 5
+        of_sweep = A.sweep(run, reader).contribution
+        rows = {(A.KINDS[kind], l, k, j): n for n, (kind, l, k, j) in
+                enumerate(zip(*(column.tolist() for column in run.components[:4])))}
         for (kind, l, k, j), total in paths.items():
+            assert abs(total - float(of_sweep[rows[kind, l, k, j]])) < 1e-9
             f = (run.f if kind == "feature" else run.f_mlp)[l][k, j]
             effect = float(gradients[kind, l][k, j] * f)
             assert abs(total - effect) < 1e-9 * max(1.0, abs(effect)), (kind, l, k, j)

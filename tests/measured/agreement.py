@@ -2,9 +2,9 @@
 
     python tests/measured/agreement.py          the shipped model, over held-out text
 
-Two tables, also written to <out>/<model>/agreement/agreement.json: weight-based head attribution
-against DFA by head; and one step of recursive DFA against what happens when a feature is removed
-from the model.
+Three tables, also written to <out>/<model>/agreement/agreement.json: weight-based head attribution
+against DFA by head; recursive DFA against what happens when a feature is removed from the model;
+and what the model loses when SAEs and transcoders do its work.
 
 Shapes: R rows, T positions, H heads, D = H*d_head, d_sae.
 """
@@ -15,16 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from attribution import (Reader, ablation_effects, trace_prompt,  # noqa: E402
+from attribution import (FEATURE, Reader, ablation_effects, sweep, trace_prompt,  # noqa: E402
                          upstream_features)
 from data.errors import UserError, run  # noqa: E402
 from data.files import write_json  # noqa: E402
 from data.flags import field, parse_flags  # noqa: E402
-from data.stats import bootstrap, format_ci, spearman  # noqa: E402
+from data.stats import bootstrap, format_ci, mean_with_ci, spearman  # noqa: E402
 from direct import head_weights  # noqa: E402
+from sae import splice, splice_mlp  # noqa: E402
 from study import StudyConfig, begin, finish, held_out_rows  # noqa: E402
 
 
@@ -68,24 +70,27 @@ def head_agreement(model, sae, layer, rows):                # (R,T) -> dict
 
 @torch.no_grad()
 # -> dict
-def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10, seed=0):
-    """One step of recursive DFA against removal, nothing frozen.
+def ablation_agreement(model, saes, transcoders, rows, n_roots=100, n_strong=10, n_random=10,
+                       seed=0):
+    """Recursive DFA against removal, nothing frozen.
 
     For features of the last layer that has an SAE, at positions drawn at random, the n_strong
-    earlier features of largest direct attribution and n_random others are removed one at a time,
-    each where it fired, and the model run anew. rank: mean over roots of Spearman's correlation of
-    attribution (summed over heads) with the fall of the pre-activation. sign: how often their signs
-    agree among the strong ones. slope: fall per unit attributed (least squares through 0, over
-    all). Intervals over roots.
+    earlier attention features of largest direct attribution and n_random others are removed one at
+    a time, each where it fired, and the model run anew. What is attributed to them: in one step,
+    summed over heads; over all paths through attention features; and over all paths, MLP features
+    too. rank: mean over roots of Spearman's correlation of attribution with the fall of the
+    pre-activation. sign: how often their signs agree among the strong ones. slope: fall per unit
+    attributed (least squares through 0, over all). Intervals over roots.
     """
     rng = np.random.default_rng(seed)
     layer = max(saes)
-    rank, sign, product, square = [], [], [], []            # one entry for each root
-    while len(rank) < n_roots:
+    measured = {}                                           # {way: [(rank, sign, product, square)]}
+    n_measured = 0
+    while n_measured < n_roots:
         if not len(rows):
-            raise UserError(f"these rows have only {len(rank)} features with {n_strong + n_random} "
-                            f"earlier ones to remove, and {n_roots} are needed; give more text, or "
-                            f"raise --n-rows.")
+            raise UserError(f"these rows have only {n_measured} features with "
+                            f"{n_strong + n_random} earlier ones to remove, and {n_roots} are "
+                            f"needed; give more text, or raise --n-rows.")
         tokens, rows = rows[0], rows[1:]
         traced = trace_prompt(model, saes, tokens)
         position = int(rng.integers(min(8, len(tokens) - 1), len(tokens)))
@@ -93,27 +98,77 @@ def ablation_agreement(model, saes, rows, n_roots=100, n_strong=10, n_random=10,
         if not len(active):
             continue
         root = int(active[rng.integers(len(active))])
-        upstream, attributed = upstream_features(traced, Reader("feature", layer, position, root))
+        reader = Reader("feature", layer, position, root)
+        upstream, in_one_step = upstream_features(traced, reader)
         if len(upstream) < n_strong + n_random:
             continue
         others = n_strong + rng.choice(len(upstream) - n_strong, n_random, replace=False)
         chosen = torch.from_numpy(np.concatenate([np.arange(n_strong), others])).to(tokens.device)
-        attributed = attributed[chosen]
-        fall = ablation_effects(traced, upstream[chosen],
-                                Reader("feature", layer, position, root))
-        rank.append(float(spearman(attributed, fall)))
-        sign.append(float((attributed.sign() == fall.sign())[:n_strong].double().mean()))
-        product.append(float((attributed * fall).sum()))
-        square.append(float(attributed.square().sum()))
-    rank, sign, product, square = (np.array(x) for x in (rank, sign, product, square))
-    statistics = {"rank": lambda drawn: rank[drawn].mean(),
+        removed = upstream[chosen]
+        fall = ablation_effects(traced, removed, reader)
+        attributed = {"one step": in_one_step[chosen],
+                      "all paths through attention": sweep(traced, reader).contribution[removed]}
+        if transcoders:
+            attributed["all paths, through MLPs too"] = through_mlps(
+                traced, transcoders, reader, removed)
+        for way, values in attributed.items():
+            same_sign = (values.sign() == fall.sign())[:n_strong]
+            measured.setdefault(way, []).append(
+                (float(spearman(values, fall)), float(same_sign.double().mean()),
+                 float((values * fall).sum()), float(values.square().sum())))
+        n_measured += 1
+    ways = {way: summary_over_roots(np.array(columns)) for way, columns in measured.items()}
+    return {"layer": layer, "n_roots": n_roots, "n_removed": n_roots * (n_strong + n_random),
+            "ways": ways}
+
+
+def through_mlps(traced, transcoders, reader, removed):     # (n,) -> (n,)
+    """What is attributed to attention features over all paths, when MLPs are taken apart as well.
+    removed: rows of traced.components, which has the same attention features in the same order."""
+    whole = trace_prompt(traced.model, traced.saes, traced.tokens, transcoders)
+    contribution = sweep(whole, reader).contribution[whole.components.kind == FEATURE]
+    rank = (traced.components.kind == FEATURE).cumsum(0) - 1
+    return contribution[rank[removed]]
+
+
+def summary_over_roots(columns):                            # (n_roots,4) -> dict
+    """Means with intervals, of rank, sign, and the two sums behind the slope."""
+    rank, sign, product, square = columns.T
+    statistics = {"rank": lambda drawn: np.nanmean(rank[drawn]),
                   "sign": lambda drawn: sign[drawn].mean(),
                   "slope": lambda drawn: product[drawn].sum() / square[drawn].sum()}
-    result = {"layer": layer, "n_roots": n_roots, "n_removed": n_roots * (n_strong + n_random)}
+    result = {}
     for name, statistic in statistics.items():
-        result[name] = float(statistic(np.arange(n_roots)))
-        result[f"{name}_ci"] = bootstrap(statistic, n_roots)
+        result[name] = float(statistic(np.arange(len(columns))))
+        result[f"{name}_ci"] = bootstrap(statistic, len(columns))
     return result
+
+
+@torch.no_grad()
+def replacement(model, saes, transcoders, rows):            # (R,T) -> {name: (mean, interval)}
+    """Cross-entropy of predictions from positions 1 to T-2 with every z_cat, every MLP's output, or
+    both, as SAEs and transcoders make them; and with both set to 0. Position 0 keeps its own.
+    Intervals over rows."""
+    spliced_z = {layer: splice(sae) for layer, sae in saes.items()}
+    spliced_mlp = {layer: splice_mlp(one) for layer, one in transcoders.items()}
+
+    def zero(z):
+        return torch.cat([z[:, :1], torch.zeros_like(z[:, 1:])], 1)
+
+    zero_z = {layer: zero for layer in saes}
+    zero_mlp = {layer: lambda mlp_in, mlp_out: zero(mlp_out) for layer in transcoders}
+    edits = {"clean": ({}, {}), "SAEs": (spliced_z, {}), "transcoders": ({}, spliced_mlp),
+             "both": (spliced_z, spliced_mlp), "both 0": (zero_z, zero_mlp)}
+    found = {}
+    for name, (edit_z, edit_mlp) in edits.items():
+        losses = []
+        for tokens in rows.split(16):
+            logits, _ = model(tokens, edit_z, edit_mlp=edit_mlp)
+            loss = F.cross_entropy(logits[:, 1:-1].float().flatten(0, 1),
+                                   tokens[:, 2:].flatten(), reduction="none")
+            losses.append(loss.view(len(tokens), -1).mean(1).cpu())
+        found[name] = mean_with_ci(torch.cat(losses).double().numpy())
+    return found
 
 
 def main():
@@ -133,12 +188,22 @@ def main():
     if len(study.saes) < 2:
         print("\nattribution against removal takes SAEs on two layers or more")
     else:
-        result["removal"] = r = ablation_agreement(study.model, study.saes, rows, seed=config.seed)
-        print(f"\none step of recursive DFA against removal, nothing frozen: {r['n_removed']} "
-              f"removals below {r['n_roots']} features of layer {r['layer']}")
-        print(f"Spearman {format_ci(r['rank'], r['rank_ci'], '.3f')}; same sign, strongest ten "
-              f"{format_ci(r['sign'], r['sign_ci'], '.1%')}; fall per unit attributed "
-              f"{format_ci(r['slope'], r['slope_ci'], '.2f')}")
+        result["removal"] = removal = ablation_agreement(study.model, study.saes, study.transcoders,
+                                                         rows, seed=config.seed)
+        print(f"\nrecursive DFA against removal, nothing frozen: {removal['n_removed']} removals "
+              f"below {removal['n_roots']} features of layer {removal['layer']}\n"
+              f"{'attribution':29} Spearman                 same sign, strongest ten   "
+              f"fall per unit attributed")
+        for way, r in removal["ways"].items():
+            print(f"{way:29} {format_ci(r['rank'], r['rank_ci'], '.3f'):24} "
+                  f"{format_ci(r['sign'], r['sign_ci'], '.1%'):26} "
+                  f"{format_ci(r['slope'], r['slope_ci'], '.2f')}")
+    if study.transcoders:
+        result["replacement"] = replacement(study.model, study.saes, study.transcoders, rows)
+        print("\ncross-entropy with all z_cat as SAEs make it, all MLP outputs as transcoders make "
+              "them, both, and both 0")
+        for name, (mean, interval) in result["replacement"].items():
+            print(f"{name:12} {format_ci(mean, interval, '.3f')}")
     write_json(study.folder / "agreement.json", result)
     finish(study)
 
