@@ -33,10 +33,13 @@ def random(*shape, seed=0):
 
 
 def small_sae(d_in=6, d_sae=10, threshold=0.0):
+    """Encoder and decoder are not each other's transposes, and thresholds differ: an answer that
+    takes one for another is wrong here."""
     sae = S.SAE(d_in, d_sae, torch.Generator().manual_seed(0)).double().requires_grad_(False)
+    sae.W_enc += 0.3 * random(d_in, d_sae, seed=9)
     sae.b_enc += 0.3 * random(d_sae, seed=1)
     sae.b_dec += 0.3 * random(d_in, seed=2)
-    sae.threshold += threshold
+    sae.threshold += threshold * torch.linspace(0.5, 1.5, d_sae)
     return sae
 
 
