@@ -39,9 +39,9 @@ EXERCISES = (
         "an attention layer up to z_cat", "model.py", ("attend",),
         "the top of model.py; Attention.heads and Attention.out, the two halves around the seam"),
     Exercise("what the sparse autoencoder computes", "sae.py",
-             ("SAE.pre_activations", "SAE.activate", "SAE.decode"),
+             ("SAE.encoder_input", "SAE.pre_activations", "SAE.activate", "SAE.decode"),
              "the top of sae.py; the paper, section 2"),
-    Exercise("its loss, and the gradient by hand", "sae.py", ("dense_step",),
+    Exercise("its loss, and the gradient by hand", "sae.py", ("dense_step", "gradient_of_b_dec"),
              "sae.LossAndGradients; the chain rule; note that b_dec enters twice"),
     Exercise("decoder rows of unit norm", "sae.py",
              ("project_decoder_gradient", "normalise_decoder"),
@@ -55,13 +55,13 @@ EXERCISES = (
     Exercise("direct feature attribution", "direct.py", ("dfa", "feature_bias"),
              "model.Heads, for pattern and v; the paper, section 2"),
     Exercise(
-        "one step of recursive DFA", "attribution.py", ("decompose",),
+        "one step of recursive DFA", "attribution.py", ("attention_terms",),
         "attribution.Components, TracedPrompt and Contributions; model.HeadMatrices and LayerCache"
     ),
     Exercise("the length of a prefix that matches", "induction.py", ("prefix_lengths",),
              "the top of induction.py"),
-    Exercise("a feature removed where it matters", "sae.py", ("ablate",),
-             "sae.splice; ioi.ablate_features"),
+    Exercise("a feature removed where it matters", "sae.py", ("take_out",),
+             "sae.ablate, which calls it, and sae.splice; ioi.ablate_features"),
     Exercise("how much of the logit difference is recovered", "ioi.py", ("recovered",),
              "the top of ioi.py; data.stats.bootstrap and mean_with_ci"),
 )
