@@ -255,8 +255,8 @@ def resample(sae, optimizer, dead, z, generator, target=None, mean_in=None):
     """Give each dead feature a new direction, taken from an input that is badly reconstructed
     (Bricken et al. 2023), in place.
 
-    dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in), inputs to draw from, with
-    replacement and with probability ~ (squared error)^2. The new row of W_dec is the target less
+    dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in), inputs to draw from. The
+    new row of W_dec is the target less
     b_dec, normalised. The column of W_enc is the input less b_dec, or in a transcoder less mean_in
     (d_in,), normalised too, at 0.2 times the mean norm of live columns; b_enc makes the
     pre-activation 0 where that difference is. generator: for the draw, on the CPU.
@@ -265,9 +265,7 @@ def resample(sae, optimizer, dead, z, generator, target=None, mean_in=None):
     if not dead.any() or not live.any():
         return
     target = z if target is None else target
-    error = (sae(z) - target).square().sum(-1).cpu().double()           # (B,)
-    drawn = torch.multinomial(error.square(), int(dead.sum()), replacement=True,
-                              generator=generator).to(z.device)
+    drawn = draw_badly_reconstructed(sae, z, target, int(dead.sum()), generator)
     centre = sae.b_dec if sae.subtracts_b_dec else mean_in
     columns = F.normalize(z[drawn] - centre, dim=-1).T                  # (d_in,n_dead)
     columns = 0.2 * sae.W_enc[:, live].norm(dim=0).mean() * columns
@@ -279,6 +277,14 @@ def resample(sae, optimizer, dead, z, generator, target=None, mean_in=None):
     reset_adam(optimizer.state[sae.W_dec], dead, feature_dim=0)
     reset_adam(optimizer.state[sae.W_enc], dead, feature_dim=1)
     reset_adam(optimizer.state[sae.b_enc], dead, feature_dim=0)
+
+
+def draw_badly_reconstructed(sae, z, target, n, generator):     # (B,d_in), (B,d_out) -> (n,)
+    """n places of a batch, drawn with replacement and with probability ~ (squared error of the
+    reconstruction)^2."""
+    error = (sae(z) - target).square().sum(-1).cpu().double()           # (B,)
+    drawn = torch.multinomial(error.square(), n, replacement=True, generator=generator)
+    return drawn.to(z.device)
 
 
 def reset_adam(state, dead, feature_dim):

@@ -1,4 +1,4 @@
-"""For courses: a copy of the project in which the bodies of twelve exercises are blank.
+"""For courses: a copy of the project in which the bodies of fourteen exercises are blank.
 
     python tests/course/make_copy.py my-copy        then in that folder:
     python -m pytest tests/course -x
@@ -46,8 +46,12 @@ EXERCISES = (
     Exercise("decoder rows of unit norm", "sae.py",
              ("project_decoder_gradient", "normalise_decoder"),
              "train.train_step, for the order: project, step, normalise"),
-    Exercise("resampling of dead features", "sae.py", ("resample", "reset_adam"),
-             "Bricken et al. 2023, Towards Monosemanticity; the docstrings"),
+    Exercise("which inputs are badly reconstructed", "sae.py", ("draw_badly_reconstructed",),
+             "Bricken et al. 2023, Towards Monosemanticity; torch.multinomial"),
+    Exercise("what Adam knows of a new feature", "sae.py", ("reset_adam",),
+             "its docstring; the state of torch.optim.Adam"),
+    Exercise("new directions for dead features", "sae.py", ("resample",),
+             "its docstring; without target and mean_in it is an SAE's"),
     Exercise("cross-entropy recovered", "train.py", ("row_ce", "ce_recovered"),
              "train.evaluate, for what is replaced where"),
     Exercise("which heads a feature lies in", "direct.py", ("head_weights",),

@@ -1,4 +1,4 @@
-"""The twelve exercises of tests/course/make_copy.py, graded in order; in the project itself they
+"""The fourteen exercises of tests/course/make_copy.py, graded in order; in the project itself they
 are tests like others.
 
 References are loops over single numbers, autograd, or numbers worked out on paper: nothing is
@@ -65,6 +65,10 @@ def slow_attention(q, k, v, scale, window=None, cap=None):
 
 def test_01_attention():
     q, k, v = (random(2, 5, 3, 4, seed=i) for i in range(3))
+    before = [t.clone() for t in (q, k, v)]
+    models.attend(q, k, v, 0.7)
+    assert all(map(torch.equal, before, (q, k, v))), \
+        "q, k and v are changed in place; make new tensors"
     for window, cap in ((None, None), (2, None), (None, 1.5), (9, 1.5)):
         heads = models.attend(q, k, v, 0.7, window, cap)
         pattern, z_cat = slow_attention(q, k, v, 0.7, window, cap)
@@ -88,8 +92,10 @@ def test_01_attention():
         for name, given in (("q", q), ("k", k), ("v", v)):
             assert getattr(heads, name) is given or near(getattr(heads, name), given), \
                 f"{name} goes along as it came: it is read by attribution"
-        assert near(models.attend(q, k, v, 0.7, window, cap, with_pattern=False).z_cat, z_cat), \
-            "without the pattern z_cat is the same"
+        fused = models.attend(q, k, v, 0.7, window, cap, with_pattern=False)
+        assert near(fused.z_cat, z_cat), "without the pattern z_cat is the same"
+        assert cap or fused.pattern is None, \
+            "with_pattern=False returns None for the pattern: what nobody asked for costs nothing"
 
 
 # ---- 2: the SAE ----
@@ -114,9 +120,24 @@ def test_02_encode_and_decode():
     sae.threshold.copy_(torch.tensor([2.2, 0, 2.2]))
     assert near(sae.encode(z), torch.tensor([[0, 0, 2.5]])), \
         "f is pre where pre > threshold, else 0; the threshold is not subtracted"
+    sae.threshold.copy_(torch.tensor([1.9, 0, 2.6]))
+    assert near(sae.encode(z), torch.tensor([[2.0, 0, 0]])), \
+        "each feature has a threshold of its own: threshold is (d_sae,)"
+    sae.threshold.copy_(torch.tensor([2.0, 0, 0]))
+    assert near(sae.encode(z), torch.tensor([[0, 0, 2.5]])), \
+        "at its threshold a feature is not active: pre > threshold, not >="
+    many = sae.encode(z.expand(4, 3, 2))
+    assert many.shape == (4, 3, 3), "leading dimensions stay as they are: (...,d_in) -> (...,d_sae)"
     z_hat = sae.decode(torch.tensor([[2, 0, 2.5]]))
     assert near(z_hat, torch.tensor([[4.5, 4.0]]), 1e-6), \
         f"f @ W_dec + b_dec is [[4.5, 4.0]], and z_hat is {z_hat.tolist()}: b_dec?"
+    sae.threshold.zero_()
+    sae.requires_grad_(True)
+    z_hat = sae(z)
+    assert z_hat.requires_grad, "no gradient reaches a parameter: do not detach"
+    z_hat.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in sae.parameters()), \
+        "no gradient reaches a parameter: do not detach, and do not take .data"
 
 
 # ---- 3: loss and gradient ----
@@ -158,6 +179,10 @@ def test_03_gradient():
     got = S.dense_step(sae, z, 0.5).gradients
     assert set(got) == set(expected), f"gradients of {sorted(expected)} are needed"
     assert near(got["W_dec"], expected["W_dec"]), "dL/dW_dec = f^T (2 (z_hat - z) / B)"
+    f = torch.relu((z - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    through_encoder = ((2 * (sae.decode(f) - z) / 32) @ sae.W_enc + 0.5 / 32) * (f > 0)
+    assert not near(got["b_enc"], through_encoder.sum(0)), \
+        "dL/df goes back through the decoder: W_dec^T, not W_enc"
     assert near(got["b_enc"], expected["b_enc"]), \
         "dL/db_enc: the gradient at a pre-activation is 0 where the feature is not active; l1 / B counts"
     assert near(got["W_enc"], expected["W_enc"]), \
@@ -181,75 +206,124 @@ def test_04_decoder_rows():
         "take from each row of the gradient its part along W_dec's row: g - (g . w) w, row by row"
     sae.W_dec.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
     parameter = sae.W_dec
+    encoder = sae.W_enc.clone()
     S.normalise_decoder(sae)
+    assert torch.equal(sae.W_enc, encoder), "only W_dec is normalised; W_enc stays"
     assert sae.W_dec is parameter, "W_dec is changed in place: the optimiser knows this parameter"
     assert near(sae.W_dec.data, torch.tensor([[0.6, 0.8], [0.0, 1.0]]), 1e-6), \
         "each row is divided by its norm"
 
 
-# ---- 5: resampling ----
+# ---- 5, 6, 7: resampling ----
 
 
-def test_05_resampling():
-    d_in, d_sae = 6, 4000
-    sae = S.SAE(d_in, d_sae, torch.Generator().manual_seed(0)).requires_grad_(False)
-    sae.b_dec += 0.5
-    sae.b_enc -= 100.0                  # nothing is active: z_hat = b_dec
-    sae.b_enc[:4] = 0.0
-    sae.W_enc[:, :4] = 0
-    sae.requires_grad_(True)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, betas=(0.0, 0.9999))
-    for parameter in sae.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    optimizer.step()
-    sae.requires_grad_(False)
-    sae.W_enc[:, :4] = torch.eye(d_in)[:, :4] * torch.tensor([1.0, 2, 3, 4])
-    sae.b_enc[:4] = -50.0
-    dead = torch.arange(d_sae) >= 4
-    # squared errors 0, 1 and 2
-    z = sae.b_dec + torch.tensor([[0.0] * 6, [1.0, 0, 0, 0, 0, 0], [0, math.sqrt(2), 0, 0, 0, 0]])
-    live = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    moments = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in sae.named_parameters()}
-    for nobody in (torch.zeros_like(dead), torch.ones_like(dead)):
-        S.resample(sae, optimizer, nobody, z, torch.Generator().manual_seed(0))
-        assert torch.equal(sae.W_dec, live["W_dec"]), \
-            "nothing is done if no feature is dead, or all are"
+def test_05_which_inputs_are_drawn():
+    """An SAE that reconstructs one direction: squared errors are 0, 1 and 2."""
+    sae = S.SAE(3, 2).requires_grad_(False)
+    sae.W_dec.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+    sae.W_enc.copy_(sae.W_dec.T)
+    sae.b_dec.fill_(0.5)
+    sae.b_enc[1] = -100.0               # its second feature is never active
+    # from b_dec; the 9 and the 3 are no errors
+    away = torch.tensor([[9.0, 0, 0], [3, 1, 0], [0, 1, 1]])
+    z = sae.b_dec + away
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    S.resample(sae, optimizer, dead, z, generator)
+    drawn = S.draw_badly_reconstructed(sae, z, z, 6000, generator)
     assert not torch.equal(generator.get_state(), before), "draw with the generator that is given"
-    assert torch.equal(sae.W_dec[:4], live["W_dec"][:4]), "live features stay as they are"
-    assert torch.equal(sae.W_enc[:, :4], live["W_enc"][:, :4]), "live features stay as they are"
-    rows = sae.W_dec[4:]
-    assert rows.norm(dim=1).min() > 0, "an input without error was drawn: its probability is 0"
-    assert near(rows.norm(dim=1), torch.ones(d_sae - 4), 1e-5), \
-        "a new row of W_dec has norm 1: centre, then normalise"
-    share = float((rows[:, 1] > 0.9).float().mean())
-    assert ((rows[:, 0] > 0.99) | (rows[:, 1] > 0.99)).all(), \
-        "a new row is an input less b_dec, normalised; an input without error is never drawn"
-    assert abs(share - 2 / 3) > 0.04, "the probability goes with the square of the squared error"
-    assert abs(share - 4 / 5) < 0.04, \
+    assert drawn.shape == (6000,), "n places, with replacement: n may be larger than the batch"
+    shares = torch.bincount(drawn, minlength=3) / 6000
+    by_distance = away.square().sum(1).square()
+    assert not near(shares, by_distance / by_distance.sum(), 0.03), \
+        "the error is that of the reconstruction, sae(z) - target, not the distance from b_dec"
+    assert shares[0] == 0, "an input without error is never drawn: its probability is 0"
+    assert abs(float(shares[2]) - 2 / 3) > 0.03, \
+        "the probability goes with the square of the squared error"
+    assert near(shares, torch.tensor([0, 0.2, 0.8]), 0.03), \
         "an input with twice the squared error is drawn 4 times as often"
-    assert near(sae.W_enc[:, 4:], 0.2 * 2.5 * rows.T, 1e-5), \
-        "W_enc's column: the same direction at 0.2 times the mean norm of live columns, which is 2.5"
-    assert (sae.b_enc[4:] == 0).all(), "b_enc of a new feature is 0"
+    drawn = S.draw_badly_reconstructed(sae, z, z - away, 6000, generator)
+    assert (drawn == 0).float().mean() > 0.5, \
+        "the error is against the target, which may be another"
+
+
+def resampled():
+    """An SAE of which features 2 to 9 are dead, before and after."""
+    g = torch.Generator().manual_seed(0)
+    sae = S.SAE(6, 10, g)
+    with torch.no_grad():
+        sae.b_dec += torch.randn(6, generator=g)
+        sae.W_enc += 0.3 * torch.randn(6, 10, generator=g)
+        sae.b_enc += 0.1 * torch.randn(10, generator=g)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, betas=(0.9, 0.9999))
+    for _ in range(3):
+        for parameter in sae.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=g)
+        optimizer.step()
+    sae.requires_grad_(False)
+    z = sae.b_dec + torch.randn(7, 6, generator=g)
+    before = {name: p.clone() for name, p in sae.named_parameters()}
+    moments = {name: {key: value.clone() for key, value in optimizer.state[p].items()}
+               for name, p in sae.named_parameters()}
+    return sae, optimizer, z, before, moments
+
+
+def test_06_adam_after_resampling():
+    sae, optimizer, _, _, moments = resampled()
+    dead = torch.arange(10) >= 2
     for name, feature_dim in (("W_enc", 1), ("W_dec", 0), ("b_enc", 0)):
         state = optimizer.state[getattr(sae, name)]
-        first, second = state["exp_avg"].movedim(feature_dim,
-                                                 0), state["exp_avg_sq"].movedim(feature_dim, 0)
-        assert (first[4:] == 0).all(), f"Adam's first moment of {name} is 0 for new features"
-        assert not (second[4:] == 0).any(), \
+        S.reset_adam(state, dead, feature_dim)
+        first = state["exp_avg"].movedim(feature_dim, 0)
+        second = state["exp_avg_sq"].movedim(feature_dim, 0)
+        before = {key: moments[name][key].movedim(feature_dim, 0)
+                  for key in ("exp_avg", "exp_avg_sq")}
+        assert state["step"] == moments[name]["step"], \
+            f"Adam's step of {name} stays: it is one number for all features"
+        assert torch.equal(first[:2], before["exp_avg"][:2]), \
+            f"Adam's first moment of live features stays ({name})"
+        assert torch.equal(second[:2], before["exp_avg_sq"][:2]), \
+            f"Adam's second moment of live features stays ({name})"
+        assert (first[2:] == 0).all(), f"Adam's first moment of {name} is 0 for new features"
+        assert not (second[2:] == 0).any(), \
             (f"Adam's second moment of {name}: 0 would make the first update huge; "
              "take the mean of live ones")
-        mean = moments[name].movedim(feature_dim, 0)[:4].mean(0)
-        assert torch.allclose(second[4:], mean.expand_as(second[4:]), rtol=1e-4), \
+        mean = before["exp_avg_sq"][:2].mean(0)
+        assert torch.allclose(second[2:], mean.expand_as(second[2:]), rtol=1e-4), \
             f"Adam's second moment of {name}: element by element, the mean over live features"
 
 
-# ---- 6: cross-entropy recovered ----
+def test_07_new_directions():
+    sae, optimizer, z, before, _ = resampled()
+    for nobody in (torch.zeros(10, dtype=torch.bool), torch.ones(10, dtype=torch.bool)):
+        S.resample(sae, optimizer, nobody, z, torch.Generator().manual_seed(0))
+        assert torch.equal(sae.W_dec, before["W_dec"]), \
+            "nothing is done if no feature is dead, or all are"
+    dead = torch.arange(10) >= 2
+    residuals = F.normalize(z - sae(z), dim=1)
+    S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0))
+    assert torch.equal(sae.b_dec, before["b_dec"]), "b_dec stays as it is"
+    for name, live in (("W_dec", slice(2)), ("W_enc", (slice(None), slice(2))), ("b_enc", slice(2))):
+        assert torch.equal(getattr(sae, name)[live], before[name][live]), \
+            f"live features stay as they are: {name}"
+    rows = sae.W_dec[2:]
+    assert near(rows.norm(dim=1), torch.ones(8), 1e-5), \
+        "a new row of W_dec has norm 1: centre, then normalise"
+    assert (rows @ residuals.T).max(1).values.min() < 0.999, \
+        "the direction is that of the input less b_dec, not that of what is missing of it"
+    inputs = F.normalize(z - sae.b_dec, dim=1)
+    assert near((rows @ inputs.T).max(1).values, torch.ones(8), 1e-5), \
+        "a new row of W_dec is an input less b_dec, normalised"
+    size = 0.2 * before["W_enc"][:, :2].norm(dim=0).mean()
+    assert near(sae.W_enc[:, 2:].norm(dim=0), size.expand(8), 1e-5), \
+        "W_enc's column has 0.2 times the mean norm of live columns: of those alone"
+    assert near(sae.W_enc[:, 2:], size * rows.T, 1e-5), "W_enc's column: the same direction"
+    assert (sae.b_enc[2:] == 0).all(), "b_enc of a new feature is 0"
 
 
-def test_06_cross_entropy_recovered():
+# ---- 8: cross-entropy recovered ----
+
+
+def test_08_cross_entropy_recovered():
     logits, tokens = random(3, 6, 9), torch.randint(9, (3, 6),
                                                     generator=torch.Generator().manual_seed(0))
     q = torch.tensor([[1, 2, 3, 4], [1, 3, 4, 4], [0, 1, 2, 3]])
@@ -263,19 +337,29 @@ def test_06_cross_entropy_recovered():
 
     got = train.row_ce(at_q, tokens, q)
     assert not near(got, mean(0), 1e-5), "the prediction at position t is of the token at t + 1"
+    assert not near(got, mean(1) * q.shape[1], 1e-5), "a mean over the positions, not a sum"
+    assert not near(got, -mean(1), 1e-5), "the loss is minus the log-probability: check the sign"
+    assert not near(got, mean(1) / math.log(2), 1e-5), "nats: the natural logarithm, not bits"
     assert near(got, mean(1), 1e-5), \
         "at each position q the logsumexp of all logits less the logit of the token at q + 1"
+    assert near(train.row_ce(at_q.bfloat16(), tokens, q), mean(1), 0.1), \
+        "logits may be bfloat16: take them to float32 first"
     ablated, sae, clean = np.array([2.0, 5.0]), np.array([1.0, 4.0]), np.array([0.0, 1.0])
     got = train.ce_recovered(ablated, sae, clean)
     assert got != pytest.approx(0.375), "a ratio of means over rows, not a mean of ratios"
     assert got != pytest.approx(2 / 3), "what is recovered, not what is lost"
     assert got == pytest.approx(1 / 3), "(CE_ablated - CE_sae) / (CE_ablated - CE_clean)"
+    for sae, right in ((np.array([3.0, 6.0]), -1 / 3), (np.array([0.0, 0.0]), 7 / 6)):
+        assert train.ce_recovered(ablated, sae, clean) == pytest.approx(right), \
+            "below 0 or above 1 it stays what it is: nothing is clipped"
+    ablated, sae, clean = np.array([2.0, 2, 8]), np.array([1.0, 1, 1]), np.zeros(3)
+    assert train.ce_recovered(ablated, sae, clean) == pytest.approx(9 / 12), "means, not medians"
 
 
-# ---- 7, 8, 9: attribution ----
+# ---- 9, 10, 11: attribution ----
 
 
-def test_07_head_weights():
+def test_09_head_weights():
     """On paper: norms 5, 0 and 15."""
     got = direct.head_weights(torch.tensor([[3.0, 4, 0, 0, 0, 15], [0.0, 0, 0, 0, 0, 0]]), 3)
     assert got.isfinite().all(), "a row of zeros gives NaN: keep the denominator above 0"
@@ -287,8 +371,9 @@ def test_07_head_weights():
         "(...,D) -> (...,H): a single row is taken too"
 
 
-def test_08_direct_feature_attribution():
-    pattern, v, sae = random(2, 3, 4, 4).softmax(-1), random(2, 4, 3, 2, seed=1), small_sae()
+def test_10_direct_feature_attribution():
+    pattern, v = random(2, 3, 4, 4).softmax(-1), random(2, 4, 3, 2, seed=1)
+    sae = small_sae(threshold=0.3)
     got = direct.dfa(pattern, v, sae.W_enc[:, 7])
     assert got.shape == (2, 3, 4, 4), "(B,H,q,k): one number for each head, query and key"
     for b, h, q, k in ((0, 0, 1, 0), (1, 2, 3, 2), (0, 1, 2, 2)):
@@ -300,17 +385,34 @@ def test_08_direct_feature_attribution():
     bias = direct.feature_bias(sae)
     assert bias.shape == (10,), "a number for each feature"
     assert not near(bias, sae.b_enc), "z has b_dec subtracted before W_enc: - b_dec . W_enc[:,i]"
-    assert near(got.sum((1, 3)) + bias[7], pre[..., 7]), "all of it together is the pre-activation"
+    assert not near(bias, sae.b_enc - sae.b_dec @ sae.W_dec.T), \
+        "b_dec . W_enc[:,i]: the encoder's column"
+    assert not near(bias, sae.b_enc - sae.b_dec @ sae.W_enc - sae.threshold), \
+        "the pre-activation is before the threshold: it is not subtracted"
+    assert bias.min() < 0, "a bias may be negative: it is no activation"
+    for i in range(10):
+        total = direct.dfa(pattern, v, sae.W_enc[:, i]).sum((1, 3)) + bias[i]
+        assert near(total, pre[..., i]), \
+            "all of it together is the pre-activation, for every feature"
 
 
-def test_09_one_step_of_recursive_attribution():
+def test_11_one_step_of_recursive_attribution():
     torch.manual_seed(0)
     gpt2 = models.GPT2(models.GPT2Config(2, 2, 8, 16, 20, 12)).double().requires_grad_(False)
     for parameter in gpt2.parameters():
         parameter += 0.3 * torch.randn_like(parameter)
-    saes = {layer: small_sae(8, 12) for layer in (0, 1)}
+    saes = {layer: small_sae(8, 12, threshold=0.2) for layer in (0, 1)}
     run = attribution.trace_prompt(gpt2, saes, torch.tensor([0, 5, 7, 5, 3, 9]))
-    layer, q, i = 1, 4, 3
+    layer, q = 1, 4
+    pre = saes[1].pre_activations(run.cache[1].z_cat[0, q])
+    above, below = int(pre.argmax()), int(pre.argmin())
+    assert pre[below] < 0 < pre[above], "one root of either sign"
+    for i in (above, below):
+        check_decomposition(run, layer, q, i)
+
+
+def check_decomposition(run, layer, q, i):
+    saes = run.saes
     kept, m, sae = run.cache[layer], run.matrices[layer], saes[layer]
     found = attribution.decompose(run, layer, q, i)
     got = {(int(h), int(p)): float(value)
@@ -335,13 +437,14 @@ def test_09_one_step_of_recursive_attribution():
     assert got.get((-1, -1)) == pytest.approx(float(sae.b_enc[i] - sae.b_dec @ sae.W_enc[:, i])), \
         "the feature's own bias, head -1 and component -1: b_enc[i] - b_dec . w_i"
     pre = float((kept.z_cat[0, q] - sae.b_dec) @ sae.W_enc[:, i] + sae.b_enc[i])
-    assert found.pre == pytest.approx(pre), "pre is the sum of all values"
+    assert found.pre == pytest.approx(pre), \
+        "pre is the sum of all values, negative ones too: it is no activation"
 
 
-# ---- 10: prefixes ----
+# ---- 12: prefixes ----
 
 
-def test_10_prefix_lengths():
+def test_12_prefix_lengths():
     #                       BOS  a  b  c BOS a  b  c  b
     classes = torch.tensor([[-1, 1, 2, 3, -1, 1, 2, 3, 2]])
     got = induction.prefix_lengths(classes)
@@ -355,6 +458,15 @@ def test_10_prefix_lengths():
     assert got[0, 8, 7] == 1 and got[0, 8, 3] == 1, "only b matches: 1"
     assert (got[0].triu(1) == 0).all(), "0 for k > q"
     assert (got[0, :, 0] == 0).all(), "0 for k = 0: nothing stands before it"
+    # a second row; class 0 is a class like any other; "a a": the key may be the query itself
+    classes = torch.tensor([[-1, 1, 2, 3, -1, 1, 2, 3, 2], [-1, 7, 7, 4, 0, 5, 0, 5, 9]])
+    before = classes.clone()
+    both = induction.prefix_lengths(classes)
+    assert torch.equal(classes, before), "the classes are changed in place"
+    assert torch.equal(both[0], got[0]), "each row on its own"
+    assert not torch.equal(both[1], both[0]), "every row of the batch, not the first alone"
+    assert both[1, 2, 2] == 1, "k = q counts: the query's token may equal the one before it"
+    assert both[1, 7, 6] == 2, "class 0 is a class like any other; only -1 matches nothing"
     for q in range(9):
         for k in range(1, q + 1):
             n = 0
@@ -363,24 +475,41 @@ def test_10_prefix_lengths():
             assert got[0, q, k] == n, f"L[{q},{k}] is {int(got[0, q, k])}, and {n} tokens match"
 
 
-# ---- 11: ablation ----
+# ---- 13: ablation ----
 
 
-def test_11_ablation_at_own_positions():
+def test_13_ablation_at_own_positions():
     sae, z = small_sae(), random(2, 4, 6, seed=5)
+    before = z.clone()
+    S.ablate(sae, 2, torch.ones(2, 4, dtype=torch.bool))(z)
+    assert torch.equal(z, before), "an edit returns another tensor and leaves z as it is"
+    for other in (False, True):         # every position may be edited, the first too
+        all_ = torch.full((2, 4), other)
+        changed = (S.ablate(sae, 2, all_)(z) != z).any(-1)
+        assert not changed.any() or other, "`where` holds nowhere, and z changed"
+    first = torch.zeros(2, 4, dtype=torch.bool)
+    first[:, 0] = True
+    sae.b_enc[2] += 5
+    assert (S.ablate(sae, 2, first)(z)[:, 0] != z[:, 0]).any(-1).all(), \
+        "position 0 is edited like any other, if `where` says so"
+    sae.b_enc[2] -= 5
     where = torch.tensor([[False, True, False, False], [False, False, False, True]])
     pre = (z - sae.b_dec) @ sae.W_enc
     sae.b_enc.copy_(1 - torch.minimum(pre[0, 1], pre[1, 3]))            # active at both places
     f = torch.relu(pre + sae.b_enc)
-    before = z.clone()
     got = S.ablate(sae, 2, where)(z)
-    assert torch.equal(z, before), "an edit returns another tensor and leaves z as it is"
     assert torch.equal(got[~where], z[~where]), \
         "z changes only where `where` holds: each row at its own positions"
     expected = z[where] - f[where][:, 2:3] * sae.W_dec[2]
     assert not near(got[where], sae.decode(f * (torch.arange(10) != 2))[where]), \
         "the SAE's error stays: take f_i W_dec[i] out of z, do not put a reconstruction in its place"
+    assert not near(got[where], z[where] - f[where][:, 2:3] * sae.W_enc[:, 2]), \
+        "it is the decoder's row that was written, W_dec[i], not the encoder's column"
     assert near(got[where], expected), "f_i * W_dec[i] is taken out of z_cat"
+    low = z.bfloat16()
+    single = small_sae().float()
+    single.b_enc.copy_(sae.b_enc)
+    assert S.ablate(single, 2, where)(low).dtype == torch.bfloat16, "z_cat keeps its type"
     sae.b_enc[2] = -(pre[0, 1, 2] + pre[1, 3, 2]) / 2                   # now at one of the two
     changed = (S.ablate(sae, 2, where)(z) != z).any(-1)
     assert int(changed.sum()) == 1, \
@@ -388,15 +517,20 @@ def test_11_ablation_at_own_positions():
     sae.threshold[2] = 100.0
     assert torch.equal(S.ablate(sae, 2, where)(z), z), \
         "f is 0 up to the threshold, which is not always 0"
+    sae.threshold[2] = 0.0
+    sae.b_enc[2] = float(1 - torch.minimum(pre[0, 1, 2], pre[1, 3, 2]))     # as before
     each = S.ablate(sae, torch.tensor([2, 7]), where)(z)
+    both = f[1, 3, 7] * sae.W_dec[7] + f[1, 3, 2] * sae.W_dec[2]
+    assert not near(each[1, 3], z[1, 3] - both), \
+        "each row loses its own feature, not those of all rows"
     assert near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), \
         "with a feature for each row, each loses its own"
 
 
-# ---- 12: recovered ----
+# ---- 14: recovered ----
 
 
-def test_12_recovered_share():
+def test_14_recovered_share():
     clean, zero = torch.tensor([4.0, 6.0] * 20), torch.tensor([2.0, 0.0] * 20)
     patched = torch.tensor([3.0, 6.0] * 20)
     value, interval = ioi.recovered(patched, clean, zero)
@@ -405,8 +539,22 @@ def test_12_recovered_share():
     assert value == pytest.approx(7 / 8), "(LD_patched - LD_zero) / (LD_clean - LD_zero)"
     assert interval[0] < value < interval[1] <= 1.0 and interval[1] - interval[0] < 0.2, \
         "prompts are drawn with replacement, and the same prompts above and below the line"
+    rng = np.random.default_rng(0)
+    draws = rng.integers(40, size=(4000, 40))
+    p, z, c = patched.numpy(), zero.numpy(), clean.numpy()
+    ratios = (p - z)[draws].mean(1) / (c - z)[draws].mean(1)
+    for level, name in ((0.90, "90%"), (0.99, "99%")):
+        low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+        assert abs(interval[0] - low) > 0.003 or abs(interval[1] - high) > 0.003, \
+            f"a 95% interval: this looks like one of {name}"
+    assert interval == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.008), \
+        "a 95% interval"
+    far = clean + 10
+    assert ioi.recovered(far, clean, zero)[0] > 2, "above 1 it stays what it is: nothing is clipped"
+    assert ioi.recovered(zero - 1, clean, zero)[0] < 0, "below 0 it stays what it is"
     assert ioi.recovered(patched, zero, clean) == (None, None), \
         "(None, None) where LD_clean - LD_zero is not above 0"
-    noise = F.normalize(random(40), dim=0)
+    noise = random(40, seed=3)
+    noise += 0.1 - noise.mean()         # above 0 on average, and its interval reaches below
     assert ioi.recovered(patched, zero + noise, zero) == (None, None), \
         "(None, None) where LD_clean - LD_zero is not clearly above 0: its interval reaches 0"
