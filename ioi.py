@@ -48,7 +48,7 @@ from data.stats import bootstrap, format_ci, mean_with_ci, wilson
 from data.stories import HELD_OUT_NAMES
 from direct import constant_part, dfa, direct_logits, token_effects, values_minus_bias
 from model import Run, span
-from sae import ablate, splice
+from sae import ablate, splice, splice_mlp
 from study import Study, StudyConfig, begin, finish, held_out_rows, reported
 
 # ---- runs and patches ----
@@ -89,6 +89,13 @@ def logit_diff_with(model, clean, batch, edit_z, place, rows=None):     # {layer
     rows = batch.rows() if rows is None else rows
     final = model.rerun(clean.run, rows, span(start, end), edit_z)
     return logit_difference(model, final[:, -1], batch)
+
+
+@torch.no_grad()
+def spliced_difference(model, batch, edit_z, edit_mlp):     # -> (N,)
+    """Logit difference of whole runs with edits of z_cat and of what MLPs write."""
+    final, _ = model.run_layers(model.embed(batch.tokens), edit_z, edit_mlp=edit_mlp)
+    return logit_difference(model, z_at(final, batch, "end"), batch)
 
 
 def patch_at(values, position):                             # (N,D), (N,) -> edit
@@ -345,15 +352,16 @@ def sources_by_role(model, sae, layer, feature, batch, rows_of, f, place):
 
 
 @torch.no_grad()
-def writers_by_role(model, saes, layer, feature, batch, rows_of, f, place):
+def writers_by_role(model, saes, transcoders, layer, feature, batch, rows_of, f, place):
     """One step of recursive DFA, in the same prompts and units: what was written at the sources,
-    and by whom -> {order: {(role, writer): share}}. Constants are under ("constant", "")."""
+    and by whom -> {order: {(role, writer): share}}. Constants are under ("constant", ""). Where
+    there are transcoders, MLP outputs are taken apart."""
     shares = {order: {} for order in rows_of}
     for order, rows in rows_of.items():
         total = float(f[rows].sum())
         for row in rows.tolist():
             tokens = batch.tokens[row, :int(batch.pos["end"][row]) + 1]
-            traced = trace_prompt(model, saes, tokens)
+            traced = trace_prompt(model, saes, tokens, transcoders)
             terms = decompose(traced, layer, int(batch.pos[place][row]), feature)
             c = traced.components
             kind, written_in, position, j = (column.tolist() for column in
@@ -418,15 +426,15 @@ def baselines(model, batch, clean, layers):                 # -> {name: (N,) LD}
 
 
 @torch.no_grad()
-def why_io(model, saes, layer, head, batch, n=24):          # -> score, [(query, key, value)]
+def why_io(model, saes, transcoders, layer, head, batch, n=24):
     """The score of IO less that of S1 from the end, for one head, as a sum over pairs of writers:
-    mean over n prompts, strongest first."""
+    mean over n prompts, strongest first -> score, [(query, key, value)]."""
     sums = {}
     score = 0.0
     n = min(n, len(batch.prompts))
     for row in range(n):
         end, io, s1 = (int(batch.pos[place][row]) for place in ("end", "IO", "S1"))
-        traced = trace_prompt(model, saes, batch.tokens[row, :end + 1])
+        traced = trace_prompt(model, saes, batch.tokens[row, :end + 1], transcoders)
         why = qk(traced, layer, head, end, io, against=s1)
         score += why.score / n
         for a, values in zip(why.query, why.pairs.tolist()):
@@ -462,6 +470,10 @@ class IOI(NamedTuple):
     @property
     def saes(self):
         return self.study.saes
+
+    @property
+    def transcoders(self):
+        return self.study.transcoders
 
     @property
     def seed(self):
@@ -571,11 +583,16 @@ def study_circuit(ioi):                                     # -> dict
 
 def study_saes(ioi, n_shown=12, n_read=5):                  # -> dict
     """Does the task survive the SAEs, and which features does it hang on?"""
-    edits = {f"layer {layer}": {layer: splice(sae)} for layer, sae in ioi.saes.items()}
-    edits["all layers"] = {layer: splice(sae) for layer, sae in ioi.saes.items()}
+    all_z = {layer: splice(sae) for layer, sae in ioi.saes.items()}
+    all_mlps = {layer: splice_mlp(one) for layer, one in ioi.transcoders.items()}
+    edits = {f"layer {layer}": ({layer: edit}, {}) for layer, edit in all_z.items()}
+    edits["all layers"] = (all_z, {})
+    if all_mlps:
+        edits["all MLPs"] = ({}, all_mlps)
+        edits["both"] = (all_z, all_mlps)
     spliced = {}
-    for name, edit in edits.items():
-        spliced[name] = logit_diff_with(ioi.model, ioi.clean, ioi.batch, edit, "BOS").cpu().numpy()
+    for name, (edit_z, edit_mlp) in edits.items():
+        spliced[name] = spliced_difference(ioi.model, ioi.batch, edit_z, edit_mlp).cpu().numpy()
     places = {place: study_place(ioi, place, n_shown, n_read) for place in ("S2", "end")}
     return {"spliced": spliced, "places": places}
 
@@ -607,7 +624,8 @@ def read_feature(ioi, layer, feature, place):               # -> dict
     batch = ioi.batch
     rows_of, f = most_active_prompts(sae, layer, feature, batch, ioi.clean, place)
     by_role = sources_by_role(ioi.model, sae, layer, feature, batch, rows_of, f, place)
-    writers = writers_by_role(ioi.model, ioi.saes, layer, feature, batch, rows_of, f, place)
+    writers = writers_by_role(ioi.model, ioi.saes, ioi.transcoders, layer, feature, batch, rows_of,
+                              f, place)
     strongest = {}
     for order, shares in writers.items():
         parts = [[role, writer, share] for (role, writer), share in shares.items() if writer]
@@ -734,7 +752,7 @@ def study_qk(ioi, movers):                                  # -> {head: {"score"
     """Why the name movers look at IO and not at S1."""
     why = {}
     for layer, head in movers:
-        score, pairs = why_io(ioi.model, ioi.saes, layer, head, ioi.batch)
+        score, pairs = why_io(ioi.model, ioi.saes, ioi.transcoders, layer, head, ioi.batch)
         why[f"{layer}.{head}"] = {"score": score, "pairs": pairs[:20]}
     return why
 

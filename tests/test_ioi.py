@@ -286,7 +286,7 @@ def test_what_a_feature_reads_sums_to_the_feature_and_so_do_its_writers(tiny, ru
     feature = int(saes[3].encode(ioi.z_at(base.z[3], prompts, "end")).sum(0).argmax())
     rows_of, f = ioi.most_active_prompts(saes[3], 3, feature, prompts, base, "end")
     by_role = ioi.sources_by_role(tiny, saes[3], 3, feature, prompts, rows_of, f, "end")
-    by_writer = ioi.writers_by_role(tiny, saes, 3, feature, prompts, rows_of, f, "end")
+    by_writer = ioi.writers_by_role(tiny, saes, {}, 3, feature, prompts, rows_of, f, "end")
     for order in P.ORDERS:
         assert sum(by_role[order].values()) == pytest.approx(1, abs=1e-4), order
         sums = {}
@@ -298,7 +298,7 @@ def test_what_a_feature_reads_sums_to_the_feature_and_so_do_its_writers(tiny, ru
 
 def test_the_pairs_of_a_contrast_sum_to_the_score(tiny, run, saes):
     prompts, *_ = run
-    score, pairs = ioi.why_io(tiny, saes, 3, 0, prompts, n=3)
+    score, pairs = ioi.why_io(tiny, saes, {}, 3, 0, prompts, n=3)
     assert sum(value for *_, value in pairs) == pytest.approx(score, abs=1e-3)
     _, cache = tiny(prompts.tokens[:3], keep=(3,))
     rows = torch.arange(3)
@@ -422,6 +422,22 @@ def test_the_frequent_word_is_the_nearest_in_count():
 
     rows = torch.tensor([[0] * 5 + [1] * 5 + [2] * 4 + [3] * 5 + [4] * 5 + [5] * 9])
     assert ioi.frequent_word(rows, Words(), (" and", " or")) == " of"
+
+
+def test_all_saes_and_transcoders_together_equal_a_run_with_both_edits(tiny, run, saes):
+    prompts, *_ = run
+    g = torch.Generator().manual_seed(0)
+    transcoders = {layer: S.Transcoder(256, 32, 256, g).requires_grad_(False) for layer in range(4)}
+    edit_z = {layer: S.splice(sae) for layer, sae in saes.items()}
+    edit_mlp = {layer: S.splice_mlp(one) for layer, one in transcoders.items()}
+    found = ioi.spliced_difference(tiny, prompts, edit_z, edit_mlp)
+    rows = torch.arange(N)
+    at_end = tiny(prompts.tokens, edit_z, edit_mlp=edit_mlp)[0][rows, prompts.pos["end"]]
+    torch.testing.assert_close(found, at_end[rows, prompts.io] - at_end[rows, prompts.s], rtol=1e-4,
+                               atol=1e-4)
+    score, pairs = ioi.why_io(tiny, saes, transcoders, 3, 0, prompts, n=2)
+    assert sum(value for *_, value in pairs) == pytest.approx(score, abs=1e-3)
+    assert any(name.startswith("MLP feature") for pair in pairs for name in pair[:2])
 
 
 # ---- the program ----
