@@ -86,7 +86,8 @@ class TrainConfig:
                                   "for each (paper: 0.8 to 3, with --no-normalise)")
     normalise: bool = field(True, "train on z_cat divided by its mean distance to the mean, so "
                             "that one l1 suits all layers; likewise both sides of MLPs (paper: no)")
-    lr: float = field(3.4e-3, "Adam's peak learning rate (paper: 1.2e-3)")
+    lr: float = field(0.0, "Adam's peak learning rate; 0: 3.4e-3 for the 256 numbers of tiny's z_cat, "
+                      "less for wider ones, see `default_lr` (paper: 1.2e-3)")
     passes: int = field(1, "how often a text that ends is read in training")
     held_out_share: float = field(HELD_OUT_SHARE, "of the documents of a text of yours, for the "
                                   "metrics")
@@ -160,6 +161,12 @@ def preset(config):
             "normalise": False, "lr": 1.2e-3, "n_tokens": 2_000_000_000, "batch_size": 4096,
             "warmup": 1000, "decay": 0.0, "resample_every": 25_000, "resample_times": 4,
             "n_ctx": 128, "corpus": "c4"}
+
+
+def default_lr(d_in):
+    """3.4e-3 * sqrt(256 / d_in). A step of Adam moves every number by about lr, and so a feature's
+    encoder, d_in numbers, by lr * sqrt(d_in): in this way by as much for all widths."""
+    return 3.4e-3 * math.sqrt(256 / d_in)
 
 
 def check(config, model, layers, folder, team):
@@ -242,6 +249,8 @@ class Learner:
     on_device: Tensor | None = None     # (3,) of the last step: mse, sparsity, active entries of f
     mse: float = math.nan               # on the host; `read_back` sets it, sparsity and l0
     sparsity: float = math.nan
+    first_mse: float | None = None      # of the first step of this process
+    has_run_away: bool = False
 
     def step_function(self, device):
         """The sparse step, on the CPU, where few features were active in the step before."""
@@ -295,6 +304,8 @@ def train(config):                                          # -> {layer: metrics
     folder = run_folder(config.out, config.model)
     if config.reads == MLP:
         folder = folder / MLP
+    if config.lr == 0:
+        config = dataclasses.replace(config, lr=default_lr(site_widths(model, config.reads)[0]))
     check(config, model, layers, folder, team)
     held_out = next(data.rows(config.corpus, tokenizer, "held-out", T=config.n_ctx,
                               n=config.n_eval_rows,
@@ -336,6 +347,7 @@ def run_steps(config, buffer, learners, first_step, folder, team):
                 train_step(learner, batches[layer], step, config, team)
             n_done = step + 1
             read_back(learners, n_done, config.batch_size)
+            warn_of_runaways(learners, n_done, config)
 
             # n_done is also the number of the next step, with which lr starts anew
             if n_done in resampling_steps(config):
@@ -413,6 +425,19 @@ def read_back(learners, n_done, batch_size):
         if not math.isfinite(mse + sparsity):
             raise UserError(f"the loss of layer {layer} is not finite at step {n_done}; the last "
                             f"checkpoint is kept; start again with a lower --lr and another --out.")
+
+
+def warn_of_runaways(learners, n_done, config):
+    """Say once of each layer that its loss has risen beyond all measure. The others go on."""
+    for layer, learner in learners.items():
+        if learner.first_mse is None:
+            learner.first_mse = learner.mse
+        if learner.mse > 100 * learner.first_mse and not learner.has_run_away:
+            learner.has_run_away = True
+            print(f"layer {layer}: at step {n_done} the squared error is {learner.mse:.3g}, and was "
+                  f"{learner.first_mse:.3g} at the start. What comes of it will be of no use; train "
+                  f"it again with --layers {layer}, an --lr below {config.lr:.2g} and another "
+                  f"--out.", flush=True)
 
 
 def choose_sparse_step(learners, device):

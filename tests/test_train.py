@@ -276,9 +276,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(finished, tmp_path, mon
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     original, calls = T.sparse_step, []
 
-    def poisoned(sae, z, l1):
+    def poisoned(sae, z, l1, target):
         calls.append(1)
-        return original(sae, z * math.nan if len(calls) > 30 else z, l1)
+        return original(sae, z * math.nan if len(calls) > 30 else z, l1, target)
 
     monkeypatch.setattr(T, "sparse_step", poisoned)
     monkeypatch.setattr(T, "dense_step", poisoned)
@@ -287,6 +287,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         run_short(tmp_path)
     monkeypatch.undo()
     run_short(tmp_path, resume=True)
+
+
+def test_a_layer_that_runs_away_is_named_once_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    original, calls = T.train_step, []
+
+    def kicked(learner, site, step, config, team):
+        original(learner, site, step, config, team)
+        calls.append(step)
+        if step == 20 and learner.sae.d_sae == 96:
+            with torch.no_grad():
+                learner.sae.W_enc *= 100
+
+    monkeypatch.setattr(T, "train_step", kicked)
+    run_short(tmp_path, d_sae=(128, 96))
+    said = [line for line in capsys.readouterr().out.splitlines() if "of no use" in line]
+    assert len(said) == 1 and said[0].startswith("layer 2: at step 2") and "--layers 2" in said[0]
+    assert (tmp_path / "tiny" / "L0" / "metrics.json").is_file() and max(calls) == 45
+
+
+def test_the_default_learning_rate_moves_a_feature_by_as_much_for_all_widths(tmp_path):
+    assert T.default_lr(256) == 3.4e-3 and T.default_lr(1024) == 1.7e-3
+    run_short(tmp_path, lr=0.0, layers=(0,))
+    config = json.loads((tmp_path / "tiny" / "L0" / "config.json").read_text())
+    assert config["lr"] == 3.4e-3, "what was taken is written down"
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
