@@ -772,7 +772,7 @@ def main():
             "feature": layers_with_dashboards(run / "features", study.saes),
             "MLP feature": layers_with_dashboards(run / "mlp" / "features", transcoders)}
         pages.fill("explorer.html", pages.rounded(content), study.folder / "explorer.html")
-        print(f"{study.folder}/explorer.html")
+        print(f"written to {study.folder}/explorer.html")
 
 
 def choose_root(traced, tokenizer, config):                 # -> Reader

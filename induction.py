@@ -661,9 +661,9 @@ def remove_feature(model, sae, layer, feature, clean, rows, f, row_of_text):  # 
     next_token = tokens[row, q + 1]
     before = losses(model, final[row, q], next_token)
     after = losses(model, without[row, q - first[row]], next_token)
-    after = model.blocks[layer].after_heads(clean.resid_pre[layer][rows],
-                                            clean.z_cat[layer][rows], with_scales=True)
-    scale = model.final_scale(final) * after.scales.get("attn_out", 1.0)    # (b,T,1)
+    of_layer = model.blocks[layer].after_heads(clean.resid_pre[layer][rows],
+                                               clean.z_cat[layer][rows], with_scales=True)
+    scale = model.final_scale(final) * of_layer.scales.get("attn_out", 1.0)     # (b,T,1)
     return Removals(row_of_text[row], next_token, f[f > 0] / scale[row, q, 0], after - before)
 
 

@@ -230,7 +230,7 @@ def test_where_z_cat_does_not_matter_recovered_is_not_given():
         return T.summarise(
             {
                 "l0": ones, "ce_clean": 3 * ones, "ce_sae": 3 * ones, "ce_zero": 3 + zero,
-                "ce_mean": 3 + mean, "error": ones, "power": 9 * ones, "z_sum": np.ones((50, 2))
+                "ce_mean": 3 + mean, "error": ones, "power": 9 * ones, "sum": np.ones((50, 2))
             }, 10)
 
     small = metrics(0.04 * np.ones(50), 0.2 * np.ones(50))
@@ -543,7 +543,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_named(tmp_path):
     (["--n-tokens", "many"], ["--n-tokens", "'many'"]),
     (["--d-sae", "0"], ["--d-sae"]),
     (["--seed", "-1"], ["--seed"]),
-    (["--lr", "0"], ["--lr"]),
+    (["--lr", "-1"], ["--lr"]),
     (["--corpus", "nowhere.txt"], ["--corpus nowhere.txt"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--out", "/proc/nowhere"], ["/proc/nowhere", "--out"]),
