@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
-    "--layers 0,2 --d-sae 256 --n-tokens 80000 --batch-size 256 --warmup 20 --resample-every 40 "
+    "--layers 0,2 --d-sae 256 --n-tokens 40000 --batch-size 256 --warmup 10 --resample-every 20 "
     "--n-eval-rows 8 --block-mib 32 --half").split()
 # A checkpoint every five steps, so that some kills fall inside the writing of one.
 PROGRAM = "import train; train.CHECKPOINT_EVERY = 5; train.run(train.main)"
