@@ -1,5 +1,5 @@
-"""A prompt as a circuit: what an SAE feature, or a logit, was made of, back to the tokens (recursive
-DFA; the paper, section 2).
+"""A prompt as a circuit: what an SAE feature, or a logit, was made of, back to the tokens
+(recursive DFA; the paper, section 2).
 
     python attribution.py "When Mary and John went to the store, John gave a drink to"
 

@@ -86,8 +86,8 @@ class TrainConfig:
                                   "for each (paper: 0.8 to 3, with --no-normalise)")
     normalise: bool = field(True, "train on z_cat divided by its mean distance to the mean, so "
                             "that one l1 suits all layers; likewise both sides of MLPs (paper: no)")
-    lr: float = field(0.0, "Adam's peak learning rate; 0: 3.4e-3 for the 256 numbers of tiny's z_cat, "
-                      "less for wider ones, see `default_lr` (paper: 1.2e-3)")
+    lr: float = field(0.0, "Adam's peak learning rate; 0: 3.4e-3 for the 256 numbers of tiny's "
+                      "z_cat, less for wider ones, see `default_lr` (paper: 1.2e-3)")
     passes: int = field(1, "how often a text that ends is read in training")
     held_out_share: float = field(HELD_OUT_SHARE, "of the documents of a text of yours, for the "
                                   "metrics")
@@ -434,10 +434,10 @@ def warn_of_runaways(learners, n_done, config):
             learner.first_mse = learner.mse
         if learner.mse > 100 * learner.first_mse and not learner.has_run_away:
             learner.has_run_away = True
-            print(f"layer {layer}: at step {n_done} the squared error is {learner.mse:.3g}, and was "
-                  f"{learner.first_mse:.3g} at the start. What comes of it will be of no use; train "
-                  f"it again with --layers {layer}, an --lr below {config.lr:.2g} and another "
-                  f"--out.", flush=True)
+            print(f"layer {layer}: at step {n_done} the squared error is {learner.mse:.3g}, and "
+                  f"was {learner.first_mse:.3g} at the start. What comes of it will be of no use; "
+                  f"train it again with --layers {layer}, an --lr below {config.lr:.2g} and "
+                  f"another --out.", flush=True)
 
 
 def choose_sparse_step(learners, device):
