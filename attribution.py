@@ -317,8 +317,8 @@ def upstream_features(traced, reader):                      # -> (n,), (n,)
     """The earlier features that a reader reads, summed over heads, strongest first -> rows of
     Components, values."""
     terms = read_terms(traced, reader)
-    of_kind = kind_of(terms, traced.components)
-    is_feature = (of_kind == FEATURE) | (of_kind == MLP_FEATURE)
+    is_written = terms.component >= 0
+    is_feature = is_written & traced.components.is_feature()[terms.component]
     upstream, index = terms.component[is_feature].unique(return_inverse=True)
     value = terms.value.new_zeros(len(upstream)).index_add_(0, index, terms.value[is_feature])
     order = value.abs().argsort(descending=True, stable=True)
