@@ -1,32 +1,26 @@
 """A prompt as a circuit: what an SAE feature, or a logit, was made of, back to the tokens
 (recursive DFA; the paper, section 2).
 
-    python attribution.py "When Mary and John went to the store, John gave a drink to"
+In reading order: the residual stream as a sum of what was written to it; what a feature reads of
+it, one step; the tree of such steps; what is not explained; removing features; QK, why a head looks
+where it looks. Most start with their formula. explorer.py is the program that prints and draws them
+for a prompt.
 
-takes the strongest feature of the last token apart, and writes a page in which the strongest
-features of every token can be opened: <out>/<model>/attribution/explorer.html.
-
-In reading order: the residual stream as a sum of what was written to it; recursive attribution over
-it; what of it is not explained; removing features; QK, why a head looks where it looks; the program
-and its report. Most start with their formula. Every sum is exact. Exact does not mean that an SAE
-or a transcoder is right: its error is one of the terms. Nor does removing a feature have the effect
-that is attributed to it: `ablation_effects` removes features, nothing frozen, and looks.
+Every sum is exact. Exact does not mean that an SAE or a transcoder is right: its error is one of
+the terms. Nor does removing a feature have the effect that is attributed to it: `ablation_effects`
+removes features, nothing frozen, and looks.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from data import pages
-from data.errors import UserError, run
-from data.flags import field, parse_flags
-from direct import constant_part, dfa, feature_bias, head_weights, values_minus_bias
+from data.errors import UserError
+from direct import feature_bias
 from sae import ablate, ablate_mlp, check_feature
-from study import StudyConfig, begin, parse_feature
 
 # ---- the residual stream as a sum of components ----
 #
@@ -68,6 +62,15 @@ class Components(NamedTuple):
         return (self.kind == FEATURE) | (self.kind == MLP_FEATURE)
 
 
+def writer_name(kind, layer, feature):
+    """What wrote a component, in words."""
+    return {"feature": f"feature {layer}.{feature}", "embedding": "token", "position": "position",
+            "error": f"SAE error {layer}", "bias": f"bias of layer {layer}",
+            "constant": "constant", "attention": f"attention {layer}",
+            "MLP feature": f"MLP feature {layer}.{feature}", "MLP error": f"MLP error {layer}",
+            "MLP bias": f"bias of MLP {layer}", "MLP": f"MLP {layer}"}[kind]
+
+
 class TracedPrompt(NamedTuple):
     """A model's run on one prompt, and what its SAEs and transcoders make of it."""
     model: nn.Module
@@ -78,7 +81,8 @@ class TracedPrompt(NamedTuple):
     f: dict                 # {layer: (T,d_sae)} of SAEs, 0 at BOS
     f_mlp: dict             # {layer: (T,d_sae)} of transcoders, 0 at BOS
     components: Components  # in the order in which they are written
-    n_before: list          # n_before[layer]: how many of them are in the stream that it reads
+    n_before: list          # n_before[layer]: how many of them are in the stream that the layer
+                            # reads; n_before[n_layers]: all
     n_mid: list             # n_mid[layer]: how many are in the stream that its MLP reads
     matrices: list          # each layer's head_matrices
 
@@ -119,6 +123,7 @@ def trace_prompt(model, saes, tokens, transcoders=None):    # (T,) or (1,T) -> T
             written += mlp_components(layer, kept, transcoders[layer], f_mlp[layer])
         else:
             written.append(component(MLP, layer, everywhere, kept.mlp_out[0]))
+    n_before.append(n_written())
     components = Components(*(torch.cat(column) for column in zip(*written)))
     return TracedPrompt(model, saes, transcoders, tokens[0], cache, f, f_mlp, components, n_before,
                         n_mid, matrices)
@@ -280,7 +285,7 @@ def mlp_terms(traced, layer, position, feature):            # -> Contributions
 def logit_terms(traced, reader):                            # -> Contributions
     """What makes a logit, less another or less the mean over all tokens; before a soft cap."""
     direction, constant = logit_direction(traced, reader)
-    return terms_at(traced, len(traced.components.kind), reader.position, direction, constant)
+    return terms_at(traced, traced.n_before[-1], reader.position, direction, constant)
 
 
 def logit_direction(traced, reader):                        # -> (d_model,), (1,)
@@ -457,8 +462,9 @@ def check_logit(traced, position, token, against):
 # ---- what is not explained ----
 #
 # Everything between the root and its leaves is linear while patterns, norm scales and the choice of
-# active features are frozen. So what each leaf contributes over all paths takes one sweep, from the
-# last layer to the first, and no tree. It carries d root / d stream, one vector for each position:
+# active features are frozen. So what each component contributes over all paths takes one sweep,
+# from the last writer to the first, and no tree. It carries d root / d stream, one vector for each
+# position:
 #
 #     component n, written at k       contributes vector_n . gradient[k]
 #     feature j, active, written at k its pre-activation counts C_j = contribution / f_j times, so
@@ -481,52 +487,45 @@ class Paths(NamedTuple):
 def sweep(traced, reader):                                  # -> Paths
     """The contributions of all components to a reader."""
     components = traced.components
-    stream = traced.cache[0].resid_pre[0]                               # (T,d_model)
-    gradient = torch.zeros_like(stream)
-    contribution = stream.new_zeros(len(components.kind))
+    gradient = torch.zeros_like(traced.cache[0].resid_pre[0])           # (T,d_model)
+    contribution = gradient.new_zeros(len(components.kind))
     constants = []
     if reader.kind == "logit":
         gradient[reader.position], constant = logit_direction(traced, reader)
         constants.append(constant)
 
-    def contributed(kind, layer):                           # of components, set in `contribution`
-        rows = ((components.kind == kind) & (components.layer == layer)).nonzero()[:, 0]
-        along = gradient[components.position[rows]]
-        contribution[rows] = (components.vector[rows] * along).sum(-1)
-        return rows
-
-    def coefficients(kind, layer, f):                       # -> (T,d_sae)
-        C = torch.zeros_like(f)
-        if (reader.kind, reader.layer) == (KINDS[kind], layer):
+    # Until the reader is reached the gradient is 0, and so is what is written there.
+    for kind, layer, rows in reversed(writers(traced)):
+        written = components.pick(rows)
+        contribution[rows] = (written.vector * gradient[written.position]).sum(-1)
+        activations, back = ((traced.f, back_through_heads) if kind == "feature" else
+                             (traced.f_mlp, back_through_mlp))
+        if layer not in activations:                        # embeddings, and what is not cut
+            continue
+        f = activations[layer]
+        is_feature = written.is_feature()
+        at = (written.position[is_feature], written.feature[is_feature])
+        C = torch.zeros_like(f)                                         # (T,d_sae)
+        C[at] = contribution[rows][is_feature] / f[at]
+        if (kind, layer) == (reader.kind, reader.layer):
             C[reader.position, reader.feature] = 1.0        # the root itself
-            return C
-        rows = contributed(kind, layer)
-        at = (components.position[rows], components.feature[rows])
-        C[at] = contribution[rows] / f[at]
-        return C
-
-    for layer in range(min(reader.layer, traced.model.config.n_layers - 1), -1, -1):
-        is_below_mlp = reader.kind == "feature" and reader.layer == layer
-        if not is_below_mlp:
-            for kind in (MLP, MLP_BIAS, MLP_ERROR):
-                contributed(kind, layer)
-            if layer in traced.transcoders:
-                C = coefficients(MLP_FEATURE, layer, traced.f_mlp[layer])
-                gradient, constant = back_through_mlp(traced, layer, C, gradient)
-                constants.append(constant)
-        for kind in (ATTENTION, BIAS, ERROR):
-            contributed(kind, layer)
-        if layer in traced.saes:
-            C = coefficients(FEATURE, layer, traced.f[layer])
-            gradient, constant = back_through_heads(traced, layer, C, gradient)
-            constants.append(constant)
-    for kind in (EMBEDDING, POSITION):
-        contributed(kind, -1)
+        gradient, constant = back(traced, layer, C, gradient)
+        constants.append(constant)
 
     of_kind = components.kind
     is_whole = ((of_kind == MLP) | (of_kind == ATTENTION)) & (components.position > 0)
     unexplained = is_whole | (of_kind == ERROR) | (of_kind == MLP_ERROR)
     return Paths(contribution, torch.cat(constants), ~components.is_feature(), unexplained)
+
+
+def writers(traced):                                        # -> [(kind, layer, slice)]
+    """Who wrote which rows of the components, first to last: the embeddings, then attention and MLP
+    of each layer, by the kind of their features."""
+    found = [("embedding", -1, slice(traced.n_before[0]))]
+    for layer, middle in enumerate(traced.n_mid):
+        found.append(("feature", layer, slice(traced.n_before[layer], middle)))
+        found.append(("MLP feature", layer, slice(middle, traced.n_before[layer + 1])))
+    return found
 
 
 def back_through_mlp(traced, layer, C, gradient):           # (T,d_sae), (T,d_model)
@@ -731,169 +730,6 @@ def qk_vectors(traced, layer, head, side, where):           # -> writers, (n,d_h
     return writers, vectors, positions
 
 
-# ---- the program ----
-
-
-@dataclass(frozen=True)
-class AttributionConfig(StudyConfig):
-    prompt: str = field("When Mary and John went to the store, John gave a drink to",
-                        "the prompt; BOS is put before it", positional=True)
-    feature: str = field("", "the feature to take apart, as layer.feature, or mlp.layer.feature "
-                         "for one of a transcoder; empty: the strongest")
-    logit: str = field("", "take the logit of this token apart instead of a feature")
-    against: str = field("", "less the logit of this token; empty: less the mean over all tokens")
-    mlp: bool = field(True, "take MLPs apart, where there are transcoders")
-    layer: int = field(-1, "layer in which to look for the strongest; -1: the last that has an "
-                       "SAE. With --feature it is not used")
-    position: int = field(-1, "where; 1 is the first token after BOS, -1 the last")
-    share: float = field(0.03, "a contribution is shown if it is at least this part of the root")
-    depth: int = field(3, "levels of the tree on the terminal")
-    breadth: int = field(12, "children of each node on the terminal")
-    page: bool = field(True, "write the explorer page; a long prompt through a large model takes "
-                       "minutes")
-
-
-def main():
-    config = parse_flags(AttributionConfig, __doc__)
-    study = begin(config, "attribution")
-    tokens = torch.tensor([study.tokenizer.bos, *study.tokenizer.encode(config.prompt)])
-    if len(tokens) < 2:
-        raise UserError("the prompt is empty; give some text.")
-    transcoders = study.transcoders if config.mlp else {}
-    traced = trace_prompt(study.model, study.saes, tokens.to(study.device), transcoders)
-    texts = [study.tokenizer.decode([token]) for token in tokens.tolist()]
-    root = choose_root(traced, study.tokenizer, config)
-    print("\n".join(describe(traced, texts, study.tokenizer, root, config)), flush=True)
-    if config.page:
-        print("\nwriting a page to look at every feature of every token ...", flush=True)
-        content = explorer_data(traced, texts, study.tokenizer, root)
-        run = study.folder.parent
-        content["dashboards"] = {
-            "feature": layers_with_dashboards(run / "features", study.saes),
-            "MLP feature": layers_with_dashboards(run / "mlp" / "features", transcoders)}
-        pages.fill("explorer.html", pages.rounded(content), study.folder / "explorer.html")
-        print(f"written to {study.folder}/explorer.html")
-
-
-def choose_root(traced, tokenizer, config):                 # -> Reader
-    """What the flags name, or the strongest feature there."""
-    position = config.position
-    if position == -1:
-        position = len(traced.tokens) - 1
-    if config.logit:
-        token = one_token(tokenizer, config.logit, "--logit")
-        against = one_token(tokenizer, config.against, "--against") if config.against else -1
-        check_logit(traced, position, token, against)
-        return Reader("logit", traced.model.config.n_layers, position, token, against)
-    kind = "MLP feature" if config.feature.startswith("mlp.") else "feature"
-    layer, feature = parse_feature(config.feature.removeprefix("mlp."))
-    if feature is None:
-        layer = max(traced.saes) if config.layer == -1 else config.layer
-        check_node(traced, layer, position, 0)
-        f = traced.f[layer][position]
-        feature = int(f.argmax())
-        if f[feature] == 0:
-            raise UserError(f"no feature of layer {layer} is active at position {position}; name "
-                            f"one with --feature, or another --position.")
-    check_node(traced, layer, position, feature, kind)
-    return Reader(kind, layer, position, feature)
-
-
-def one_token(tokenizer, text, flag):
-    """The token of a text. Raises UserError if it is none, or several."""
-    ids = tokenizer.encode(text)
-    if len(ids) != 1:
-        raise UserError(f"{flag} {text!r} is {len(ids)} tokens of this model, and one is needed; "
-                        f"mind the space before a word.")
-    return ids[0]
-
-
-def layers_with_dashboards(folder, layers):
-    """The layers whose dashboards features.py has written, so that the page can link to them."""
-    return [layer for layer in layers if any((folder / f"L{layer}").glob("*.js"))]
-
-
-def explorer_data(traced, texts, tokenizer, root, n_features=15, breadth=12):
-    """What the explorer page shows, as plain lists and numbers: for each site (kind, layer,
-    position) its strongest features, for each of these and of the features below them the strongest
-    children, and for each edge why the head looks there."""
-    listed = []                                             # [layer, kind, position, names]
-    to_expand = [root]                                      # Readers
-    for kind, activations in (("feature", traced.f), ("MLP feature", traced.f_mlp)):
-        for layer, f in activations.items():
-            for position in range(1, len(texts)):
-                strongest = f[position].argsort(descending=True)[:n_features].tolist()
-                readers = [Reader(kind, layer, position, i) for i in strongest
-                           if f[position, i] > 0]
-                listed.append([layer, kind, position, [node_name(one) for one in readers]])
-                to_expand += readers
-
-    nodes = {}
-    edges = {}
-    while to_expand:
-        reader = to_expand.pop()
-        if node_name(reader) in nodes:
-            continue
-        # Each feature is the root of a tree of one level; the page multiplies shares along a path.
-        terms = read_terms(traced, reader)
-        node = Node(reader.kind, reader.layer, reader.position, reader.feature, head=-1,
-                    value=terms.pre)
-        node = expand(traced, node, terms, 1.0, least=0.0, depth=1, breadth=breadth)
-        nodes[node_name(reader)] = node_data(traced, texts, tokenizer, reader, node, terms)
-        for child in node.children:
-            if child.kind in FEATURES:
-                to_expand.append(Reader(child.kind, child.layer, child.position, child.feature))
-            edge = f"{node.layer}.{child.head}.{node.position}.{child.position}"
-            if child.head >= 0 and child.position >= 0 and edge not in edges:
-                edges[edge] = edge_data(traced, node.layer, child.head, node.position,
-                                        child.position)
-    return {"tokens": texts, "listed": sorted(listed), "nodes": nodes, "qk": edges,
-            "start": node_name(root)}
-
-
-def node_name(node):                                        # Reader or Node -> text
-    """What the page calls a feature at a position, or a logit."""
-    return f"{node.kind} {node.layer}.{node.feature} at {node.position}"
-
-
-def node_data(traced, texts, tokenizer, reader, node, terms):   # -> dict
-    """One feature at one position, or a logit, for the page."""
-    is_constant = terms.component < 0
-    children = []
-    for child in node.children:
-        is_open = child.kind in FEATURES
-        edge = None
-        if child.head >= 0 and child.position >= 0:
-            edge = f"{node.layer}.{child.head}.{node.position}.{child.position}"
-        children.append({"label": writer_at(child, texts), "via": via(node, child),
-                         "name": node_name(child) if is_open else None, "edge": edge,
-                         "value": child.value})
-    found = {"title": reader_name(reader, texts, tokenizer), "position": node.position,
-             "pre": node.value, "pruned": node.pruned, "n_pruned": node.n_pruned,
-             "error": node.error, "mlp": node.mlp,
-             "constant": float(terms.value[is_constant].sum()), "children": children}
-    if node.kind == "logit":
-        return found
-    found |= {"layer": node.layer, "feature": node.feature, "kind": node.kind,
-              "label": f"{node.layer}.{node.feature}"}
-    if node.kind == "MLP feature":
-        return found | {"f": float(traced.f_mlp[node.layer][node.position, node.feature])}
-    n_heads = traced.model.config.n_heads
-    by_head = [float(terms.value[(terms.head == h) & ~is_constant].sum()) for h in range(n_heads)]
-    weights = head_weights(traced.saes[node.layer].W_dec[node.feature], n_heads)
-    return found | {"f": float(traced.f[node.layer][node.position, node.feature]),
-                    "heads": by_head, "weights": weights.tolist()}
-
-
-def edge_data(traced, layer, head, query, key, n_pairs=6):
-    """Why a head looks from one position at another, for the page."""
-    why = qk(traced, layer, head, query, key, against="others")
-    pairs = [{"query": writer_name(*a), "key": writer_name(*b), "value": value}
-             for a, b, value in strongest_pairs(why, n_pairs)]
-    return {"score": why.score, "weight": float(traced.cache[layer].pattern[0, head, query, key]),
-            "pairs": pairs}
-
-
 def strongest_pairs(why, n):                                # QK -> [(writer, writer, value)]
     """The n pairs with the largest contributions to a score, of either sign."""
     flat = why.pairs.flatten()
@@ -902,154 +738,3 @@ def strongest_pairs(why, n):                                # QK -> [(writer, wr
         a, b = divmod(i, len(why.key))
         pairs.append((why.query[a], why.key[b], float(flat[i])))
     return pairs
-
-
-# ---- the report ----
-
-
-def writer_name(kind, layer, feature):
-    """What wrote a component, in words."""
-    return {"feature": f"feature {layer}.{feature}", "embedding": "token", "position": "position",
-            "error": f"SAE error {layer}", "bias": f"bias of layer {layer}",
-            "constant": "constant", "attention": f"attention {layer}",
-            "MLP feature": f"MLP feature {layer}.{feature}", "MLP error": f"MLP error {layer}",
-            "MLP bias": f"bias of MLP {layer}", "MLP": f"MLP {layer}"}[kind]
-
-
-def writer_at(node, texts):
-    """What a node is, in words, and at which token it was written."""
-    name = writer_name(node.kind, node.layer, node.feature)
-    if node.position < 0:
-        return name
-    return f"{name} at {node.position} {texts[node.position]!r}"
-
-
-def via(node, child):
-    """How a child reaches its parent, in words."""
-    head = f"head {node.layer}.{child.head}"
-    if child.head < 0 and child.position < 0:
-        return ": of the final norm" if node.kind == "logit" else ": the feature's bias"
-    if child.position < 0:
-        return f": the values of {head}"
-    return f" through {head}" if child.head >= 0 else ""
-
-
-def reader_name(reader, texts, tokenizer):
-    """What is taken apart, in words."""
-    where = f"at {reader.position} {texts[reader.position]!r}"
-    if reader.kind != "logit":
-        return f"{reader.kind} {reader.layer}.{reader.feature} {where}"
-    less = "the mean of all"
-    if reader.against >= 0:
-        less = f"that of {tokenizer.decode([reader.against])!r}"
-    return f"logit of {tokenizer.decode([reader.feature])!r} less {less} {where}"
-
-
-def describe(traced, texts, tokenizer, root, config):       # -> lines
-    """What is taken apart, in tables: what else is active there; its heads, sources and tree; what
-    removing the features below it does; and why a head looks where the strongest child of the root
-    was written."""
-    position = root.position
-    lines = [" ".join(f"{i}:{text!r}" for i, text in enumerate(texts)), ""]
-    for kind, activations in (("", traced.f), ("MLP ", traced.f_mlp)):
-        for layer, f in activations.items():
-            strongest = f[position].argsort(descending=True)[:6].tolist()
-            shown = [f"{layer}.{i} {float(f[position, i]):.3f}"
-                     for i in strongest if f[position, i] > 0]
-            lines.append(f"active at {position} in {kind}layer {layer}:  " + "  ".join(shown))
-    lines += ["", f"{reader_name(root, texts, tokenizer)}: {describe_value(traced, root)}", ""]
-    if root.kind == "feature":
-        lines += describe_dfa(traced, texts, root.layer, position, root.feature) + [""]
-    tree = tree_of(traced, root, config.share, config.depth, config.breadth)
-    lines.append(f"recursive DFA, in units of the root's {tree.value:.4f}:")
-    lines += describe_children(texts, tree, tree.value)
-    ends = unexplained(traced, root)
-    lines += ["", f"over all paths, {ends.share:.1%} of the leaves, by size, are errors or outputs "
-              f"not taken apart; they are {ends.of_root:.0%} of the root"]
-    lines += describe_ablations(traced, texts, root)
-    read_by_heads = [child for child in tree.children if child.head >= 0 and child.position >= 0]
-    if read_by_heads:
-        first = read_by_heads[0]
-        lines += describe_qk(traced, texts, root.layer, first.head, position, first.position)
-    return lines
-
-
-def describe_value(traced, root):
-    """The pre-activation and the activation of a feature, or the logit."""
-    value = read_terms(traced, root).pre
-    if root.kind == "logit":
-        return f"{value:+.4f}"
-    activations = traced.f if root.kind == "feature" else traced.f_mlp
-    f = float(activations[root.layer][root.position, root.feature])
-    return f"pre-activation {value:.4f}, activation {f:.4f}"
-
-
-def describe_dfa(traced, texts, layer, position, feature):
-    """Heads, by DFA and by weights, and the strongest sources."""
-    kept = traced.cache[layer]
-    sae = traced.saes[layer]
-    v = values_minus_bias(traced.model, layer, kept.v)
-    by_source = dfa(kept.pattern, v, sae.W_enc[:, feature])[0, :, position]         # (H,k)
-    by_source = by_source[:, :position + 1]                 # there is none from later keys
-    weights = head_weights(sae.W_dec[feature], len(by_source))
-    constant = float(constant_part(traced.model, layer, sae)[feature])
-    lines = ["head         DFA   share of decoder"]
-    for h, total in enumerate(by_source.sum(1).tolist()):
-        lines.append(f"{f'{layer}.{h}':8} {total:8.4f}  {float(weights[h]):8.1%}")
-    lines += [f"constant {constant:8.4f}", "", "sources by DFA:"]
-    all_heads = by_source.sum(0)
-    for k in all_heads.abs().argsort(descending=True)[:5].tolist():
-        h = int(by_source[:, k].abs().argmax())
-        lines.append(f"{k:4d} {texts[k]!r:16} {float(all_heads[k]):8.4f}   of which head "
-                     f"{layer}.{h} {float(by_source[h, k]):.4f}")
-    return lines
-
-
-def describe_children(texts, node, total, indent="  "):
-    """The tree below a node as indented lines. Numbers are shares of the root, `total`; only
-    "errors" and "MLP outputs", in a line of smaller ones, are shares of that line's node, and count
-    the children shown too."""
-    lines = []
-    for child in node.children:
-        share = ratio(child.value, total)
-        lines.append(f"{indent}{share:+7.1%}  {writer_at(child, texts)}{via(node, child)}")
-        lines += describe_children(texts, child, total, indent + "    ")
-    if node.n_pruned and node.children:
-        lines.append(f"{indent}{ratio(node.pruned, total):+7.1%}  {node.n_pruned} smaller ones; of "
-                     f"this node, errors are {node.error:.1%}, MLP outputs {node.mlp:.1%}")
-    return lines
-
-
-def describe_ablations(traced, texts, root, n=3):
-    """The features below with the largest attribution, and what ablating each does. Attribution has
-    the direct step alone; ablation has every path."""
-    upstream, attributed = upstream_features(traced, root)
-    upstream, attributed = upstream[:n], attributed[:n]
-    if not len(upstream):
-        return []
-    lines = ["", "the strongest features below it, removed from the model one at a time, nothing "
-             "frozen:"]
-    drops = ablation_effects(traced, upstream, root).tolist()
-    for i, drop in enumerate(drops):
-        row = int(upstream[i])
-        components = traced.components
-        k = int(components.position[row])
-        name = writer_name(KINDS[int(components.kind[row])], int(components.layer[row]),
-                           int(components.feature[row]))
-        lines.append(f"{name} at {k} {texts[k]!r}: attributed {float(attributed[i]):+.4f} "
-                     f"directly, and the root falls by {drop:+.4f}")
-    return lines
-
-
-def describe_qk(traced, texts, layer, head, query, key):
-    """Why a head looks where it looks."""
-    why = qk(traced, layer, head, query, key, against="others")
-    lines = ["", f"why head {layer}.{head} looks from {query} at {key} {texts[key]!r}: its score "
-             f"is {why.score:+.2f} above the mean over other keys; the strongest pairs:"]
-    for a, b, value in strongest_pairs(why, 6):
-        lines.append(f"{value:+8.3f}   {writer_name(*a)}  x  {writer_name(*b)}")
-    return lines
-
-
-if __name__ == "__main__":
-    run(main)

@@ -70,7 +70,7 @@ def write_features(folder, layer, tokens, of_layer, records, n_before):
             "facts": f"Active at {record['n']:,} places of {n_tokens:,} "
                      f"({record['frequency']:.2%}); activation {record['mean']:.3g} on average "
                      f"where active, {record['largest']:.3g} at most.",
-            "explorer": f'to take it apart in a prompt: python attribution.py "..." --feature '
+            "explorer": f'to take it apart in a prompt: python explorer.py "..." --feature '
                         f'{"" if of_heads else "mlp."}{layer}.{i}',
             "weights": record["head_weights"],
             "dfa": [round(share, 3) for share in dfa[i].tolist()],

@@ -55,7 +55,7 @@ PEERS = "tests/requirements-peers.txt"
 
 COMMANDS = {
     "train": "train.py",
-    "attribution": "attribution.py --saes data/tiny --feature 2.1228",
+    "explorer": "explorer.py --saes data/tiny --feature 2.1228",
     "features": "features.py --saes data/tiny",
     "heads": "heads.py --saes data/tiny",
     "induction": "induction.py --saes data/tiny",

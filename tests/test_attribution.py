@@ -488,12 +488,12 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
     for layer, file in ((1, "features.json"), (2, "0.js")):     # layer 1 has no pages, only numbers
         (tmp_path / "tiny" / "features" / f"L{layer}").mkdir(parents=True)
         (tmp_path / "tiny" / "features" / f"L{layer}" / file).touch()
-    done = program("attribution", "A <script>alert('x')</script> & </script> cat", "--out",
+    done = program("explorer", "A <script>alert('x')</script> & </script> cat", "--out",
                    tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("sources by DFA", "recursive DFA", "share of decoder", "why head"):
         assert words in done.stdout
-    page = (tmp_path / "tiny" / "attribution" / "explorer.html").read_text()
+    page = (tmp_path / "tiny" / "explorer" / "explorer.html").read_text()
     assert page.count("<script") == 2 and page.count("</script>") == 2, "a token was not escaped"
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page), \
         "it loads something from elsewhere"
@@ -529,7 +529,7 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
     (["hello", "--logit", "a", "--against", "a"], "less itself is 0"),
 ], ids=str)
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words):
-    done = program("attribution", *arguments, "--out", tmp_path)
+    done = program("explorer", *arguments, "--out", tmp_path)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 

@@ -11,11 +11,11 @@ from data.weights import TINY
 
 PROGRAMS = {
     "train": ["--d-sae", 1, "--n-tokens", 20_000, "--batch-size", 256, "--n-eval-rows", 16],
-    "attribution": [], "features": ["--n-tokens", 2000], "heads": ["--n-tokens", 2000],
+    "explorer": [], "features": ["--n-tokens", 2000], "heads": ["--n-tokens", 2000],
     "induction": ["--n-rows", 32, "--n-sequences", 20], "ioi": ["--n-prompts", 20]}
 # What does not fit: {tokens of context: {program: the sentence}}.
 TOO_SHORT = {
-    4: {"attribution": "a prompt of 15 tokens does not fit", "ioi": "IOI prompts of 33 tokens do not fit"},
+    4: {"explorer": "a prompt of 15 tokens does not fit", "ioi": "IOI prompts of 33 tokens do not fit"},
     20: {"ioi": "IOI prompts of 33 tokens do not fit this model, which takes 1 to 20"},
     64: {}}
 
@@ -30,7 +30,7 @@ def test_every_program_ends_well(tmp_path, n_ctx):
         if sentence := TOO_SHORT[n_ctx].get(name):
             assert done.returncode == 2 and sentence in done.stderr, done.stderr
         elif done.returncode:           # its one feature may be silent where it is asked about
-            assert name == "attribution" and "is active at position" in done.stderr, done.stderr
+            assert name == "explorer" and "is active at position" in done.stderr, done.stderr
         else:
             assert f"written to {tmp_path}" in done.stdout
         if name == "induction":

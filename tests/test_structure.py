@@ -21,7 +21,8 @@ RUNTIME = {"torch", "numpy", "tiktoken", "safetensors", "matplotlib"}
 ALLOWED = {
     "model": set(), "sae": set(), "sparse": {"sae"}, "study": {"model", "sae"},
     "train": {"model", "sae", "sparse"}, "direct": set(),
-    "attribution": {"direct", "sae", "study"}, "features": {"direct", "sparse", "study"},
+    "attribution": {"direct", "sae"},
+    "explorer": {"attribution", "direct", "study"}, "features": {"direct", "sparse", "study"},
     "heads": {"direct", "features", "study"},
     "induction": {"direct", "model", "sae", "sparse", "study"},
     "ioi": {"attribution", "direct", "model", "sae", "study"}}
@@ -69,7 +70,7 @@ def test_running_takes_five_packages():
                 f"{path.name} imports {module}"
 
 
-@pytest.mark.parametrize("name", ["train", "attribution", "features", "heads", "induction", "ioi"])
+@pytest.mark.parametrize("name", ["train", "explorer", "features", "heads", "induction", "ioi"])
 def test_each_program_starts_and_says_in_one_sentence_what_is_wrong(name):
     started = subprocess.run([sys.executable, f"{name}.py", "--frobnicate"], cwd=ROOT, text=True,
                              capture_output=True)
