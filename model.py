@@ -232,6 +232,27 @@ class Transformer(nn.Module):
         return x, cache
 
     @torch.no_grad()
+    def generate(self, tokens, n, temperature=0.0, generator=None, edit_z=None, edit_mlp=None):
+        """Rows continued by n tokens, one at a time, (B,T) -> (B,T+n).
+
+        temperature: of what is drawn from, softmax(logits / temperature); 0 takes the most likely
+        token. generator: for the draw, on the model's device. edit_z, edit_mlp: as in `forward`;
+        they see the whole row each time, as long as it is then (`sae.clamp` without `where` means
+        every position of it but 0). Raises UserError if it gets too long for this model.
+        """
+        self.check_length(tokens.shape[1] + n)
+        for _ in range(n):
+            x, _ = self.run_layers(self.embed(tokens), edit_z, edit_mlp=edit_mlp)
+            logits = self.unembed(x[:, -1])[:, :self.n_tokens].float()      # (B,n_tokens)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)                       # (B,1)
+            else:
+                p = (logits / temperature).softmax(-1)
+                new = torch.multinomial(p, 1, generator=generator)
+            tokens = torch.cat([tokens, new], 1)
+        return tokens
+
+    @torch.no_grad()
     def run(self, tokens):                                  # (B,T) -> Run
         """A run without edits, with all that `rerun` takes from it."""
         resid_pre, keys, values, z_of_layer = [], [], [], []

@@ -1,7 +1,8 @@
 """The sparse autoencoder (SAE) of the paper, section 2, with its gradient worked out by hand.
 
     pre   = (z - b_dec) @ W_enc + b_enc
-    f     = pre where pre > threshold, else 0       threshold 0 is ReLU, the paper's
+    f     = pre where pre > threshold, else 0       threshold 0 is ReLU, the paper's; in a TopK SAE
+                                                    the k largest of these alone
     z_hat = f @ W_dec + b_dec                       rows of W_dec have unit norm
 
     loss  = sum_d (z_hat - z)^2 + l1 * sum_i f_i    the mean over the batch of both
@@ -39,14 +40,15 @@ class SAE(nn.Module):
     """f = encode(z), z_hat = decode(f).
 
     Parameters: W_enc (d_in,d_sae), b_enc (d_sae,), W_dec (d_sae,d_in), b_dec (d_in,), and the
-    constant threshold (d_sae,). `about` says what it is of (data/sae_files.py), and `reads`, which
-    is in it, the input it takes: "z_cat". The paper's SAEs were trained on a z_cat without value
+    constant threshold (d_sae,). `about` says what it is of (data/sae_files.py). Two entries of it
+    matter here: `reads`, the input it takes, "z_cat"; and in a TopK SAE (Gao et al. 2024) `top_k`,
+    the features that an input has at most. The paper's SAEs were trained on a z_cat without value
     biases and take "z_cat less value_bias", until `load_saes` converts them.
     """
 
     subtracts_b_dec = True      # from what the encoder reads
 
-    def __init__(self, d_in, d_sae, generator=None):
+    def __init__(self, d_in, d_sae, generator=None, top_k=0):
         super().__init__()
         W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
         # a copy, also of one row (which `contiguous` gives back): a view would tie the two
@@ -57,10 +59,16 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(d_sae))
         self.about = {"reads": Z_CAT}
+        if top_k:
+            self.about["top_k"] = top_k
 
     @property
     def reads(self):
         return self.about["reads"]
+
+    @property
+    def top_k(self):
+        return self.about.get("top_k", 0)
 
     @property
     def d_in(self):
@@ -82,16 +90,18 @@ class SAE(nn.Module):
         return self.encoder_input(z) @ self.W_enc + self.b_enc
 
     def activate(self, pre):                    # (...,d_sae) -> (...,d_sae)
-        """Feature activations from pre-activations: ReLU, or JumpReLU where threshold > 0.
+        """Feature activations from pre-activations: ReLU, or JumpReLU where threshold > 0; in a
+        TopK SAE the largest of these alone.
 
-        To try another activation function, such as TopK, change this function and nothing else, by
-        these rules. Each entry of the result is the entry of `pre`, or 0: the gradient below passes
-        where the result is not 0. An entry at or below its threshold must give 0 and must not
-        affect the others: sparse.py does not compute such entries, and puts some other value at or
-        below the threshold in their place. So TopK chooses among those above the threshold. Each
-        row (one z) is treated alone, since rows come in blocks of any size.
+        To try another activation function, change this function and nothing else, by these rules.
+        Each entry of the result is the entry of `pre`, or 0: the gradient below passes where the
+        result is not 0. An entry at or below its threshold must give 0 and must not affect the
+        others: sparse.py does not compute such entries, and puts some other value at or below the
+        threshold in their place. Each row (one z) is treated alone, since rows come in blocks of
+        any size.
         """
-        return pre * (pre > self.threshold)
+        f = pre * (pre > self.threshold)
+        return keep_largest(f, self.top_k) if self.top_k else f
 
     def encode(self, z):                        # (...,d_in) -> f (...,d_sae)
         """Feature activations."""
@@ -166,12 +176,18 @@ class Transcoder(SAE):
 
     subtracts_b_dec = False
 
-    def __init__(self, d_in, d_sae, d_out, generator=None):
-        super().__init__(d_in, d_sae, generator)
+    def __init__(self, d_in, d_sae, d_out, generator=None, top_k=0):
+        super().__init__(d_in, d_sae, generator, top_k)
         W_dec = F.normalize(torch.randn(d_sae, d_out, generator=generator), dim=-1)
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_out))
-        self.about = {"reads": MLP}
+        self.about["reads"] = MLP
+
+
+def keep_largest(f, k):                         # (...,n) -> the same
+    """The k largest entries of each row, all if it has fewer, and 0 in place of the others."""
+    largest, index = f.topk(min(k, f.shape[-1]), dim=-1)
+    return torch.zeros_like(f).scatter(-1, index, largest)
 
 
 # ---- the loss and its gradient ----
@@ -256,10 +272,10 @@ def resample(sae, optimizer, dead, z, generator, target=None, mean_in=None):
     (Bricken et al. 2023), in place.
 
     dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in), inputs to draw from. The
-    new row of W_dec is the target less
-    b_dec, normalised. The column of W_enc is the input less b_dec, or in a transcoder less mean_in
-    (d_in,), normalised too, at 0.2 times the mean norm of live columns; b_enc makes the
-    pre-activation 0 where that difference is. generator: for the draw, on the CPU.
+    new row of W_dec is the target less b_dec, normalised. The column of W_enc is the input less
+    b_dec, or in a transcoder less mean_in (d_in,), normalised too, at 0.2 times the mean norm of
+    live columns; b_enc makes the pre-activation 0 where that difference is. generator: for the
+    draw, on the CPU.
     """
     live = ~dead
     if not dead.any() or not live.any():
@@ -330,28 +346,50 @@ def ablate(sae, feature, where):
 
     feature: a number, or one for each row of the batch (B,). where: (B,T) bool.
     """
+    return clamp(sae, feature, 0.0, where)
+
+
+def clamp(sae, feature, value, where=None):
+    """The edit that makes f_i `value` where `where` holds: (value - f_i) * W_dec[i] is added to
+    z_cat, and all else stays, the SAE's error and z_cat's type included. So features steer a model.
+
+    feature: a number, or one for each row of the batch (B,). where: (B,T) bool; if not given, every
+    position but 0 (BOS), however long the text is.
+    """
     def edit(z):                                            # (B,T,d_in) -> (B,T,d_in)
-        return take_out(sae, feature, where, z, z)
+        return put_in(sae, feature, value, all_but_bos(z) if where is None else where, z, z)
     return edit
 
 
 def ablate_mlp(transcoder, feature, where):
-    """The same for an MLP, for edit_mlp: f_i * W_dec[i] out of what it writes."""
+    """`ablate` for an MLP, for edit_mlp: f_i * W_dec[i] out of what it writes."""
+    return clamp_mlp(transcoder, feature, 0.0, where)
+
+
+def clamp_mlp(transcoder, feature, value, where=None):
+    """`clamp` for an MLP, for edit_mlp."""
     def edit(mlp_in, mlp_out):                              # (B,T,d_model) x 2 -> (B,T,d_model)
-        return take_out(transcoder, feature, where, mlp_in, mlp_out)
+        here = all_but_bos(mlp_in) if where is None else where
+        return put_in(transcoder, feature, value, here, mlp_in, mlp_out)
     return edit
 
 
-def take_out(sae, feature, where, read, written):           # (B,T,d_in), (B,T,d_out) -> the latter
-    """What is written less f_i * W_dec[i] at some places, f_i being what the feature makes of what
-    is read there."""
+def all_but_bos(z):                                         # (B,T,d_in) -> (B,T) bool
+    where = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+    where[:, 0] = False
+    return where
+
+
+def put_in(sae, feature, value, where, read, written):      # (B,T,d_in), (B,T,d_out) -> the latter
+    """What is written plus (value - f_i) * W_dec[i] at some places, f_i being what the feature
+    makes of what is read there."""
     row, _ = where.nonzero(as_tuple=True)                   # (n,) of each position to edit
     feature_of_row = torch.as_tensor(feature, device=read.device).expand(len(read))     # (B,)
     i = feature_of_row[row]                                 # (n,) the feature that goes there
     f = sae.encode(read[where].to(sae.b_dec.dtype))         # (n,d_sae)
     f_i = f.gather(1, i[:, None])                           # (n,1)
     edited = written.clone()
-    edited[where] -= (f_i * sae.W_dec[i]).to(written.dtype)
+    edited[where] += ((value - f_i) * sae.W_dec[i]).to(written.dtype)
     return edited
 
 

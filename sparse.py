@@ -4,7 +4,8 @@ A few in a thousand features are active on an input. One matrix product, the enc
 find which; everything else in `sae.dense_step` can be done on active entries alone. Here
 
     candidates        finds the entries (input, feature) that may be active, by a product in
-                      bfloat16 with a margin for its rounding: some that are not come along
+                      bfloat16 with a margin for its rounding: some that are not come along; in a
+                      TopK SAE those alone that may be among the k largest
     sparse_step       is `sae.dense_step` over the candidates, to float precision
     encode_sparse     is `SAE.encode` over the candidates, as a list without zeros
     active_entries    does that for rows of text, a block of rows at a time
@@ -12,8 +13,8 @@ find which; everything else in `sae.dense_step` can be done on active entries al
 The candidates of a batch are a list, row by row: entry j is feature cols[j] of input rows[j], and
 the entries of input b begin at crow[b]. Values, decoder and gradients are float32.
 
-`sparse_step` takes a feature to be active exactly where pre > threshold, as `SAE.activate` says. If
-that is changed, `is_threshold_activation` notices, and train.py takes the dense step.
+`sparse_step` takes features to be active as `SAE.activate` says, by a formula of its own for lists.
+If `SAE.activate` is changed, `knows_activation` notices, and train.py takes the dense step.
 `encode_sparse` calls `SAE.activate`, and holds for every activation that keeps to its rules.
 
 Shapes: B batch, d_in, d_sae; nnz candidates.
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from data.machine import fast_bfloat16
 from data.sae_files import MLP
 from data.strongest import Entries
-from sae import LossAndGradients, gradient_of_b_dec
+from sae import LossAndGradients, gradient_of_b_dec, keep_largest
 
 ROWS_AT_ONCE = 512      # a block of the encoder's product is then still cached when it is read
 
@@ -47,9 +48,9 @@ def sparse_step(sae, z, l1, target=None):       # (B,d_in), _, (B,d_out) -> Loss
     d_sae = sae.d_sae
     target = z if target is None else target
     x = sae.encoder_input(z)
-    rows, cols, crow, pre = candidate_pre_activations(sae, x)
-    active = pre > sae.threshold[cols]
-    f = pre * active                                                    # (nnz,)
+    rows, cols, crow, pre = candidate_pre_activations(sae, x, sae.top_k)
+    f = activate_list(sae, rows, cols, crow, pre)                       # (nnz,)
+    active = f != 0
     e = weighted_sums(crow, cols, f, sae.W_dec) + sae.b_dec - target    # (B,d_out)
     g = 2 * e / B
     d_pre = (sampled_product(crow, cols, g, sae.W_dec) + l1 / B) * active   # (nnz,)
@@ -73,18 +74,32 @@ def sparse_step(sae, z, l1, target=None):       # (B,d_in), _, (B,d_out) -> Loss
     return LossAndGradients(mse, f.sum() / B, fired, gradients)
 
 
-def candidate_pre_activations(sae, x):      # (B,d_in) -> rows, cols (nnz,), crow (B+1,), pre (nnz,)
-    """The pre-activations of all candidates, in float32."""
+def candidate_pre_activations(sae, x, top_k):
+    """The pre-activations of all candidates, in float32: (B,d_in) -> rows, cols (nnz,), crow
+    (B+1,), pre (nnz,)."""
     W = sae.W_enc.T.contiguous()                            # a feature's weights side by side
     # pre > threshold if and only if x @ W_enc + (b_enc - threshold) > 0
-    rows, cols = candidates(x, W, sae.b_enc - sae.threshold)
+    rows, cols = candidates(x, W, sae.b_enc - sae.threshold, top_k)
     crow = row_pointers(rows, len(x))
     pre = sampled_product(crow, cols, x, W) + sae.b_enc[cols]
     return rows, cols, crow, pre
 
 
-def candidates(x, W, bias):                 # (B,d_in), (d_sae,d_in), (d_sae,) -> rows, cols (nnz,)
-    """Every entry of x @ W^T + bias that may be above 0, found by a bfloat16 product.
+def activate_list(sae, rows, cols, crow, pre):              # -> f (nnz,)
+    """`SAE.activate` for a list in which every active entry stands."""
+    f = pre * (pre > sae.threshold[cols])
+    if sae.top_k == 0:
+        return f
+    # one row of a table for each input, with zeros at its end
+    place = torch.arange(len(f)) - crow[rows]
+    table = f.new_zeros(len(crow) - 1, int(crow.diff().max()))
+    table[rows, place] = f
+    return keep_largest(table, sae.top_k)[rows, place]
+
+
+def candidates(x, W, bias, top_k=0):        # (B,d_in), (d_sae,d_in), (d_sae,) -> rows, cols (nnz,)
+    """Every entry of x @ W^T + bias that may be above 0, found by a bfloat16 product. With top_k,
+    those alone that may be among the k largest of their row.
 
     Where that product is not above 0, the exact value is not. bfloat16 keeps 8 bits, 7 of them
     stored: rounding a number moves it by at most u = 2^-8 of itself. With x' and w' for x and w
@@ -108,12 +123,18 @@ def candidates(x, W, bias):                 # (B,d_in), (d_sae,d_in), (d_sae,) -
     rounding = (x - x.to(kind)).norm(dim=1, keepdim=True)                   # (B,1) |x - x'|
     size = x.norm(dim=1, keepdim=True)
     margin = rounding + (u + of_sum) * size                                 # times |w|
+    W_norm = W.norm(dim=1, keepdim=True)
     left = torch.cat([x, torch.ones_like(margin), (1 + 6 * u) * margin], 1).to(kind)
-    right = torch.cat([W, raised_bias, W.norm(dim=1, keepdim=True)], 1).to(kind)
+    right = torch.cat([W, raised_bias, W_norm], 1).to(kind)
+    # what was added to an entry is at most two of its margins, and a little for their rounding
+    added = 3 * (margin * W_norm.max() + (2 * u + of_sum) * bias.abs().max())   # (B,1)
 
     found = []
     for first in range(0, len(x), ROWS_AT_ONCE):
-        product = left[first:first + ROWS_AT_ONCE] @ right.T                # (512,d_sae)
+        here = slice(first, first + ROWS_AT_ONCE)
+        product = left[here] @ right.T                                      # (512,d_sae)
+        if top_k:
+            product -= below_kth_largest(product, added[here], top_k, u)
         # numpy searches faster than torch but has no bfloat16. The bits of a number, read as an
         # integer, are above 0 where the number is.
         bits = product.view(torch.int16 if kind == torch.bfloat16 else torch.int32).numpy()
@@ -121,6 +142,22 @@ def candidates(x, W, bias):                 # (B,d_in), (d_sae,d_in), (d_sae,) -
     flat = np.concatenate([*found, np.empty(0, np.int64)])      # also for no rows
     rows, cols = np.divmod(flat, d_sae)
     return torch.from_numpy(rows), torch.from_numpy(cols)
+
+
+def below_kth_largest(product, added, k, u):                # (n,d_sae), (n,1) -> (n,1)
+    """A number that the k largest exact values of each row are above, or 0.
+
+    The columns are dealt out to groups. Of the groups' largest entries k are not below the kth
+    largest of these, so that the kth largest of all is not below it either; and an exact value is
+    at most `added` below its entry.
+    """
+    d_sae = product.shape[1]
+    in_group = max(1, d_sae // (8 * k))                     # 8k groups come close to the kth of all
+    n_groups = d_sae // in_group
+    largest = product[:, :n_groups * in_group].unflatten(1, (in_group, n_groups)).amax(1)
+    kth = largest.float().topk(min(k, n_groups), dim=1).values[:, -1:]
+    # 8u of it: for the rounding of the product, and of the number itself
+    return (kth - 8 * u * kth.abs() - added).clamp_min(0).to(product.dtype)
 
 
 def row_pointers(rows, n):                                  # (nnz,) ascending -> (n+1,)
@@ -149,13 +186,16 @@ def by_feature(cols, d_sae):                                # (nnz,) -> order (n
     return torch.from_numpy(np.argsort(cols.numpy().astype(kind), kind="stable"))
 
 
-def is_threshold_activation(sae):
-    """Whether `SAE.activate` is what `sparse_step` takes it to be, tried on random pre-activations
-    of which half are above their thresholds."""
+def knows_activation(sae):
+    """Whether `SAE.activate` is what `activate_list` takes it to be, tried on random
+    pre-activations of which half are above their thresholds."""
+    n, d_sae = 16, sae.d_sae
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(16, sae.d_sae, generator=generator).to(sae.threshold)
-    pre = sae.threshold + random
-    return torch.equal(sae.activate(pre), pre * (pre > sae.threshold))
+    pre = sae.threshold + torch.randn(n, d_sae, generator=generator)
+    rows = torch.arange(n).repeat_interleave(d_sae)
+    cols = torch.arange(d_sae).repeat(n)
+    f = activate_list(sae, rows, cols, row_pointers(rows, n), pre.flatten()).view_as(pre)
+    return torch.equal(sae.activate(pre), f)
 
 
 # ---- where features are active ----
@@ -179,7 +219,8 @@ def encode_sparse(sae, z):                                  # (B,T,d_in) -> Entr
 def activate_candidates(sae, z):                            # (n,d_in) -> place, feature, f (nnz,)
     """Pre-activations of the candidates, put through `SAE.activate`: in whole rows, since an
     activation such as TopK compares the features of a row."""
-    place, feature, crow, pre = candidate_pre_activations(sae, sae.encoder_input(z))
+    top_k = sae.top_k if knows_activation(sae) else 0
+    place, feature, crow, pre = candidate_pre_activations(sae, sae.encoder_input(z), top_k)
     # What is no candidate is at or below its threshold, where by the rules of `SAE.activate` one
     # value is as good as another: 0, or the threshold itself if that is negative.
     filling = sae.threshold.clamp_max(0)

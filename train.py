@@ -4,6 +4,7 @@ by its reconstruction costs the model.
     python train.py                          the shipped model, all layers, minutes on two cores
     python train.py --layers 1 --d-sae 4096 --n-tokens 10e6
     python train.py --reads mlp              transcoders: from what MLPs read to what they write
+    python train.py --top-k 20               TopK SAEs: 20 features for each input, and no l1
     python train.py --model gpt2 --preset paper
     python train.py --model gpt2 --corpus c4 --saes kissane     measure SAEs, train nothing
 
@@ -59,7 +60,7 @@ from data.weights import digest
 from model import load_model
 from sae import (SAE, Transcoder, dense_step, load_saes, load_transcoders, normalise_decoder,
                  project_decoder_gradient, resample, splice, splice_mlp)
-from sparse import is_threshold_activation, sparse_step
+from sparse import knows_activation, sparse_step
 
 # Reports call a feature dead if it fired on none of the last 1,000,000 training activations.
 # (Resampling asks something else: whether it fired at all since the last resampling.)
@@ -84,6 +85,8 @@ class TrainConfig:
                                    "for each (paper: 24576 = 32 x d_in, layers 5 and 7 49152)")
     l1: tuple[float, ...] = field((0.2,), "weight of the sparsity term: one for all layers, or one "
                                   "for each (paper: 0.8 to 3, with --no-normalise)")
+    top_k: int = field(0, "train TopK SAEs (Gao et al. 2024): of an input's features the k largest "
+                       "are active, and l1 has no part; 0: no limit, and l1")
     normalise: bool = field(True, "train on z_cat divided by its mean distance to the mean, so "
                             "that one l1 suits all layers; likewise both sides of MLPs (paper: no)")
     lr: float = field(0.0, "Adam's peak learning rate; 0: 3.4e-3 for the 256 numbers of tiny's "
@@ -200,6 +203,8 @@ def check(config, model, layers, folder, team):
         ("--seed", config.seed >= 0, "must be at least 0."),
         ("--lr", config.lr > 0, "must be above 0."),
         ("--l1", all(weight >= 0 for weight in l1), "must be at least 0."),
+        (f"--top-k {config.top_k}", 0 <= config.top_k <= min(d_sae),
+         f"must be between 0 and the number of features, {min(d_sae)}."),
         ("--decay", 0 <= config.decay <= 1, "must be between 0 and 1."),
         # shares of a batch are drawn at random: with 32 expected, none is ever empty
         (f"--batch-size {config.batch_size}", team.size == 1 or config.batch_size >= 32 * team.size,
@@ -252,10 +257,10 @@ class Learner:
     first_mse: float | None = None      # of the first step of this process
     has_run_away: bool = False
 
-    def step_function(self, device):
-        """The sparse step, on the CPU, where few features were active in the step before."""
+    def step_function(self):
+        """The sparse step where few features were active in the step before."""
         few = self.l0 < self.sae.d_sae / 16
-        return sparse_step if self.use_sparse_step and few and device.type == "cpu" else dense_step
+        return sparse_step if self.use_sparse_step and few else dense_step
 
     def in_its_units(self, site):                           # -> (B,d_in), (B,d_out)
         """What it reads and its target, divided by their scales. `site`: of ActivationBuffer."""
@@ -272,7 +277,7 @@ def train_step(learner, site, step, config, team=Team()):
     lr = learning_rate(step, config)
     # sparsity comes in gently: fewer features die
     l1_scale = min(1.0, (step + 1) / config.warmup)
-    sparse_or_dense_step = learner.step_function(z.device)
+    sparse_or_dense_step = learner.step_function()
 
     # the gradients are derived by hand, without autograd: LossAndGradients in sae.py
     result = sparse_or_dense_step(sae, z, learner.l1 * l1_scale, target)
@@ -441,14 +446,14 @@ def warn_of_runaways(learners, n_done, config):
 
 
 def choose_sparse_step(learners, device):
-    """The sparse step assumes that f is pre where pre > threshold, else 0. For an SAE whose
-    `activate` does anything else, fall back to the dense step, which assumes only that each entry
-    of f is that of pre, or 0. (What else `SAE.activate` asks is for sparse.py's encoding.)"""
+    """The sparse step is for the CPU, and has a formula of its own for `SAE.activate`. Where that
+    is another function now, fall back to the dense step, which assumes only that each entry of f is
+    that of pre, or 0. (What else `SAE.activate` asks is for sparse.py's encoding.)"""
     for layer, learner in learners.items():
-        learner.use_sparse_step = is_threshold_activation(learner.sae)
+        learner.use_sparse_step = device.type == "cpu" and knows_activation(learner.sae)
         if not learner.use_sparse_step and device.type == "cpu":
-            print(f"layer {layer}: SAE.activate is not a threshold, which is all the sparse step "
-                  f"knows; taking the dense step, which is slower.", flush=True)
+            print(f"layer {layer}: SAE.activate is another function than the sparse step knows; "
+                  f"taking the dense step, which is slower.", flush=True)
 
 
 # ---- activations ----
@@ -585,11 +590,14 @@ def generator(*key):
 # ---- how an SAE starts ----
 
 
-def make_learner(widths, d_sae, l1, lr, device="cpu"):      # -> Learner
+def make_learner(widths, d_sae, l1, lr, device="cpu", top_k=0):     # -> Learner
     """An SAE, or for a site of two a transcoder, and its Adam before the first step; `initialise`
     then fits it to activations."""
     # its random weights are replaced: `initialise`, `restore`
-    sae = SAE(*widths, d_sae) if len(widths) == 1 else Transcoder(widths[0], d_sae, widths[1])
+    if len(widths) == 1:
+        sae = SAE(widths[0], d_sae, top_k=top_k)
+    else:
+        sae = Transcoder(widths[0], d_sae, widths[1], top_k=top_k)
     sae = sae.to(device)
     # beta1 = 0, no momentum: a feature moves only in steps in which it fires
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.0, 0.9999), fused=True)
@@ -606,8 +614,8 @@ def make_learner(widths, d_sae, l1, lr, device="cpu"):      # -> Learner
 def make_learners(config, layers, widths, device):          # -> {layer: Learner}
     """One for each layer, with its own size and l1."""
     d_sae = per_layer(config.d_sae, layers)
-    l1 = per_layer(config.l1, layers)
-    return {layer: make_learner(widths, d_sae[layer], l1[layer], config.lr, device)
+    l1 = per_layer(0.0 if config.top_k else config.l1, layers)
+    return {layer: make_learner(widths, d_sae[layer], l1[layer], config.lr, device, config.top_k)
             for layer in layers}
 
 

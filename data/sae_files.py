@@ -17,6 +17,7 @@ beside them, and as far as the others say it:
                                     constant part
     left_out, units                 positions that it was not trained on; what a number of its input
                                     stands for
+    top_k                           of a TopK SAE, the features that an input has at most
 
 Where LayerNorm and value biases were folded into the model's weights, as for the paper's SAEs, z
 lacks model.value_bias(layer); `sae.shift(model.value_bias(layer))` makes such an SAE read ours.
@@ -40,7 +41,7 @@ Z_CAT = "z_cat"                                 # what an SAE of this project re
 FOLDED_Z_CAT = "z_cat less value_bias"          # what the paper's read
 MLP = "mlp"                                     # what a transcoder reads: the MLP's input
 NAMES = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
-ABOUT = ("model", "architecture", "weights", "layer", "reads", "left_out", "units")
+ABOUT = ("model", "architecture", "weights", "layer", "reads", "left_out", "units", "top_k")
 
 # Published sets: (repository on the hub, {layer: file}).
 _KISSANE_RUNS = [
@@ -151,10 +152,22 @@ def read_own(path):
     stored = dict(read_tensors(path))
     about = {"reads": Z_CAT} | about_own(path)
     tensors = checked(stored, NAMES, path, is_transcoder=about["reads"] == MLP)
+    check_top_k(about, tensors, path)
     norms = tensors["W_dec"].norm(dim=-1, keepdim=True)
     if stored["W_dec"].dtype == torch.float16 and (norms - 1).abs().max() < 1e-2:
         tensors["W_dec"] /= norms
     return tensors, about
+
+
+def check_top_k(about, tensors, path):
+    """Raise UserError where the number of features of a TopK SAE cannot be."""
+    k = about.get("top_k", 0)
+    d_sae = len(tensors["W_dec"])
+    if type(k) is not int or not 0 <= k <= d_sae:
+        raise UserError(f"{path} keeps the {k!r} largest of {d_sae} features, which cannot be.")
+    if k and (tensors["threshold"] != 0).any():
+        raise UserError(f"{path} keeps the {k} largest features and has thresholds too; that is "
+                        f"not supported.")
 
 
 def about_own(path):
@@ -216,12 +229,14 @@ def read_gemma_scope(path):
 
 
 def read_saelens(folder):
-    """A SAELens folder of the plain or the JumpReLU kind, on hook_z."""
+    """A SAELens folder of the plain, the JumpReLU or the TopK kind, on hook_z."""
     config = folder / "cfg.json"
     settings = read_json(config)
+    is_topk = settings.get("architecture") == "topk"
+    activation = "topk" if is_topk else "relu"
     check_options(settings, {
-        "architecture": ["standard", "jumprelu"],
-        "activation_fn": ["relu"], "activation_fn_str": ["relu"],
+        "architecture": ["standard", "jumprelu", "topk"],
+        "activation_fn": [activation], "activation_fn_str": [activation],
         "normalize_activations": ["none", None, False, True, "expected_average_only_in"],
         "apply_b_dec_to_input": [True, False],
         "reshape_activations": ["none", "hook_z"],
@@ -243,7 +258,13 @@ def read_saelens(folder):
                             f"scaling_factor in activation_scaler.json, and there is {factor!r}.")
         for name in ("b_enc", "b_dec", "threshold"):        # its features were factor times ours
             tensors[name] = tensors[name] / factor
-    fold_norms(tensors)
+    if is_topk:
+        kwargs = settings.get("activation_fn_kwargs")       # where it was until version 6
+        about["top_k"] = settings.get("k", kwargs.get("k") if isinstance(kwargs, dict) else None)
+        check_top_k(about, tensors, folder)
+    # A TopK SAE chooses by its own pre-activations, unless it says that norms count.
+    if not is_topk or settings.get("rescale_acts_by_decoder_norm"):
+        fold_norms(tensors)
     return tensors, about
 
 
@@ -345,8 +366,8 @@ def checked(tensors, names, path, is_transcoder=False):
 # ---- writing for others ----
 
 
-def write_saelens(tensors, folder, model_name, layer, n_ctx):
-    """Write an SAE's five tensors (its state_dict) as a SAELens folder.
+def write_saelens(tensors, folder, model_name, layer, n_ctx, top_k=0):
+    """Write an SAE's five tensors (its state_dict) as a SAELens folder; top_k: of a TopK SAE.
 
     It reads z of the model's plain weights, which its cfg.json says as SAELens does (no folding at
     load): for a TransformerLens model with folded LayerNorm and value biases,
@@ -360,10 +381,12 @@ def write_saelens(tensors, folder, model_name, layer, n_ctx):
     d_sae, d_in = stored["W_dec"].shape
     with atomic(Path(folder) / "sae_weights.safetensors") as temporary:
         save_file(stored, temporary)
+    architecture = "topk" if top_k else "jumprelu" if is_jumprelu else "standard"
+    of_topk = {"k": top_k, "rescale_acts_by_decoder_norm": False} if top_k else {}
     plain_weights = {"fold_ln": False, "fold_value_biases": False, "center_writing_weights": False,
                      "center_unembed": False}
     write_json(Path(folder) / "cfg.json", {
-        "architecture": "jumprelu" if is_jumprelu else "standard",
+        "architecture": architecture, **of_topk,
         "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none",
         "reshape_activations": "hook_z",

@@ -1,11 +1,12 @@
 """Numbers in the pages: the commands that print them, what they printed, a check that nothing
 drifts.
 
-    python -m docs.results              run all: about an hour on two cores, half of it the benchmark
+    python -m docs.results              run all that take nothing from elsewhere: about an hour on two
+                                        cores, half of it the benchmark
     python -m docs.results ioi train    run some; walkthrough is one of them
     python -m docs.results --check      run none: are the pages what the stored outputs say?
 
-The pages are README.md and docs/RESULTS.md. What a command prints is kept in
+The pages are README.md, docs/RESULTS.md and docs/GEMMA.md. What a command prints is kept in
 docs/outputs/<name>.txt, under the time and the memory it took. docs/sources.json says where the
 numbers of a page come from:
 
@@ -23,7 +24,8 @@ Figures that the commands draw are copied over those of the pages, docs/pictures
 
 The commands write to out/ as they do when run by hand. benchmark takes
 tests/requirements-peers.txt, and gpt2-size the random model that README.md makes, with GPT-2's
-tokenizer.
+tokenizer. Those of docs/GEMMA.md, gemma-train and so on, take the model and the text that it names,
+and hours: they are run when asked for by name.
 """
 
 import contextlib
@@ -49,10 +51,11 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = ROOT / "docs" / "outputs"
 PICTURES = ROOT / "docs" / "pictures"
 WALK = ROOT / "docs" / "WALKTHROUGH.md"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "RESULTS.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "GEMMA.md")
 SOURCES = ROOT / "docs" / "sources.json"
 PEERS = "tests/requirements-peers.txt"
 
+GEMMA = "--model published/gemma-3-270m --corpus published/english"
 COMMANDS = {
     "train": "train.py",
     "explorer": "explorer.py --saes data/tiny --feature 2.1228",
@@ -67,6 +70,16 @@ COMMANDS = {
     "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise "
                  "--lr 1.2e-3 --batch-size 4096 --n-tokens 163840 --n-eval-rows 8",
     "benchmark": "tests/measured/benchmark.py",
+    "gemma-train": f"train.py {GEMMA} --d-sae 4096 --n-tokens 1024000 --n-eval-rows 64 --lr 3.4e-3",
+    "gemma-train-17": f"train.py {GEMMA} --d-sae 4096 --n-tokens 1024000 --n-eval-rows 64 "
+                      "--layers 17",
+    "gemma-induction": f"induction.py {GEMMA} --layers 5,11 --n-rows 1024",
+    "gemma-ioi": f"ioi.py {GEMMA}",
+    "gemma-explorer": f"explorer.py {GEMMA} --logit ' Mary' --against ' John'",
+    "gemma-features": f"features.py {GEMMA} --n-tokens 100000",
+    "gemma-heads": f"heads.py {GEMMA} --n-tokens 100000",
+    "gemma-against": f"tests/measured/against_transformers.py {GEMMA} "
+                     "--heads 5.1,5.2,11.2,11.3,12.1",
 }
 TINY = ("report.json", "L0/metrics.json", "L1/metrics.json", "L2/metrics.json", "L3/metrics.json")
 
@@ -126,7 +139,9 @@ def output(name):
 
 def copy_pictures(name):
     """The figures that a command drew, over those in the pages."""
-    drawn = ROOT / "out" / ("walkthrough" if name == "walkthrough" else f"tiny/{name}")
+    run = "gemma-3-270m" if name.startswith("gemma-") else "tiny"
+    study = name.removeprefix("gemma-")
+    drawn = ROOT / "out" / ("walkthrough" if name == "walkthrough" else f"{run}/{study}")
     for picture in PICTURES.glob(f"{name}-*.png"):
         new = drawn / picture.name.removeprefix(f"{name}-")
         if new.is_file():
@@ -258,7 +273,8 @@ def main():
     if is_check and len(asked) > 1:
         raise UserError("--check runs nothing; give it alone.")
     if not is_check:
-        for name in asked or [*COMMANDS, "walkthrough"]:
+        ours = [name for name in COMMANDS if not name.startswith("gemma-")]
+        for name in asked or [*ours, "walkthrough"]:
             run_one(name)
     stale = [path for path in PAGES if not update(path, write=not is_check)]
     if is_check and stale:

@@ -226,6 +226,59 @@ def test_a_rerun_of_one_position_is_what_a_patch_there_does(pair):
 # ---- edits ----
 
 
+def test_greedy_text_is_what_transformers_generates(pair):
+    ours, theirs = pair
+    tokens = random_tokens(ours)[:, :5]
+    expected = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6,
+                               do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(tokens, 6), expected)
+    assert torch.equal(ours.generate(tokens, 0), tokens)
+
+
+def test_sampled_text_follows_the_temperature(tiny):
+    """Each token is one draw from softmax(logits / temperature), and a row of padding is none."""
+    tokens = random_tokens(tiny)[:, :4]
+    found = tiny.generate(tokens, 3, 0.7, torch.Generator().manual_seed(5))
+    random = torch.Generator().manual_seed(5)
+    expected = tokens
+    for _ in range(3):
+        logits, _ = tiny(expected)
+        p = (logits[:, -1] / 0.7).softmax(-1)
+        expected = torch.cat([expected, torch.multinomial(p, 1, generator=random)], 1)
+    assert torch.equal(found, expected)
+    assert torch.equal(tiny.generate(tokens, 3, 1e-6, torch.Generator().manual_seed(5)),
+                       tiny.generate(tokens, 3)), "cold, it is the most likely token"
+    n_tokens = tiny.n_tokens
+    try:
+        tiny.n_tokens = 50
+        assert int(tiny.generate(tokens, 5, 3.0)[:, 4:].max()) < 50
+    finally:
+        tiny.n_tokens = n_tokens
+    with pytest.raises(UserError, match="128"):
+        tiny.generate(tokens, 125)
+
+
+def test_edits_see_the_text_as_it_grows(tiny):
+    """A feature clamped at every position: token by token what the whole row with this edit
+    predicts; BOS stays."""
+    sae = S.SAE.load(TINY / "L3")
+    tokens = random_tokens(tiny)[:2, :4]
+    lengths = []
+    steer = S.clamp(sae, 7, 40.0)
+
+    def edit(z):
+        lengths.append(z.shape[1])
+        return steer(z)
+
+    found = tiny.generate(tokens, 4, edit_z={3: edit})
+    assert lengths == [4, 5, 6, 7]
+    logits, _ = tiny(found, edit_z={3: steer})
+    assert torch.equal(logits[:, 3:-1].argmax(-1), found[:, 4:])
+    assert not torch.equal(found, tiny.generate(tokens, 4)), "this clamp should change the text"
+    twice = tiny.generate(tokens, 4, edit_mlp={2: lambda mlp_in, mlp_out: 0 * mlp_out})
+    assert not torch.equal(twice, tiny.generate(tokens, 4))
+
+
 def test_identity_edit_changes_nothing_bit_for_bit(pair):
     ours, _ = pair
     tokens = random_tokens(ours)

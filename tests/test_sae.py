@@ -228,6 +228,42 @@ def test_splice_keeps_position_0_and_ablate_removes_one_feature_where_asked():
                                               z[b, t]), "a position that was not asked for changed"
 
 
+def test_a_clamped_feature_has_the_value_that_was_asked_for():
+    """The SAE reads a feature where its encoder's column is its decoder's row, and other columns
+    do not see that row: there, what comes out is read as the value."""
+    sae = S.SAE(12, 5).requires_grad_(False)
+    sae.W_dec.copy_(torch.eye(12)[:5])
+    sae.W_enc.copy_(sae.W_dec.T)
+    sae.b_dec.normal_(generator=torch.Generator().manual_seed(0))
+    z = random_z(30, 12).reshape(3, 10, 12)
+    f = sae.encode(z)
+    assert (f[..., 2] > 0).any() and (f[..., 2] == 0).any()
+    found = sae.encode(S.clamp(sae, 2, 1.5)(z))
+    assert torch.equal(found[:, 0], f[:, 0]), "position 0 is BOS"
+    active = f[:, 1:, 2] > 0
+    assert torch.allclose(found[:, 1:, 2][active], torch.tensor(1.5), atol=1e-6)
+    others = [0, 1, 3, 4]
+    assert torch.allclose(found[..., others], f[..., others], atol=1e-6)
+    where = torch.zeros(3, 10, dtype=torch.bool)
+    where[1, 4] = where[2, 0] = True
+    each = S.clamp(sae, torch.tensor([0, 1, 2]), 1.5, where)(z)
+    assert torch.equal(each[~where], z[~where])
+    for row, position, i in ((1, 4, 1), (2, 0, 2)):
+        expected = z[row, position] + (1.5 - f[row, position, i]) * sae.W_dec[i]
+        assert torch.allclose(each[row, position], expected, atol=1e-6)
+
+
+def test_a_clamped_transcoder_feature_is_read_in_one_place_and_written_in_another():
+    sae = S.Transcoder(6, 9, 4).requires_grad_(False)
+    x, y = random_z(20, 6).reshape(2, 10, 6), random_z(20, 4, seed=3).reshape(2, 10, 4)
+    f = sae.encode(x)
+    found = S.clamp_mlp(sae, 3, 2.0)(x, y)
+    expected = y + (2.0 - f[..., 3:4]) * sae.W_dec[3]
+    assert torch.equal(found[:, 0], y[:, 0]) and torch.allclose(found[:, 1:], expected[:, 1:])
+    where = torch.rand(2, 10, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(S.ablate_mlp(sae, 3, where)(x, y), S.clamp_mlp(sae, 3, 0.0, where)(x, y))
+
+
 def test_save_and_load_give_the_same_sae(tmp_path):
     sae = random_sae(threshold=0.4)
     sae.save(tmp_path / "sae.safetensors")

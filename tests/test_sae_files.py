@@ -272,7 +272,7 @@ def test_the_saes_that_ship_say_what_they_are_of(tiny, capsys):
     for layer, sae in S.load_saes(TINY, tiny).items():
         assert sae.about["layer"] == layer and sae.about["weights"] == digest(tiny)
         in_config = json.loads((TINY / f"L{layer}" / "config.json").read_text())
-        assert sae.about == {name: in_config[name] for name in ABOUT}
+        assert sae.about == {name: in_config[name] for name in ABOUT if name in in_config}
     assert capsys.readouterr().out == "", "nothing to doubt"
 
 
@@ -336,12 +336,13 @@ def run_saelens(script, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("jump", [False, True], ids=["standard", "jumprelu"])
-def test_saelens_reads_what_we_write(tmp_path, jump):
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "topk"])
+def test_saelens_reads_what_we_write(tmp_path, kind):
     sae, z = S.SAE.load(saelens_folder(tmp_path / "x", random_tensors())), random_z()
-    if not jump:
+    if kind != "jumprelu":
         sae.threshold.zero_()
-    write_saelens(sae.state_dict(), tmp_path / "ours", "gpt2", 5, 128)
+    sae.about["top_k"] = 3 if kind == "topk" else 0
+    write_saelens(sae.state_dict(), tmp_path / "ours", "gpt2", 5, 128, sae.top_k)
     save_file({"z": z.unflatten(-1, (4, 8)).contiguous()}, tmp_path / "z.safetensors")
     run_saelens("""
 import sae_lens, torch
@@ -356,23 +357,27 @@ save_file({"f": f.detach(), "z_hat": sae.decode(f).detach().contiguous()}, "thei
     assert (theirs["z_hat"].flatten(-2) - sae(z)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("jump", [False, True], ids=["standard", "jumprelu"])
-def test_we_read_what_saelens_writes(tmp_path, jump):
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "topk", "topk, rescaled"])
+def test_we_read_what_saelens_writes(tmp_path, kind):
     t, z = random_tensors(), random_z()
     save_file(t | {"z": z}, tmp_path / "in.safetensors")
     run_saelens(f"""
 import sae_lens, torch
 from safetensors.torch import load_file, save_file
 t = load_file("in.safetensors")
-kind, config = ((sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig) if {jump} else
-                (sae_lens.StandardSAE, sae_lens.StandardSAEConfig))
+kind, config = {{"jumprelu": (sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig),
+                "standard": (sae_lens.StandardSAE, sae_lens.StandardSAEConfig),
+                "topk": (sae_lens.TopKSAE, sae_lens.TopKSAEConfig)}}["{kind}".split(",")[0]]
+more = {{"k": 3, "rescale_acts_by_decoder_norm": "{kind}" != "topk"}} if "topk" in "{kind}" else {{}}
 of = sae_lens.saes.sae.SAEMetadata(model_name="gpt2-small", hook_name="blocks.1.attn.hook_z")
-sae = kind(config(d_in={D_IN}, d_sae={D_SAE}, apply_b_dec_to_input={not jump}, metadata=of))
+sae = kind(config(d_in={D_IN}, d_sae={D_SAE}, apply_b_dec_to_input={kind != "jumprelu"},
+                  metadata=of, **more))
 with torch.no_grad():
     for name, parameter in sae.named_parameters():
         parameter.copy_(t[name])
 sae.save_model("theirs")
-sae.fold_W_dec_norm()
+if "{kind}" != "topk":
+    sae.fold_W_dec_norm()
 save_file({{"f": sae.encode(t["z"]).detach(), "z_hat": sae(t["z"]).detach()}}, "out.safetensors")
 """, tmp_path)
     theirs, ours = read_safetensors(tmp_path / "out.safetensors"), S.SAE.load(tmp_path / "theirs")
@@ -386,6 +391,48 @@ def read_safetensors(path):
 
 
 # ---- what is refused ----
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("of_old", [False, True])
+def test_topk_folders_of_saelens(tmp_path, rescaled, of_old):
+    """Which features are the largest is decided before rows are brought to unit norm, or, if the
+    file says so, as if they had it already."""
+    k = 3
+    t, z = random_tensors(), random_z()
+    del t["threshold"]
+    how = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": k}} if of_old else {"k": k}
+    sae = S.SAE.load(saelens_folder(tmp_path / "sae", t, architecture="topk", **how,
+                                    rescale_acts_by_decoder_norm=rescaled))
+    pre = (z - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
+    norms = t["W_dec"].norm(dim=1)
+    by = pre * norms if rescaled else pre
+    kth = by.topk(k, dim=-1).values[..., -1:]
+    f = pre * (by >= kth) * (pre > 0)
+    assert (((f > 0) != (pre * (pre >= pre.topk(k, dim=-1).values[..., -1:]) > 0)).any()
+            == rescaled), "this test should tell the two apart"
+    torch.testing.assert_close(sae(z), f @ t["W_dec"] + t["b_dec"])
+    assert sae.top_k == k
+
+
+@pytest.mark.parametrize("k", [None, 0.5, -1, 10_000, "3"])
+def test_a_topk_folder_that_cannot_be_is_refused(tmp_path, k):
+    t = random_tensors()
+    del t["threshold"]
+    folder = saelens_folder(tmp_path / "sae", t, architecture="topk", k=k)
+    with pytest.raises(UserError, match="largest of .* features, which cannot be"):
+        read_sae(folder)
+
+
+def test_a_topk_sae_comes_back_as_it_was_saved(tmp_path):
+    sae = S.SAE(6, 20, top_k=4)
+    sae.save(tmp_path / "sae.safetensors")
+    again = S.SAE.load(tmp_path / "sae.safetensors")
+    assert again.top_k == 4 and torch.equal(again(torch.ones(2, 6)), sae(torch.ones(2, 6)))
+    sae.threshold += 0.1
+    sae.save(tmp_path / "sae.safetensors")
+    with pytest.raises(UserError, match="has thresholds too"):
+        S.SAE.load(tmp_path / "sae.safetensors")
 
 
 @pytest.mark.parametrize("option", [{"architecture": "gated"}, {"activation_fn_str": "topk"},

@@ -104,8 +104,8 @@ class TopK(S.SAE):
 def test_another_activation_function_is_noticed(k):
     sae = TopK(24, 96)
     sae.k = k
-    assert not P.is_threshold_activation(sae)
-    assert P.is_threshold_activation(random_sae(threshold=0.4))
+    assert not P.knows_activation(sae)
+    assert P.knows_activation(random_sae(threshold=0.4))
 
 
 def test_another_activation_function_is_encoded_as_it_says(either_processor):
@@ -119,3 +119,61 @@ def test_another_activation_function_is_encoded_as_it_says(either_processor):
     found = torch.zeros_like(f)
     found[entries.row, entries.q, entries.feature] = entries.f
     torch.testing.assert_close(found, f, atol=1e-5, rtol=1e-4)
+
+
+# ---- TopK ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("k, d_sae", [(1, 300), (20, 2048), (64, 100), (100, 100)])
+def test_the_sparse_step_of_a_topk_sae_equals_the_dense_one(k, d_sae, dtype, either_processor):
+    """Biases of either sign: some rows have more than k features above 0, some fewer."""
+    sae, z = random_sae(48, d_sae).to(dtype), random_z(700, 48).to(dtype)
+    sae.about["top_k"] = k
+    with torch.no_grad():
+        sae.b_enc += 2 * torch.randn(d_sae, generator=torch.Generator().manual_seed(1)) + 2
+    z[0] = sae.b_dec                                        # an input of nothing
+    z[1] *= 100
+    dense, sparse = S.dense_step(sae, z, 0.0), P.sparse_step(sae, z, 0.0)
+    n_active = (sae.encode(z) != 0).sum(1)
+    assert (n_active == k).any() or k == d_sae
+    assert (n_active < k).any() or k < 64, "some rows should have fewer"
+    assert torch.equal(sparse.fired, dense.fired), "another k than the dense step's"
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(sparse.mse, dense.mse, rtol=rtol, atol=0)
+    for name, expected in dense.gradients.items():
+        assert (sparse.gradients[name] - expected).norm() <= rtol * expected.norm(), name
+
+
+def test_topk_has_few_candidates(either_processor):
+    """Half of the pre-activations are above 0, and about k of them are looked at."""
+    sae, z = random_sae(256, 4096), random_z(512, 256)
+    x, W = z - sae.b_dec, sae.W_enc.T.contiguous()
+    all_positive = len(P.candidates(x, W, sae.b_enc)[0]) / 512
+    few = len(P.candidates(x, W, sae.b_enc, 20)[0]) / 512
+    assert all_positive > 1000 and 20 <= few < 100, few
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_topk_sae_is_encoded_as_it_says(either_processor, dtype):
+    sae, z = random_sae(24, 300).to(dtype), random_z(60, 24).reshape(6, 10, 24).to(dtype)
+    sae.about["top_k"] = 7
+    f = sae.encode(z)
+    assert ((f != 0).sum(-1) == 7).all()
+    entries = P.encode_sparse(sae, z)
+    found = torch.zeros_like(f)
+    found[entries.row, entries.q, entries.feature] = entries.f
+    torch.testing.assert_close(found, f, atol=1e-5, rtol=1e-4)
+    assert P.knows_activation(sae)
+
+
+def test_what_a_reader_makes_of_a_topk_sae_is_noticed():
+    class All(S.SAE):
+        def activate(self, pre):
+            return pre * (pre > 0)
+
+    sae = All(24, 96, top_k=5)
+    assert not P.knows_activation(sae)
+    z = random_z(30, 24)[None]
+    n = int((sae.encode(z) != 0).sum())
+    assert len(P.encode_sparse(sae, z).f) == n, "candidates are those of another activation"

@@ -1,4 +1,4 @@
-"""One edit of `SAE.activate`, to TopK: training, evaluation, features.py and ablation all agree
+"""A reader's edit of `SAE.activate`, here to TopK: training, evaluation, features.py and ablation all agree
 with a loop over single numbers, and no other line of the project is touched."""
 
 import contextlib
@@ -51,7 +51,7 @@ def by_loop(sae, z):                                        # (d_in,) -> {featur
 def test_training_says_that_it_took_the_dense_step(trained):
     _, printed, _ = trained
     for layer in (1, 2):
-        assert f"layer {layer}: SAE.activate is not a threshold" in printed
+        assert f"layer {layer}: SAE.activate is another function" in printed
     assert printed.count("taking the dense step") == 2
 
 

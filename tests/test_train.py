@@ -345,7 +345,7 @@ def test_training_curves_of_the_sparse_and_the_dense_step_overlay(tmp_path, monk
     a draw turns the last bit of an error into another feature."""
     curves, dead = [], []
     for step in (T.sparse_step, T.dense_step):
-        monkeypatch.setattr(T.Learner, "step_function", lambda learner, device: step)
+        monkeypatch.setattr(T.Learner, "step_function", lambda learner: step)
         run_short(tmp_path / step.__name__, resample_times=0)
         log = T.read_log(tmp_path / step.__name__ / "tiny" / "log.jsonl")
         curves.append([line[layer]["mse"] + 0.2 * line[layer]["sparsity"] for line in log

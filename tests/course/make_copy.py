@@ -64,8 +64,8 @@ EXERCISES = (
     ),
     Exercise("the length of a prefix that matches", "induction.py", ("prefix_lengths",),
              "the top of induction.py"),
-    Exercise("a feature removed where it matters", "sae.py", ("take_out",),
-             "sae.ablate, which calls it, and sae.splice; ioi.ablate_features"),
+    Exercise("a feature removed, or set, where it matters", "sae.py", ("put_in",),
+             "sae.clamp and sae.ablate, which call it; ioi.ablate_features"),
     Exercise("how much of the logit difference is recovered", "ioi.py", ("recovered",),
              "the top of ioi.py; data.stats.bootstrap and mean_with_ci"),
 )

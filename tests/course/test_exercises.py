@@ -126,6 +126,13 @@ def test_02_encode_and_decode():
     sae.threshold.copy_(torch.tensor([2.0, 0, 0]))
     assert near(sae.encode(z), torch.tensor([[0, 0, 2.5]])), \
         "at its threshold a feature is not active: pre > threshold, not >="
+    sae.threshold.zero_()
+    sae.about["top_k"] = 1
+    assert near(sae.encode(z), torch.tensor([[0, 0, 2.5]])), \
+        "with top_k, of the active features the top_k largest alone: keep_largest"
+    assert near(sae.encode(torch.tensor([[-9.0, 2.0]])), torch.zeros(1, 3)), \
+        "with top_k too, what is not above the threshold is 0: fewer may be left than top_k"
+    del sae.about["top_k"]
     many = sae.encode(z.expand(4, 3, 2))
     assert many.shape == (4, 3, 3), "leading dimensions stay as they are: (...,d_in) -> (...,d_sae)"
     z_hat = sae.decode(torch.tensor([[2, 0, 2.5]]))
@@ -475,10 +482,10 @@ def test_12_prefix_lengths():
             assert got[0, q, k] == n, f"L[{q},{k}] is {int(got[0, q, k])}, and {n} tokens match"
 
 
-# ---- 13: ablation ----
+# ---- 13: ablation and steering ----
 
 
-def test_13_ablation_at_own_positions():
+def test_13_a_feature_removed_or_set():
     sae, z = small_sae(), random(2, 4, 6, seed=5)
     before = z.clone()
     S.ablate(sae, 2, torch.ones(2, 4, dtype=torch.bool))(z)
@@ -506,6 +513,14 @@ def test_13_ablation_at_own_positions():
     assert not near(got[where], z[where] - f[where][:, 2:3] * sae.W_enc[:, 2]), \
         "it is the decoder's row that was written, W_dec[i], not the encoder's column"
     assert near(got[where], expected), "f_i * W_dec[i] is taken out of z_cat"
+    steered = S.clamp(sae, 2, 3.0, where)(z)
+    assert not near(steered[where], z[where] + 3.0 * sae.W_dec[2]), \
+        "f_i becomes the value: what it has already is not added again"
+    assert near(steered[where], expected + 3.0 * sae.W_dec[2]), \
+        "(value - f_i) * W_dec[i] is added to z_cat"
+    everywhere = S.clamp(sae, 2, 3.0)(z)
+    assert torch.equal(everywhere[:, 0], z[:, 0]) and near(everywhere[where], steered[where]), \
+        "without `where`, clamp calls put_in with every position but 0"
     low = z.bfloat16()
     single = small_sae().float()
     single.b_enc.copy_(sae.b_enc)

@@ -177,7 +177,7 @@ def curve(dense):
     buffer = train.ActivationBuffer(models.load_model("tiny"), data.load_tokenizer("tiny"), config,
                                     (2,), torch.device("cpu"))
     one_step = train.dense_step if dense else train.sparse_step
-    train.Learner.step_function = lambda learner, device: one_step
+    train.Learner.step_function = lambda learner: one_step
     learners = train.make_learners(config, (2,), buffer.widths, torch.device("cpu"))
     train.initialise_all(learners, config, buffer)
     losses = []

@@ -49,13 +49,14 @@ MISTAKES = [
      "over the keys"),
     (1, "if not with_pattern and not softcap:", "if False:", "None for the pattern"),
     (1, "scores = scale * torch.einsum", "q *= scale\n    scores = torch.einsum", "in place"),
-    (2, "return pre * (pre > self.threshold)\n", "return pre\n", "ReLU"),
-    (2, "return pre * (pre > self.threshold)\n", "return pre * (pre > self.threshold[0])\n",
+    (2, "f = pre * (pre > self.threshold)\n", "f = pre\n", "ReLU"),
+    (2, "f = pre * (pre > self.threshold)\n", "f = pre * (pre > self.threshold[0])\n",
      "threshold of its own"),
-    (2, "return pre * (pre > self.threshold)\n", "return pre * (pre >= self.threshold)\n",
+    (2, "f = pre * (pre > self.threshold)\n", "f = pre * (pre >= self.threshold)\n",
      "not >="),
-    (2, "return pre * (pre > self.threshold)\n",
-     "return (pre * (pre > self.threshold)).flatten(0, -2)\n", "leading dimensions"),
+    (2, "f = pre * (pre > self.threshold)\n",
+     "f = (pre * (pre > self.threshold)).flatten(0, -2)\n", "leading dimensions"),
+    (2, "return keep_largest(f, self.top_k) if self.top_k else f\n", "return f\n", "top_k"),
     (2, "return f @ self.W_dec + self.b_dec\n", "return (f @ self.W_dec + self.b_dec).detach()\n",
      "do not detach"),
     (2, "return self.encoder_input(z) @ self.W_enc + self.b_enc\n",
@@ -129,15 +130,16 @@ MISTAKES = [
     (12, "same = (classes[:, :, None] == classes[:, None]) & (classes >= 0)[:, None]",
      "same = ((classes[:, :, None] == classes[:, None]) & (classes >= 0)[:, None])[:1]",
      "every row"),
-    (13, "edited[where] -= (f_i * sae.W_dec[i]).to(written.dtype)",
-     "edited[:, where.any(0)] -= (f_i * sae.W_dec[i]).to(written.dtype)[:1]", "own positions"),
+    (13, "edited[where] += ((value - f_i) * sae.W_dec[i]).to(written.dtype)",
+     "edited[:, where.any(0)] += ((value - f_i) * sae.W_dec[i]).to(written.dtype)[:1]", "own positions"),
     (13, "f = sae.encode(read[where].to(sae.b_dec.dtype))",
      "f = sae.pre_activations(read[where].to(sae.b_dec.dtype))", "ReLU"),
-    (13, "edited[where] -= (f_i * sae.W_dec[i]).to(written.dtype)",
-     "edited[where] -= (f_i * sae.W_enc[:, i].T).to(written.dtype)", "not the encoder's"),
+    (13, "edited[where] += ((value - f_i) * sae.W_dec[i]).to(written.dtype)",
+     "edited[where] += ((value - f_i) * sae.W_enc[:, i].T).to(written.dtype)", "not the encoder's"),
     (13, "edited = written.clone()", "edited = written.to(sae.b_dec.dtype, copy=True)",
      "keeps its type"),
     (13, "edited = written.clone()", "edited = written", "another tensor"),
+    (13, "((value - f_i) * sae.W_dec[i])", "(value * sae.W_dec[i])", "what it has already"),
     (14, "return (patched[drawn] - zero[drawn]).mean() / (clean[drawn] - zero[drawn]).mean()",
      "return ((patched[drawn] - zero[drawn]) / (clean[drawn] - zero[drawn])).mean()",
      "not a mean of ratios"),
@@ -218,7 +220,7 @@ def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
     course.student_copy(tmp_path / "new")
     sae = (tmp_path / "new" / "sae.py").read_text()
     assert "f^T @ g" not in sae and "yours to work out: dL/dW_dec" in sae
-    assert "return pre * (pre > self.threshold" not in sae
+    assert "f = pre * (pre > self.threshold" not in sae
     assert "The reconstruction." in sae
     assert (tmp_path / "new" / "data" / "tiny" / "model.safetensors").is_file()
     assert (tmp_path / "new" / "pytest.ini").is_file(), \
