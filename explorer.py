@@ -3,8 +3,8 @@
     python explorer.py "When Mary and John went to the store, John gave a drink to"
 
 takes the strongest feature of the last token apart, by the formulas of direct.py and
-attribution.py, and writes <out>/<model>/explorer/explorer.html, where the strongest features of
-every token can be opened.
+attribution.py, and writes to <out>/<model>/explorer/: explorer.html, where the strongest features
+of every token can be opened, and sources.png, which heads brought what from which token.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from attribution import (FEATURES, KINDS, Node, Reader, ablation_effects, check_
                          unexplained, upstream_features, writer_name)
 from data import pages
 from data.errors import UserError, run
+from data.figures import plot_sources
 from data.flags import field, parse_flags
 from direct import constant_part, dfa, head_weights, values_minus_bias
 from study import StudyConfig, begin, parse_feature
@@ -53,6 +54,10 @@ def main():
     texts = [study.tokenizer.decode([token]) for token in tokens.tolist()]
     root = choose_root(traced, study.tokenizer, config)
     print("\n".join(describe(traced, texts, study.tokenizer, root, config)), flush=True)
+    if root.kind == "feature":
+        title = f"DFA of {reader_name(root, texts, study.tokenizer)}, by head and source token"
+        plot_sources(by_source(traced, root).numpy(), root.layer, texts[:root.position + 1], title,
+                     study.folder / "sources.png")
     if config.page:
         print("\nwriting a page to look at every feature of every token ...", flush=True)
         content = explorer_data(traced, texts, study.tokenizer, root)
@@ -229,7 +234,7 @@ def describe(traced, texts, tokenizer, root, config):       # -> lines
             lines.append(f"active at {position} in {kind}layer {layer}:  " + "  ".join(shown))
     lines += ["", f"{reader_name(root, texts, tokenizer)}: {describe_value(traced, root)}", ""]
     if root.kind == "feature":
-        lines += describe_dfa(traced, texts, root.layer, position, root.feature) + [""]
+        lines += describe_dfa(traced, texts, root) + [""]
     tree = tree_of(traced, root, config.share, config.depth, config.breadth)
     lines.append(f"recursive DFA, in units of the root's {tree.value:.4f}:")
     lines += describe_children(texts, tree, tree.value)
@@ -254,24 +259,30 @@ def describe_value(traced, root):
     return f"pre-activation {value:.4f}, activation {f:.4f}"
 
 
-def describe_dfa(traced, texts, layer, position, feature):
+def by_source(traced, root):                                # -> (H,k)
+    """DFA of an attention feature: what each head brought from each position up to its own."""
+    kept = traced.cache[root.layer]
+    v = values_minus_bias(traced.model, root.layer, kept.v)
+    moved = dfa(kept.pattern, v, traced.saes[root.layer].W_enc[:, root.feature])    # (1,H,q,k)
+    return moved[0, :, root.position, :root.position + 1].cpu()
+
+
+def describe_dfa(traced, texts, root):
     """Heads, by DFA and by weights, and the strongest sources."""
-    kept = traced.cache[layer]
+    layer = root.layer
     sae = traced.saes[layer]
-    v = values_minus_bias(traced.model, layer, kept.v)
-    by_source = dfa(kept.pattern, v, sae.W_enc[:, feature])[0, :, position]         # (H,k)
-    by_source = by_source[:, :position + 1]                 # there is none from later keys
-    weights = head_weights(sae.W_dec[feature], len(by_source))
-    constant = float(constant_part(traced.model, layer, sae)[feature])
+    moved = by_source(traced, root)                                     # (H,k)
+    weights = head_weights(sae.W_dec[root.feature], len(moved))
+    constant = float(constant_part(traced.model, layer, sae)[root.feature])
     lines = ["head         DFA   share of decoder"]
-    for h, total in enumerate(by_source.sum(1).tolist()):
+    for h, total in enumerate(moved.sum(1).tolist()):
         lines.append(f"{f'{layer}.{h}':8} {total:8.4f}  {float(weights[h]):8.1%}")
     lines += [f"constant {constant:8.4f}", "", "sources by DFA:"]
-    all_heads = by_source.sum(0)
+    all_heads = moved.sum(0)
     for k in all_heads.abs().argsort(descending=True)[:5].tolist():
-        h = int(by_source[:, k].abs().argmax())
+        h = int(moved[:, k].abs().argmax())
         lines.append(f"{k:4d} {texts[k]!r:16} {float(all_heads[k]):8.4f}   of which head "
-                     f"{layer}.{h} {float(by_source[h, k]):.4f}")
+                     f"{layer}.{h} {float(moved[h, k]):.4f}")
     return lines
 
 

@@ -327,6 +327,19 @@ def plot_census(census, choices, polysemantic_above, path):
     save(fig, path)
 
 
+# ---- one feature in one prompt ----
+
+
+def plot_sources(moved, layer, tokens, title, path):
+    """DFA as a heat map, heads by source tokens: moved (H,k), as `direct.dfa` has it for one query;
+    tokens: k texts."""
+    fig, ax = figure(1.5 + 0.55 * len(tokens), 1.6 + 0.3 * len(moved))
+    image = draw_sources(ax, moved, [f"head {layer}.{h}" for h in range(len(moved))], tokens)
+    ax.set_title(as_text(title), fontsize=10)
+    fig.colorbar(image, ax=ax, label="DFA")
+    save(fig, path)
+
+
 # ---- the overview in the README ----
 
 

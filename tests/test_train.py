@@ -83,6 +83,42 @@ def test_same_seed_same_bytes_and_another_seed_others(finished, tmp_path):
                                                       / "sae.safetensors").read_bytes()
 
 
+def test_a_topk_run_keeps_k_features_and_every_program_reads_it(tmp_path, tiny):
+    """l1 has no part in it, k goes with the file, and the sparse step is taken."""
+    metrics = run_short(tmp_path, top_k=9, l1=5.0)
+    folder = tmp_path / "tiny"
+    log = T.read_log(folder / "log.jsonl")
+    assert all(line[layer]["l0"] <= 9 for line in log for layer in ("L0", "L2"))
+    assert log[-1]["L0"]["mse"] < 0.9 * log[0]["L0"]["mse"]
+    assert 8 < metrics[0]["l0"] <= 9
+    config = json.loads((folder / "L0" / "config.json").read_text())
+    assert config["top_k"] == 9 and config["l1_of_layer"] == 0.0
+    saes = S.load_saes(folder, tiny)
+    assert saes[0].top_k == saes[2].top_k == 9
+    tokens = next(data.rows("python", data.load_tokenizer("tiny"), "held-out", 128, 2))
+    f = saes[2].encode(tiny.z_cat_at(tokens, [2])[2])
+    assert int((f != 0).sum(-1).max()) == 9
+    for name, more in (("explorer", []), ("features", ["--n-tokens", 2032])):
+        done = program(name, "--saes", folder, "--out", tmp_path, *more)
+        assert done.returncode == 0, done.stderr
+
+
+def test_topk_by_the_sparse_and_the_dense_step_is_the_same_run(tmp_path, monkeypatch):
+    curves = []
+    for step in (T.sparse_step, T.dense_step):
+        monkeypatch.setattr(T.Learner, "step_function", lambda learner: step)
+        run_short(tmp_path / step.__name__, resample_times=0, top_k=9)
+        log = T.read_log(tmp_path / step.__name__ / "tiny" / "log.jsonl")
+        curves.append([line[layer]["mse"] for line in log for layer in ("L0", "L2")])
+    assert curves[0] == pytest.approx(curves[1], rel=2e-3)
+
+
+@pytest.mark.parametrize("k", [-1, 129])
+def test_a_k_that_cannot_be_is_refused(tmp_path, k):
+    with pytest.raises(UserError, match="--top-k .* must be between 0 and the number of features"):
+        run_short(tmp_path, top_k=k)
+
+
 def test_a_batch_is_a_copy_that_no_refill_overwrites(tiny):
     config = dataclasses.replace(SHORT, n_tokens=60_000)
     tokenizer = data.load_tokenizer("tiny")
