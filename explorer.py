@@ -66,7 +66,7 @@ def main():
             "feature": layers_with_dashboards(results / "features", study.saes),
             "MLP feature": layers_with_dashboards(results / "mlp" / "features", transcoders)}
         pages.fill("explorer.html", pages.rounded(content), study.folder / "explorer.html")
-        print(f"written to {study.folder}/explorer.html")
+    print(f"\nwritten to {study.folder}/")
 
 
 def choose_root(traced, tokenizer, config):                 # -> Reader

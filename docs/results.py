@@ -3,7 +3,8 @@ drifts.
 
     python -m docs.results              run all that take nothing from elsewhere: about an hour on two
                                         cores, half of it the benchmark
-    python -m docs.results ioi train    run some; walkthrough is one of them
+    python -m docs.results ioi train    run some; walkthrough and exercises are two of them, pages
+                                        whose code is run piece by piece
     python -m docs.results --check      run none: are the pages what the stored outputs say?
 
 The pages are README.md, docs/RESULTS.md and docs/GEMMA.md. What a command prints is kept in
@@ -46,11 +47,14 @@ import torch
 from data.errors import UserError, run
 from data.files import read_json, write_text
 from data.machine import fast_bfloat16
+from docs import notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = ROOT / "docs" / "outputs"
 PICTURES = ROOT / "docs" / "pictures"
-WALK = ROOT / "docs" / "WALKTHROUGH.md"
+# pages whose pieces of code are run, and what they print put below them
+WALKS = {"walkthrough": ROOT / "docs" / "WALKTHROUGH.md",
+         "exercises": ROOT / "tests" / "course" / "EXERCISES.md"}
 PAGES = (ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "GEMMA.md")
 SOURCES = ROOT / "docs" / "sources.json"
 PEERS = "tests/requirements-peers.txt"
@@ -141,7 +145,7 @@ def copy_pictures(name):
     """The figures that a command drew, over those in the pages."""
     run = "gemma-3-270m" if name.startswith("gemma-") else "tiny"
     study = name.removeprefix("gemma-")
-    drawn = ROOT / "out" / ("walkthrough" if name == "walkthrough" else f"{run}/{study}")
+    drawn = ROOT / "out" / (name if name in WALKS else f"{run}/{study}")
     for picture in PICTURES.glob(f"{name}-*.png"):
         new = drawn / picture.name.removeprefix(f"{name}-")
         if new.is_file():
@@ -244,16 +248,16 @@ def stands(number, known):
                if how in (written, "any"))
 
 
-# ---- the walk-through ----
+# ---- pages of code ----
 
 
 def walked(page):
-    """The walk-through with what its pieces of code print, run one after the other."""
+    """A page with what its pieces of code print, run one after the other."""
     names = {}
 
     def run_piece(piece):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(piece[1], str(WALK), "exec"), names)
+            exec(compile(piece[1], "a piece of the page", "exec"), names)
         said = f"\n```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
         return f"```python\n{piece[1]}```\n{said}"
 
@@ -266,15 +270,15 @@ def walked(page):
 def main():
     asked = sys.argv[1:]
     is_check = "--check" in asked
-    unknown = [name for name in asked if name not in (*COMMANDS, "walkthrough", "--check")]
+    unknown = [name for name in asked if name not in (*COMMANDS, *WALKS, "--check")]
     if unknown:
-        raise UserError(f"{unknown[0]} is unknown; there are: --check, walkthrough, "
-                        f"{', '.join(COMMANDS)}.")
+        raise UserError(f"{unknown[0]} is unknown; there are: --check, "
+                        f"{', '.join([*WALKS, *COMMANDS])}.")
     if is_check and len(asked) > 1:
         raise UserError("--check runs nothing; give it alone.")
     if not is_check:
         ours = [name for name in COMMANDS if not name.startswith("gemma-")]
-        for name in asked or [*ours, "walkthrough"]:
+        for name in asked or [*ours, *WALKS]:
             run_one(name)
     stale = [path for path in PAGES if not update(path, write=not is_check)]
     if is_check and stale:
@@ -282,14 +286,17 @@ def main():
 
 
 def run_one(name):
-    """Run a command, or the walk-through, and keep what it prints and draws."""
-    if name == "walkthrough":
-        print(WALK.relative_to(ROOT), flush=True)
-        write_text(WALK, walked(WALK.read_text(encoding="utf8")))
+    """Run a command, or a page of code, and keep what it prints and draws."""
+    if name in WALKS:
+        page = WALKS[name]
+        print(page.relative_to(ROOT), flush=True)
+        write_text(page, walked(page.read_text(encoding="utf8")))
     else:
         print(f"python {COMMANDS[name]}", flush=True)
         measure(name)
     copy_pictures(name)
+    if name == "walkthrough":
+        notebook.write()
 
 
 def update(path, write):                                    # -> whether the page is as it should be

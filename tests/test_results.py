@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from docs import results
+from docs import notebook, results
 from data.errors import UserError
 
 
@@ -69,16 +69,59 @@ def test_excerpts_are_lines_in_order(monkeypatch):
         results.excerpt("x", '"e"')
 
 
-def test_the_walk_through_prints_what_it_says(monkeypatch, tmp_path):
-    """Words to the letter, numbers to two per cent: other processors round otherwise."""
-    page = results.WALK.read_text(encoding="utf8")
+@pytest.mark.parametrize("name", results.WALKS)
+def test_pages_of_code_print_what_they_say(name, monkeypatch, tmp_path):
+    page = results.WALKS[name].read_text(encoding="utf8")
+    (tmp_path / "data").symlink_to(results.ROOT / "data")
     monkeypatch.chdir(tmp_path)                                         # where its pictures go
-    got = results.walked(page)
+    assert_prints(results.walked(page), page)
+
+
+def test_the_notebook_is_the_walk_through():
+    page = notebook.PAGE.read_text(encoding="utf8")
+    stored = json.loads(notebook.NOTEBOOK.read_text(encoding="utf8"))
+    assert stored == notebook.notebook(page), "run python -m docs.notebook"
+    said = "".join("".join(cell["source"]) for cell in stored["cells"])
+    words = re.sub(r"(?s)```python\n(.*?)```|```text\n.*?```", r"\1", page)
+    for line in words.splitlines():
+        if not line.startswith("!["):
+            assert line in said, f"the notebook lacks {line!r}"
+
+
+def test_the_notebook_runs_and_prints_what_it_says(tmp_path):
+    """Each cell in a kernel of its own, started in the folder of the notebook. Figures come out as
+    pictures."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    stored = nbformat.read(notebook.NOTEBOOK, as_version=4)
+    nbformat.validate(stored)
+    ran = nbformat.read(notebook.NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(ran, timeout=300, kernel_name="python3",
+                            resources={"metadata": {"path": notebook.DOCS}}).execute()
+    for before, after in zip(stored.cells, ran.cells):
+        assert_prints(printed_by(after), printed_by(before))
+        assert pictures_of(after) == pictures_of(before)
+    assert sum(map(pictures_of, ran.cells)) == 2
+
+
+def printed_by(cell):
+    """What a cell wrote to its output, which comes in pieces."""
+    return "".join(one.text for one in cell.get("outputs", []) if one.output_type == "stream")
+
+
+def pictures_of(cell):
+    """How many pictures a cell shows."""
+    outputs = cell.get("outputs", [])
+    return sum("image/png" in one.get("data", {}) for one in outputs)
+
+
+def assert_prints(got, expected):
+    """Words to the letter, numbers to two per cent: other processors round otherwise."""
     number = r"[+-]?\d+(?:\.\d+)?"
-    assert re.sub(number, "#", got) == re.sub(number, "#", page)
-    for a, b in zip(re.findall(number, got), re.findall(number, page)):
-        assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.02), \
-            f"{a}, and the page says {b}"
+    assert re.sub(number, "#", got) == re.sub(number, "#", expected)
+    for a, b in zip(re.findall(number, got), re.findall(number, expected)):
+        assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.02), f"{a}, and it says {b}"
 
 
 def test_every_test_that_the_docs_name_is_there():

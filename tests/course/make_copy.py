@@ -6,7 +6,8 @@
 Each exercise is one idea of the paper, a few lines long; its docstring, its shapes and everything
 around it stay. `tests/course/test_exercises.py` grades them in order: a test may use what earlier
 exercises made, and nothing of later ones. Its messages say what kind of mistake an answer looks
-like.
+like. The copy has a README of its own, EXERCISES.md with hints, and answers/, unless
+--no-answers is given.
 """
 
 import ast
@@ -22,52 +23,37 @@ sys.path.insert(0, str(ROOT))
 from data.errors import UserError, run  # noqa: E402
 
 
-COPIED = ("*.py", "*.txt", "*.md", "*.ini", "LICENSE", "data/**/*", "docs/**/*", "tests/**/*")
-# the second reads the answers as they are here
-NOT_COPIED = ("tests/course/make_copy.py", "tests/measured/test_course.py")
+COPIED = ("*.py", "*.txt", "*.ini", "LICENSE", "data/**/*", "docs/*.md", "docs/*.ipynb",
+          "docs/pictures/*", "tests/**/*")
+# The first two read the answers as they are here; the third is of the project's own pages.
+NOT_COPIED = ("tests/course/make_copy.py", "tests/measured/test_course.py", "tests/test_results.py",
+              "tests/course/COPY.md", "tests/course/EXERCISES.md", "docs/TEACHING.md")
+PAGES = {"tests/course/COPY.md": "README.md", "tests/course/EXERCISES.md": "EXERCISES.md"}
 
 
 class Exercise(NamedTuple):
     title: str
     file: str
     functions: tuple        # names, those of methods with their class
-    read: str               # what to read before
 
 
 EXERCISES = (
-    Exercise(
-        "an attention layer up to z_cat", "model.py", ("attend",),
-        "the top of model.py; Attention.heads and Attention.out, the two halves around the seam"),
+    Exercise("an attention layer up to z_cat", "model.py", ("attend",)),
     Exercise("what the sparse autoencoder computes", "sae.py",
-             ("SAE.encoder_input", "SAE.pre_activations", "SAE.activate", "SAE.decode"),
-             "the top of sae.py; the paper, section 2"),
-    Exercise("its loss, and the gradient by hand", "sae.py", ("dense_step", "gradient_of_b_dec"),
-             "sae.LossAndGradients; the chain rule; note that b_dec enters twice"),
+             ("SAE.encoder_input", "SAE.pre_activations", "SAE.activate", "SAE.decode")),
+    Exercise("its loss, and the gradient by hand", "sae.py", ("dense_step", "gradient_of_b_dec")),
     Exercise("decoder rows of unit norm", "sae.py",
-             ("project_decoder_gradient", "normalise_decoder"),
-             "train.train_step, for the order: project, step, normalise"),
-    Exercise("which inputs are badly reconstructed", "sae.py", ("draw_badly_reconstructed",),
-             "Bricken et al. 2023, Towards Monosemanticity; torch.multinomial"),
-    Exercise("what Adam knows of a new feature", "sae.py", ("reset_adam",),
-             "its docstring; the state of torch.optim.Adam"),
-    Exercise("new directions for dead features", "sae.py", ("resample",),
-             "its docstring; without target and mean_in it is an SAE's"),
-    Exercise("cross-entropy recovered", "train.py", ("row_ce", "ce_recovered"),
-             "train.evaluate, for what is replaced where"),
-    Exercise("which heads a feature lies in", "direct.py", ("head_weights",),
-             "the paper, section 2"),
-    Exercise("direct feature attribution", "direct.py", ("dfa", "feature_bias"),
-             "model.Heads, for pattern and v; the paper, section 2"),
-    Exercise(
-        "one step of recursive DFA", "attribution.py", ("attention_terms",),
-        "attribution.Components, TracedPrompt and Contributions; model.HeadMatrices and LayerCache"
-    ),
-    Exercise("the length of a prefix that matches", "induction.py", ("prefix_lengths",),
-             "the top of induction.py"),
-    Exercise("a feature removed, or set, where it matters", "sae.py", ("put_in",),
-             "sae.clamp and sae.ablate, which call it; ioi.ablate_features"),
-    Exercise("how much of the logit difference is recovered", "ioi.py", ("recovered",),
-             "the top of ioi.py; data.stats.bootstrap and mean_with_ci"),
+             ("project_decoder_gradient", "normalise_decoder")),
+    Exercise("which inputs are badly reconstructed", "sae.py", ("draw_badly_reconstructed",)),
+    Exercise("what Adam knows of a new feature", "sae.py", ("reset_adam",)),
+    Exercise("new directions for dead features", "sae.py", ("resample",)),
+    Exercise("cross-entropy recovered", "train.py", ("row_ce", "ce_recovered")),
+    Exercise("which heads a feature lies in", "direct.py", ("head_weights",)),
+    Exercise("direct feature attribution", "direct.py", ("dfa", "feature_bias")),
+    Exercise("one step of recursive DFA", "attribution.py", ("attention_terms",)),
+    Exercise("the length of a prefix that matches", "induction.py", ("prefix_lengths",)),
+    Exercise("a feature removed, or set, where it matters", "sae.py", ("put_in",)),
+    Exercise("how much of the logit difference is recovered", "ioi.py", ("recovered",)),
 )
 
 
@@ -109,7 +95,20 @@ def blanked(file, exercises=range(1, len(EXERCISES) + 1)):
     return source
 
 
-def student_copy(folder):
+def answer(exercise):
+    """The functions of an exercise as they are in the project."""
+    source = (ROOT / exercise.file).read_text(encoding="utf8")
+    found = {f"{above}{node.name}": node for above, node in _functions(ast.parse(source))}
+    lines = source.splitlines()
+    parts = []
+    for name in exercise.functions:
+        node = found[name]
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        parts.append("\n".join(lines[first - 1:node.end_lineno]))
+    return f"# {exercise.title}: {exercise.file}\n\n" + "\n\n\n".join(parts) + "\n"
+
+
+def student_copy(folder, with_answers=True):
     """Copy the project into a new folder, with every exercise blank. Raises UserError if the folder
     is there and holds something."""
     folder = Path(folder)
@@ -124,22 +123,35 @@ def student_copy(folder):
             copy = folder / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+        for page, name in PAGES.items():
+            shutil.copyfile(ROOT / page, folder / name)
         for file in {exercise.file for exercise in EXERCISES}:
             (folder / file).write_text(blanked(file), encoding="utf8")
+        if with_answers:
+            (folder / "answers").mkdir()
+            for number, exercise in enumerate(EXERCISES, start=1):
+                path = folder / "answers" / f"{number:02d}.txt"
+                path.write_text(answer(exercise), encoding="utf8")
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror}; name another folder.") from error
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise UserError("say where the copy should be: python tests/course/make_copy.py my-copy")
-    student_copy(sys.argv[1])
+    asked = sys.argv[1:]
+    if asked in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    folders = [one for one in asked if one != "--no-answers"]
+    if len(folders) != 1 or folders[0].startswith("-"):
+        raise UserError("say where the copy should be: python tests/course/make_copy.py my-copy, "
+                        "with --no-answers if its answers should stay here.")
+    folder = folders[0]
+    student_copy(folder, with_answers="--no-answers" not in asked)
     for number, exercise in enumerate(EXERCISES, start=1):
-        print(f"{number:2d}  {exercise.title}: {', '.join(exercise.functions)} in {exercise.file}\n"
-              f"    read: {exercise.read}")
-    print(f"\ncd {sys.argv[1]}, then python -m pytest tests/course -x shows the first that is to\n"
-          f"be written; the whole of python -m pytest passes when all are.")
+        print(f"{number:2d}  {exercise.title}: {', '.join(exercise.functions)} in {exercise.file}")
+    print(f"\nwritten to {folder}/, where README.md says how to go on: EXERCISES.md has hints, and\n"
+          f"python -m pytest tests/course -x stops at the first that is to be written.")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ when it is written, in order; and typical mistakes are called what they are."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -205,11 +206,63 @@ def test_a_mistake_is_called_what_it_is(answers, i):
         first
 
 
-def test_the_readme_lists_the_exercises():
-    page = (ROOT / "README.md").read_text(encoding="utf8")
+def test_the_pages_have_every_exercise():
+    for_instructors = (ROOT / "docs" / "TEACHING.md").read_text(encoding="utf8")
+    for_students = (ROOT / "tests" / "course" / "EXERCISES.md").read_text(encoding="utf8")
+    sections = for_students.split("\n## ")
+    assert len(sections) == len(course.EXERCISES) + 2       # before them a start, after them more
     for i, one in enumerate(course.EXERCISES, start=1):
-        functions = ", ".join(f"`{name}`" for name in one.functions)
-        assert f"| {i} | {one.title} | {functions} in `{one.file}` | {one.read} |" in page
+        functions = [f"`{name}`" for name in one.functions]
+        assert f"| {i} | {one.title} | {', '.join(functions)} in `{one.file}` |" in for_instructors
+        assert f"| {i} | {one.title} | `{one.file}` |" in for_students
+        section = sections[i]
+        assert section.startswith(f"{i}. {one.title}\n") and f"in `{one.file}`" in section
+        assert all(name in section for name in functions)
+        assert section.count("<details><summary>") == 2
+        assert "```" in section, "there is something to run"
+
+
+def test_a_piece_after_an_exercise_runs_when_that_exercise_is_written(tmp_path):
+    """And when the later ones are not: each piece in the copy with the exercises up to it."""
+    folder = tmp_path / "copy"
+    course.student_copy(folder)
+    files = {one.file for one in course.EXERCISES}
+    page = (folder / "EXERCISES.md").read_text(encoding="utf8")
+    sections = page.split("\n## ")
+    start, = re.findall(r"(?s)```python\n(.*?)```", sections[0])
+    for i in range(1, len(course.EXERCISES) + 1):
+        for file in files:
+            blanked = course.blanked(file, range(i + 1, len(course.EXERCISES) + 1))
+            (folder / file).write_text(blanked, encoding="utf8")
+        for piece in re.findall(r"(?s)```python\n(.*?)```", sections[i]):
+            done = subprocess.run([sys.executable, "-c", start + piece], cwd=folder, text=True,
+                                  capture_output=True, timeout=300)
+            assert done.returncode == 0, f"after exercise {i}:\n{done.stderr}"
+        for command in re.findall(r"(?s)```\npython (.*?)\n```", sections[i]):
+            done = subprocess.run([sys.executable, *command.split()], cwd=folder, text=True,
+                                  capture_output=True, timeout=600)
+            assert done.returncode == 0, f"after exercise {i}, {command}:\n{done.stderr}"
+
+
+def test_answers_are_the_functions_of_the_project(tmp_path):
+    course.student_copy(tmp_path / "with")
+    answers = sorted((tmp_path / "with" / "answers").iterdir())
+    assert len(answers) == len(course.EXERCISES)
+    for path, one in zip(answers, course.EXERCISES):
+        text = path.read_text(encoding="utf8")
+        source = (ROOT / one.file).read_text(encoding="utf8")
+        for part in text.split("\n\n", 1)[1].split("\n\n\n"):
+            assert part.strip("\n") in source, f"{path.name} is not what {one.file} has"
+    course.student_copy(tmp_path / "without", with_answers=False)
+    assert not (tmp_path / "without" / "answers").exists()
+
+
+def test_the_copy_says_where_one_is(tmp_path):
+    course.student_copy(tmp_path / "new")
+    readme = (tmp_path / "new" / "README.md").read_text(encoding="utf8")
+    assert readme.startswith("# Your copy") and "make_copy" not in readme
+    for link in re.findall(r"\]\(([^)]*)\)", readme):
+        assert (tmp_path / "new" / link).is_file(), f"README.md of the copy links to {link}"
 
 
 def test_nothing_is_overwritten_and_solutions_stay_behind(tmp_path):
