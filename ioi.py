@@ -662,8 +662,9 @@ def ci(values):                                             # (N,) -> [mean, [lo
 
 
 def recovered_by(patched, clean, without_signal, prompts):      # -> {way: value, way_ci: interval}
-    """`recovered` over zero at S2, for both orders of names as well, and over the other
-    baselines."""
+    """`recovered` over zero at S2, for both orders of names as well, and over the other baselines.
+    Where zeros do no damage over all prompts, there is nothing to recover in one order either: what
+    is left there by chance is a small number to divide by."""
     zero = without_signal["zero"]
     is_abba = torch.tensor([prompt.order == "ABBA" for prompt in prompts], device=clean.device)
     ways = {"recovered": recovered(patched, clean, zero),
@@ -671,6 +672,8 @@ def recovered_by(patched, clean, without_signal, prompts):      # -> {way: value
             "BABA": recovered(patched[~is_abba], clean[~is_abba], zero[~is_abba]),
             "over mean": recovered(patched, clean, without_signal["mean"]),
             "over zero everywhere": recovered(patched, clean, without_signal["zero everywhere"])}
+    if ways["recovered"] == (None, None):
+        ways |= {"ABBA": (None, None), "BABA": (None, None)}
     found = {}
     for way, (value, interval) in ways.items():
         found |= {way: value, f"{way}_ci": interval}

@@ -321,6 +321,20 @@ def test_recovered_is_1_for_the_base_run_0_for_zero_and_none_without_a_differenc
     assert ioi.recovered(clean, zero, torch.randn(50, generator=generator)) == (None, None)
 
 
+def test_nothing_is_recovered_by_order_where_zeros_do_no_damage_over_all():
+    """Damage in one order and as much help in the other: by order there would be numbers."""
+    prompts = [SimpleNamespace(order=order) for order in ("ABBA", "BABA") * 25]
+    clean = 3 + torch.randn(50, generator=torch.Generator().manual_seed(0))
+    away = {name: clean + 1 for name in ("mean", "zero everywhere")}
+    help_and_harm = torch.tensor([1.0, -1.0] * 25)
+    found = ioi.recovered_by(clean, clean, away | {"zero": clean + help_and_harm}, prompts)
+    assert ioi.recovered(clean[1::2], clean[1::2], (clean + help_and_harm)[1::2])[0] == 1.0
+    for way in ("recovered", "ABBA", "BABA"):
+        assert found[way] is None and found[f"{way}_ci"] is None
+    found = ioi.recovered_by(clean, clean, away | {"zero": clean - 1}, prompts)
+    assert found["recovered"] == found["ABBA"] == found["BABA"] == 1.0
+
+
 def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(tiny, run):
     prompts, base, *_ = run
     torch.testing.assert_close(ioi.patch_S2(tiny, prompts, base, prompts, base.z, [0, 1]), base.ld,
