@@ -224,7 +224,8 @@ class Contributions(NamedTuple):
     head by head; then a constant for each head, from its value bias; then the feature's own bias.
     Of an MLP feature or a logit: one for each component written at the position, then a constant.
     """
-    head: Tensor            # (n,) the head that reads the component; -1 where none does
+    head: Tensor            # (n,) the head that reads the component, or whose values have the
+                            # constant; -1 where there is none
     component: Tensor       # (n,) row of traced.components, or -1 for a constant
     value: Tensor           # (n,) they sum to pre
     pre: float              # the pre-activation, or the logit

@@ -37,12 +37,6 @@ def dfa(pattern, v, w_enc):                     # (B,H,q,k), (B,k,H,d_head), (D,
     return pattern * torch.einsum("bkhd,hd->bhk", v, w)[:, :, None]     # d_head is summed first
 
 
-def dfa_at_positions(pattern, v, w_enc, q):     # (H,q,k), (k,H,d_head), (m,D), (m,) -> (m,H,k)
-    """DFA of m features (rows of W_enc^T), each at its own query, in one prompt."""
-    w = w_enc.unflatten(1, (v.shape[1], -1))                            # (m,H,d_head)
-    return pattern[:, q].transpose(0, 1) * torch.einsum("khd,mhd->mhk", v, w)
-
-
 def feature_bias(sae):                                      # -> (d_sae,)
     """Add this to the sum of DFA over heads and sources, of the raw values, and you get the
     pre-activation."""
@@ -59,6 +53,12 @@ def values_minus_bias(model, layer, v):                     # (B,k,H,d_head) -> 
 def constant_part(model, layer, sae):                       # -> (d_sae,)
     """Add this to the sum of DFA of `values_minus_bias`, and you get the pre-activation."""
     return feature_bias(sae) + model.value_bias(layer) @ sae.W_enc
+
+
+def dfa_at_positions(pattern, v, w_enc, q):     # (H,q,k), (k,H,d_head), (m,D), (m,) -> (m,H,k)
+    """DFA of m features (rows of W_enc^T), each at its own query, in one prompt."""
+    w = w_enc.unflatten(1, (v.shape[1], -1))                            # (m,H,d_head)
+    return pattern[:, q].transpose(0, 1) * torch.einsum("khd,mhd->mhk", v, w)
 
 
 # ---- what heads and features do to the logits ----

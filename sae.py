@@ -98,7 +98,7 @@ class SAE(nn.Module):
         result is not 0. An entry at or below its threshold must give 0 and must not affect the
         others: sparse.py does not compute such entries, and puts some other value at or below the
         threshold in their place. Each row (one z) is treated alone, since rows come in blocks of
-        any size.
+        any size. A NaN stays one, so that training stops at it.
         """
         f = pre * (pre > self.threshold)
         return keep_largest(f, self.top_k) if self.top_k else f
@@ -271,11 +271,14 @@ def resample(sae, optimizer, dead, z, generator, target=None, mean_in=None):
     """Give each dead feature a new direction, taken from an input that is badly reconstructed
     (Bricken et al. 2023), in place.
 
-    dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in), inputs to draw from. The
-    new row of W_dec is the target less b_dec, normalised. The column of W_enc is the input less
-    b_dec, or in a transcoder less mean_in (d_in,), normalised too, at 0.2 times the mean norm of
-    live columns; b_enc makes the pre-activation 0 where that difference is. generator: for the
-    draw, on the CPU.
+    dead: (d_sae,) bool; nothing is done if none or all are. z: (B,d_in), inputs to draw from, and
+    target (B,d_out), what a transcoder is to make of them. generator: for the draw, on the CPU.
+
+    The new row of W_dec is the target less b_dec, normalised. The column of W_enc is the input less
+    a centre, normalised, times 0.2 times the mean norm of live columns. The centre is b_dec in an
+    SAE, whatever mean_in is, and mean_in (d_in,) in a transcoder. b_enc is such that an input at
+    the centre gives the pre-activation 0: 0 in an SAE, which subtracts the centre itself. What Adam
+    knows of these features is reset in all three.
     """
     live = ~dead
     if not dead.any() or not live.any():
@@ -382,7 +385,10 @@ def all_but_bos(z):                                         # (B,T,d_in) -> (B,T
 
 def put_in(sae, feature, value, where, read, written):      # (B,T,d_in), (B,T,d_out) -> the latter
     """What is written plus (value - f_i) * W_dec[i] at some places, f_i being what the feature
-    makes of what is read there."""
+    makes of what is read there; as a new tensor, of the type of what is written.
+
+    feature, where: as in `clamp`.
+    """
     row, _ = where.nonzero(as_tuple=True)                   # (n,) of each position to edit
     feature_of_row = torch.as_tensor(feature, device=read.device).expand(len(read))     # (B,)
     i = feature_of_row[row]                                 # (n,) the feature that goes there

@@ -28,6 +28,14 @@ def near(got, expected, atol=1e-9):
     return torch.allclose(got.to(expected.dtype), expected, atol=atol, rtol=1e-6)
 
 
+def fitting(message, function, *arguments):
+    """What a function returns; where shapes do not fit in it, the message."""
+    try:
+        return function(*arguments)
+    except RuntimeError as error:
+        raise AssertionError(f"{message} ({error})") from None
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -40,6 +48,14 @@ def small_sae(d_in=6, d_sae=10, threshold=0.0):
     sae.b_enc += 0.3 * random(d_sae, seed=1)
     sae.b_dec += 0.3 * random(d_in, seed=2)
     sae.threshold += threshold * torch.linspace(0.5, 1.5, d_sae)
+    return sae
+
+
+def random_transcoder(d_in=5, d_sae=8, d_out=3):
+    sae = S.Transcoder(d_in, d_sae, d_out, torch.Generator().manual_seed(0)).double()
+    sae.requires_grad_(False)
+    sae.b_enc += 0.3 * random(d_sae, seed=1)
+    sae.b_dec += 0.3 * random(d_out, seed=2)
     return sae
 
 
@@ -77,7 +93,8 @@ def test_01_attention():
             "NaN: put -inf where a key is not seen, before the softmax; and every query sees itself"
         ahead = torch.ones(5, 5, dtype=torch.bool).triu(1)
         assert (heads.pattern[..., ahead] == 0).all(), \
-            "a query sees keys that stand after it: causal mask?"
+            "a query sees keys that stand after it: is there a causal mask, and is it put on after " \
+            "the cap, which makes -inf finite?"
         assert near(heads.pattern.sum(-1), torch.ones(2, 3, 5).double()), \
             "a query's weights should sum to 1: softmax over the keys, the last dimension, after the mask?"
         seen = "" if window is None or near(heads.pattern > 0, pattern > 0) else \
@@ -96,6 +113,14 @@ def test_01_attention():
         assert near(fused.z_cat, z_cat), "without the pattern z_cat is the same"
         assert cap or fused.pattern is None, \
             "with_pattern=False returns None for the pattern: what nobody asked for costs nothing"
+        # two queries of each row, at places of their own among the five keys
+        at = torch.tensor([[1, 3], [4, 0]])
+        row = torch.arange(2)[:, None]
+        for with_pattern in (True, False):
+            few = models.attend(q[row, at], k, v, 0.7, window, cap, with_pattern, positions=at)
+            assert near(few.z_cat, z_cat[row, at]), \
+                "with positions, query i of row b stands at positions[b,i] among the keys: " \
+                "causal_mask takes them"
 
 
 # ---- 2: the SAE ----
@@ -133,6 +158,8 @@ def test_02_encode_and_decode():
     assert near(sae.encode(torch.tensor([[-9.0, 2.0]])), torch.zeros(1, 3)), \
         "with top_k too, what is not above the threshold is 0: fewer may be left than top_k"
     del sae.about["top_k"]
+    assert sae.activate(torch.tensor([[float("nan"), 1.0, -1.0]])).isnan().any(), \
+        "a NaN stays one, or training would go on with it unseen: pre times the mask, not where"
     many = sae.encode(z.expand(4, 3, 2))
     assert many.shape == (4, 3, 3), "leading dimensions stay as they are: (...,d_in) -> (...,d_sae)"
     z_hat = sae.decode(torch.tensor([[2, 0, 2.5]]))
@@ -145,16 +172,24 @@ def test_02_encode_and_decode():
     z_hat.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in sae.parameters()), \
         "no gradient reaches a parameter: do not detach, and do not take .data"
+    transcoder = random_transcoder()
+    x = random(4, 5, seed=3)
+    once = "in a transcoder subtracts_b_dec is False: b_dec is of what it writes, not of what it reads"
+    pre = fitting(once, transcoder.pre_activations, x)
+    assert near(pre, x @ transcoder.W_enc + transcoder.b_enc), once
 
 
 # ---- 3: loss and gradient ----
 
 
-def by_autograd(sae, z, l1):
+def by_autograd(sae, z, l1, target=None):
     named = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
-    pre = (z - named["b_dec"]) @ named["W_enc"] + named["b_enc"]
+    x = z - named["b_dec"] if target is None else z
+    target = z if target is None else target
+    pre = x @ named["W_enc"] + named["b_enc"]
     f = pre * (pre > sae.threshold)
-    mse, sparsity = ((f @ named["W_dec"] + named["b_dec"] - z) ** 2).sum(1).mean(), f.sum(1).mean()
+    mse = ((f @ named["W_dec"] + named["b_dec"] - target) ** 2).sum(1).mean()
+    sparsity = f.sum(1).mean()
     (mse + l1 * sparsity).backward()
     return mse.item(), sparsity.item(), (f > 0).sum(0), {name: p.grad for name, p in named.items()}
 
@@ -185,7 +220,9 @@ def test_03_gradient():
     _, _, _, expected = by_autograd(sae, z, 0.5)
     got = S.dense_step(sae, z, 0.5).gradients
     assert set(got) == set(expected), f"gradients of {sorted(expected)} are needed"
-    assert near(got["W_dec"], expected["W_dec"]), "dL/dW_dec = f^T (2 (z_hat - z) / B)"
+    assert near(got["W_dec"], expected["W_dec"]), \
+        "dL/dW_dec is made of the features and the error: is a factor missing, the 2 of the " \
+        "square or the 1/B of the mean, or the sign turned?"
     f = torch.relu((z - sae.b_dec) @ sae.W_enc + sae.b_enc)
     through_encoder = ((2 * (sae.decode(f) - z) / 32) @ sae.W_enc + 0.5 / 32) * (f > 0)
     assert not near(got["b_enc"], through_encoder.sum(0)), \
@@ -193,9 +230,22 @@ def test_03_gradient():
     assert near(got["b_enc"], expected["b_enc"]), \
         "dL/db_enc: the gradient at a pre-activation is 0 where the feature is not active; l1 / B counts"
     assert near(got["W_enc"], expected["W_enc"]), \
-        "dL/dW_enc = (z - b_dec)^T dL/dpre: b_dec is in there too"
+        "dL/dW_enc: W_enc is multiplied with z less b_dec, and not with z"
     assert near(got["b_dec"], expected["b_dec"]), \
-        "b_dec enters twice: it is added to z_hat, and subtracted from z before W_enc"
+        "b_dec enters twice: it is added to z_hat, and subtracted, with a minus sign, from z before W_enc"
+    transcoder, x, y = random_transcoder(), random(32, 5, seed=3), random(32, 3, seed=4)
+    mse, _, _, expected = by_autograd(transcoder, x, 0.5, y)
+    wide = torch.cat([random(32, 2, seed=5), y], 1)         # a target as wide as the input
+    as_wide = random_transcoder(d_out=5)
+    assert float(S.dense_step(as_wide, x, 0.5, wide).mse) \
+        == pytest.approx(by_autograd(as_wide, x, 0.5, wide)[0]), \
+        "with a target, the error is the reconstruction less the target, which is not z"
+    once = "in a transcoder b_dec enters once: nothing is subtracted from what it reads"
+    step = fitting(once, S.dense_step, transcoder, x, 0.5, y)
+    assert float(step.mse) == pytest.approx(mse), "mse of a transcoder"
+    assert near(step.gradients["b_dec"], expected["b_dec"]), once
+    for name in ("W_dec", "W_enc", "b_enc"):
+        assert near(step.gradients[name], expected[name]), f"dL/d{name} of a transcoder"
 
 
 # ---- 4: unit norm ----
@@ -300,7 +350,7 @@ def test_06_adam_after_resampling():
 
 
 def test_07_new_directions():
-    sae, optimizer, z, before, _ = resampled()
+    sae, optimizer, z, before, moments = resampled()
     for nobody in (torch.zeros(10, dtype=torch.bool), torch.ones(10, dtype=torch.bool)):
         S.resample(sae, optimizer, nobody, z, torch.Generator().manual_seed(0))
         assert torch.equal(sae.W_dec, before["W_dec"]), \
@@ -325,6 +375,36 @@ def test_07_new_directions():
         "W_enc's column has 0.2 times the mean norm of live columns: of those alone"
     assert near(sae.W_enc[:, 2:], size * rows.T, 1e-5), "W_enc's column: the same direction"
     assert (sae.b_enc[2:] == 0).all(), "b_enc of a new feature is 0"
+    for name, feature_dim in (("W_enc", 1), ("W_dec", 0), ("b_enc", 0)):
+        first = optimizer.state[getattr(sae, name)]["exp_avg"].movedim(feature_dim, 0)
+        assert (first[2:] == 0).all(), f"Adam's state of {name} is that of the dead features: reset_adam"
+    again, optimizer, z, _, _ = resampled()
+    S.resample(again, optimizer, dead, z, torch.Generator().manual_seed(0),
+               mean_in=again.b_dec + 1)
+    assert torch.equal(again.W_enc, sae.W_enc), \
+        "train.py gives mean_in for an SAE too, whose centre is b_dec all the same"
+    check_resampled_transcoder()
+
+
+def check_resampled_transcoder():
+    sae = random_transcoder()
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    for parameter in sae.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    x, y, mean_in = random(7, 5, seed=3), random(7, 3, seed=4), random(5, seed=5)
+    dead = torch.arange(8) >= 2
+    fitting("in a transcoder inputs and targets are of different spaces", S.resample, sae,
+            optimizer, dead, x, torch.Generator().manual_seed(0), y, mean_in)
+    rows, columns = sae.W_dec[2:], F.normalize(sae.W_enc[:, 2:], dim=0)
+    wanted = F.normalize(y - sae.b_dec, dim=1)
+    assert near((rows @ wanted.T).max(1).values, torch.ones(6), 1e-9), \
+        "in a transcoder a new row of W_dec is a target less b_dec, normalised"
+    wanted = F.normalize(x - mean_in, dim=1)
+    assert near((columns.T @ wanted.T).max(1).values, torch.ones(6), 1e-9), \
+        "in a transcoder a new column of W_enc is an input less mean_in: b_dec is of another space"
+    assert near(sae.pre_activations(mean_in)[2:], torch.zeros(6)), \
+        "in a transcoder b_enc makes the pre-activation of mean_in 0"
 
 
 # ---- 8: cross-entropy recovered ----
@@ -349,7 +429,8 @@ def test_08_cross_entropy_recovered():
     assert not near(got, mean(1) / math.log(2), 1e-5), "nats: the natural logarithm, not bits"
     assert near(got, mean(1), 1e-5), \
         "at each position q the logsumexp of all logits less the logit of the token at q + 1"
-    assert near(train.row_ce(at_q.bfloat16(), tokens, q), mean(1), 0.1), \
+    low = at_q.bfloat16()
+    assert near(train.row_ce(low, tokens, q), train.row_ce(low.float(), tokens, q), 1e-6), \
         "logits may be bfloat16: take them to float32 first"
     ablated, sae, clean = np.array([2.0, 5.0]), np.array([1.0, 4.0]), np.array([0.0, 1.0])
     got = train.ce_recovered(ablated, sae, clean)
@@ -397,6 +478,8 @@ def test_10_direct_feature_attribution():
     assert not near(bias, sae.b_enc - sae.b_dec @ sae.W_enc - sae.threshold), \
         "the pre-activation is before the threshold: it is not subtracted"
     assert bias.min() < 0, "a bias may be negative: it is no activation"
+    assert not near(bias, sae.b_enc + sae.b_dec @ sae.W_enc), \
+        "the sign of b_dec . W_enc[:,i]: b_dec is subtracted from z"
     for i in range(10):
         total = direct.dfa(pattern, v, sae.W_enc[:, i]).sum((1, 3)) + bias[i]
         assert near(total, pre[..., i]), \
@@ -438,7 +521,8 @@ def check_decomposition(run, layer, q, i):
                 expected = float(kept.pattern[0, h, q, k] * (v @ w))
                 assert got.get((h, p), 0.0) == pytest.approx(expected, abs=1e-9), \
                     "pattern[h,q,k] / scale[k] * (component @ W_V[h] . w^h): both at the component's position? " \
-                    "is `component` a row of traced.components?"
+                    "is `component` a row of traced.components, and do head, component and value stand in " \
+                    "one order?"
         assert got.get((h, -1)) == pytest.approx(float(m.b_V[h] @ w)), \
             "one constant for each head, b_V[h] . w_i^h, with component -1"
     assert got.get((-1, -1)) == pytest.approx(float(sae.b_enc[i] - sae.b_dec @ sae.W_enc[:, i])), \
@@ -456,6 +540,8 @@ def test_12_prefix_lengths():
     classes = torch.tensor([[-1, 1, 2, 3, -1, 1, 2, 3, 2]])
     got = induction.prefix_lengths(classes)
     assert got.shape == (1, 9, 9), "L[q,k] for every query and key"
+    assert got[0, 7, 4] != 1, \
+        "a run grows: L[q,k] is 1 + L[q-1,k-1] where the tokens match, and not 1"
     assert got[0, 7, 4] in (3, 4), \
         "compare the query's token with the one before key k, not with k's"
     assert (got[0, :, 1] == 0).all(), "BOS matches nothing: class -1 is no class"
@@ -494,9 +580,11 @@ def test_13_a_feature_removed_or_set():
         all_ = torch.full((2, 4), other)
         changed = (S.ablate(sae, 2, all_)(z) != z).any(-1)
         assert not changed.any() or other, "`where` holds nowhere, and z changed"
+    sae.b_enc[2] += 5                   # active everywhere
+    assert (S.ablate(sae, 2, all_)(z) != z).any(), \
+        "removing a feature that is active changes nothing: is f_i, which it has already, subtracted?"
     first = torch.zeros(2, 4, dtype=torch.bool)
     first[:, 0] = True
-    sae.b_enc[2] += 5
     assert (S.ablate(sae, 2, first)(z)[:, 0] != z[:, 0]).any(-1).all(), \
         "position 0 is edited like any other, if `where` says so"
     sae.b_enc[2] -= 5
@@ -540,6 +628,15 @@ def test_13_a_feature_removed_or_set():
         "each row loses its own feature, not those of all rows"
     assert near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), \
         "with a feature for each row, each loses its own"
+    transcoder = random_transcoder()
+    x, y = random(2, 4, 5, seed=6), random(2, 4, 3, seed=7)
+    f = torch.relu(x @ transcoder.W_enc + transcoder.b_enc)[..., 3:4]
+    written = fitting("what is written is changed, and returned: what is read stays out of it",
+                      S.clamp_mlp(transcoder, 3, 2.0, where), x, y)
+    assert written.shape == y.shape and torch.equal(written[~where], y[~where]), \
+        "what is written is changed, and returned: what is read stays out of it"
+    assert near(written[where], (y + (2.0 - f) * transcoder.W_dec[3])[where]), \
+        "f_i is what the feature makes of what is read, and goes into what is written"
 
 
 # ---- 14: recovered ----

@@ -23,7 +23,7 @@ class Found:
         self.outcome = {}
     def pytest_runtest_logreport(self, report):
         if report.when == "call":
-            message = report.longrepr.reprcrash.message if report.failed else ""
+            message = str(report.longrepr) if report.failed else ""
             self.outcome[report.nodeid.split("::")[-1]] = [report.passed, message]
 answers = []
 for files in states:
@@ -141,6 +141,34 @@ MISTAKES = [
      "keeps its type"),
     (13, "edited = written.clone()", "edited = written", "another tensor"),
     (13, "((value - f_i) * sae.W_dec[i])", "(value * sae.W_dec[i])", "what it has already"),
+    (1, "        scores = softcap * torch.tanh(scores / softcap)\n"
+     "    scores = scores.masked_fill(~causal_mask(n_keys, window, q.device, positions), -torch.inf)\n",
+     "        pass\n"
+     "    scores = scores.masked_fill(~causal_mask(n_keys, window, q.device, positions), -torch.inf)\n"
+     "    if softcap:\n        scores = softcap * torch.tanh(scores / softcap)\n", "after the cap"),
+    (1, "causal_mask(n_keys, window, q.device, positions), -torch.inf)",
+     "causal_mask(n_keys, window, q.device), -torch.inf)", "positions[b,i]"),
+    (2, "f = pre * (pre > self.threshold)\n",
+     "f = torch.where(pre > self.threshold, pre, 0.0)\n", "NaN stays"),
+    (2, "return z - self.b_dec if self.subtracts_b_dec else z", "return z - self.b_dec",
+     "in a transcoder"),
+    (3, "    target = z if target is None else target\n    x = sae.encoder_input(z)\n",
+     "    target = z\n    x = sae.encoder_input(z)\n", "with a target"),
+    (3, "    if sae.subtracts_b_dec:\n        d_b_dec", "    if True:\n        d_b_dec",
+     "b_dec enters once"),
+    (3, "d_b_dec = d_b_dec - sae.W_enc @ d_b_enc", "d_b_dec = d_b_dec + sae.W_enc @ d_b_enc",
+     "minus sign"),
+    (3, "    g = 2 * e / B\n", "    g = e / B\n", "is a factor missing"),
+    (7, "    reset_adam(optimizer.state[sae.W_enc], dead, feature_dim=1)\n", "", "reset_adam"),
+    (7, "    centre = sae.b_dec if sae.subtracts_b_dec else mean_in\n",
+     "    centre = sae.b_dec if mean_in is None else mean_in\n", "whose centre is b_dec"),
+    (7, "        sae.b_enc[dead] -= centre @ columns\n", "        pass\n",
+     "pre-activation of mean_in"),
+    (8, "logits.float()", "logits", "float32 first"),
+    (10, "return sae.b_enc - sae.b_dec @ sae.W_enc", "return sae.b_enc + sae.b_dec @ sae.W_enc",
+     "the sign"),
+    (12, "= same[:, q, :q] * (1 + lengths[:, q - 1, :q])", "= same[:, q, :q] * 1", "a run grows"),
+    (13, "edited = written.clone()", "edited = read.clone()", "stays out of it"),
     (14, "return (patched[drawn] - zero[drawn]).mean() / (clean[drawn] - zero[drawn]).mean()",
      "return ((patched[drawn] - zero[drawn]) / (clean[drawn] - zero[drawn])).mean()",
      "not a mean of ratios"),
