@@ -92,9 +92,10 @@ def test_01_attention():
         assert heads.pattern.isfinite().all(), \
             "NaN: put -inf where a key is not seen, before the softmax; and every query sees itself"
         ahead = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        assert not cap or (heads.pattern[..., ahead] == 0).all(), \
+            "a query sees keys that stand after it, with a cap: the mask comes after the cap"
         assert (heads.pattern[..., ahead] == 0).all(), \
-            "a query sees keys that stand after it: is there a causal mask, and is it put on after " \
-            "the cap, which makes -inf finite?"
+            "a query sees keys that stand after it: causal mask?"
         assert near(heads.pattern.sum(-1), torch.ones(2, 3, 5).double()), \
             "a query's weights should sum to 1: softmax over the keys, the last dimension, after the mask?"
         seen = "" if window is None or near(heads.pattern > 0, pattern > 0) else \
@@ -111,6 +112,11 @@ def test_01_attention():
                 f"{name} goes along as it came: it is read by attribution"
         fused = models.attend(q, k, v, 0.7, window, cap, with_pattern=False)
         assert near(fused.z_cat, z_cat), "without the pattern z_cat is the same"
+        for name, given in (("q", q), ("k", k), ("v", v)):
+            assert getattr(fused, name).shape == given.shape and near(getattr(fused, name), given), \
+                f"{name} goes along as it came, without the pattern too: (B,T,H,d_head)"
+        assert models.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.7, window,
+                             cap).z_cat.dtype == torch.bfloat16, "pattern in v's type: z_cat too"
         assert cap or fused.pattern is None, \
             "with_pattern=False returns None for the pattern: what nobody asked for costs nothing"
         # two queries of each row, at places of their own among the five keys
@@ -135,6 +141,11 @@ def test_02_encode_and_decode():
     sae.b_dec.copy_(torch.tensor([1.0, 2]))
     z = torch.tensor([[3.0, 2.0]])
     pre = sae.pre_activations(z)
+    assert torch.equal(z, torch.tensor([[3.0, 2.0]])), "z is changed in place; make a new tensor"
+    assert not near(pre, torch.tensor([[4, 3, 0.5]])), "b_dec is subtracted from z, not added"
+    assert not near(pre, torch.tensor([[2, 0, 2.5]])), \
+        "the ReLU belongs in activate (or b_enc is missing): a pre-activation may be negative"
+    assert not near(pre, torch.tensor([[2, -1, 1.7]]), 1e-6), "W_enc, not the decoder's transpose"
     assert not near(pre, torch.tensor([[3, 1, 1.5]])), "b_dec is subtracted from z before W_enc"
     assert near(pre, torch.tensor([[2, -1, 2.5]])), \
         f"the pre-activations are {pre.tolist()}, and should be [[2, -1, 2.5]]: b_enc?"
@@ -157,6 +168,15 @@ def test_02_encode_and_decode():
         "with top_k, of the active features the top_k largest alone: keep_largest"
     assert near(sae.encode(torch.tensor([[-9.0, 2.0]])), torch.zeros(1, 3)), \
         "with top_k too, what is not above the threshold is 0: fewer may be left than top_k"
+    sae.threshold.copy_(torch.tensor([0, 0, 3.0]))
+    assert near(sae.encode(z), torch.tensor([[2.0, 0, 0]])), \
+        "the threshold comes first: an entry that is not above it takes no place among the top_k"
+    sae.threshold.zero_()
+    assert near(sae.encode(torch.cat([z, z])), torch.tensor([[0, 0, 2.5], [0, 0, 2.5]])), \
+        "top_k of each row, not of the batch"
+    pre, before = sae.pre_activations(z), sae.pre_activations(z)
+    sae.activate(pre)
+    assert torch.equal(pre, before), "pre is changed in place; make a new tensor"
     del sae.about["top_k"]
     assert sae.activate(torch.tensor([[float("nan"), 1.0, -1.0]])).isnan().any(), \
         "a NaN stays one, or training would go on with it unseen: pre times the mask, not where"
@@ -183,13 +203,14 @@ def test_02_encode_and_decode():
 
 
 def by_autograd(sae, z, l1, target=None):
-    named = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
-    x = z - named["b_dec"] if target is None else z
     target = z if target is None else target
+    named = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
+    x = z - named["b_dec"] if sae.subtracts_b_dec else z
     pre = x @ named["W_enc"] + named["b_enc"]
     f = pre * (pre > sae.threshold)
-    mse = ((f @ named["W_dec"] + named["b_dec"] - target) ** 2).sum(1).mean()
-    sparsity = f.sum(1).mean()
+    if sae.top_k:
+        f = f * (f >= f.topk(sae.top_k).values[:, -1:])
+    mse, sparsity = ((f @ named["W_dec"] + named["b_dec"] - target) ** 2).sum(1).mean(), f.sum(1).mean()
     (mse + l1 * sparsity).backward()
     return mse.item(), sparsity.item(), (f > 0).sum(0), {name: p.grad for name, p in named.items()}
 
@@ -201,6 +222,7 @@ def test_03_loss():
     assert abs(float(step.mse) - mse / 6) > 1e-9, \
         "mse is a sum over d_in, and a mean over the batch only"
     assert abs(float(step.mse) - mse * 32) > 1e-9, "mse is a mean over the batch"
+    assert torch.equal(z, random(32, 6, seed=3)), "z is changed in place"
     assert float(step.mse) == pytest.approx(mse), "mse: sum_d (z_hat - z)^2, mean over the batch"
     assert abs(float(step.sparsity) - 0.5 * sparsity) > 1e-9, \
         "sparsity without l1: the loss is mse + l1 * sparsity"
@@ -247,6 +269,21 @@ def test_03_gradient():
     for name in ("W_dec", "W_enc", "b_enc"):
         assert near(step.gradients[name], expected[name]), f"dL/d{name} of a transcoder"
 
+    def check(sae, message, target=None):
+        _, _, fired, expected = by_autograd(sae, z, 0.5, target)
+        step = S.dense_step(sae, z, 0.5, target)
+        assert step.fired.tolist() == fired.tolist(), message
+        for name in expected:
+            assert near(step.gradients[name], expected[name]), f"{message} ({name})"
+    check(small_sae(threshold=0.3), "no gradient below the threshold, which is not always 0")
+    check(sae, "the error is against target, where one is given", random(32, 6, seed=8))
+    sae.about["top_k"] = 3
+    check(sae, "in a TopK SAE only what sae.encode keeps is active")
+    transcoder = S.Transcoder(6, 10, 6, torch.Generator().manual_seed(0)).double().requires_grad_(False)
+    transcoder.b_dec += 0.3 * random(6, seed=2)
+    check(transcoder, "in a transcoder b_dec is only added, and W_enc reads z itself: encoder_input",
+          random(32, 6, seed=8))
+
 
 # ---- 4: unit norm ----
 
@@ -264,8 +301,11 @@ def test_04_decoder_rows():
     sae.W_dec.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
     parameter = sae.W_dec
     encoder = sae.W_enc.clone()
+    sae.b_enc.fill_(1.0)
+    sae.b_dec.fill_(2.0)
     S.normalise_decoder(sae)
     assert torch.equal(sae.W_enc, encoder), "only W_dec is normalised; W_enc stays"
+    assert (sae.b_enc == 1).all() and (sae.b_dec == 2).all(), "only W_dec is normalised; biases stay"
     assert sae.W_dec is parameter, "W_dec is changed in place: the optimiser knows this parameter"
     assert near(sae.W_dec.data, torch.tensor([[0.6, 0.8], [0.0, 1.0]]), 1e-6), \
         "each row is divided by its norm"
@@ -282,7 +322,7 @@ def test_05_which_inputs_are_drawn():
     sae.b_dec.fill_(0.5)
     sae.b_enc[1] = -100.0               # its second feature is never active
     # from b_dec; the 9 and the 3 are no errors
-    away = torch.tensor([[9.0, 0, 0], [3, 1, 0], [0, 1, 1]])
+    away = torch.tensor([[9.0, 0, 0], [3, 1.2, -1.6], [0, 8 ** 0.5, 0]])      # squared errors 0, 4, 8
     z = sae.b_dec + away
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
@@ -294,9 +334,12 @@ def test_05_which_inputs_are_drawn():
     assert not near(shares, by_distance / by_distance.sum(), 0.03), \
         "the error is that of the reconstruction, sae(z) - target, not the distance from b_dec"
     assert shares[0] == 0, "an input without error is never drawn: its probability is 0"
+    missing = away[:, 1:].abs().sum(1).square()
+    assert not near(shares, missing / missing.sum(), 0.015), \
+        "squared error, not a sum of absolute errors"
     assert abs(float(shares[2]) - 2 / 3) > 0.03, \
         "the probability goes with the square of the squared error"
-    assert near(shares, torch.tensor([0, 0.2, 0.8]), 0.03), \
+    assert near(shares, torch.tensor([0, 0.2, 0.8]), 0.02), \
         "an input with twice the squared error is drawn 4 times as often"
     drawn = S.draw_badly_reconstructed(sae, z, z - away, 6000, generator)
     assert (drawn == 0).float().mean() > 0.5, \
@@ -377,8 +420,39 @@ def test_07_new_directions():
     assert (sae.b_enc[2:] == 0).all(), "b_enc of a new feature is 0"
     for name, feature_dim in (("W_enc", 1), ("W_dec", 0), ("b_enc", 0)):
         first = optimizer.state[getattr(sae, name)]["exp_avg"].movedim(feature_dim, 0)
-        assert (first[2:] == 0).all(), f"Adam's state of {name} is that of the dead features: reset_adam"
-    again, optimizer, z, _, _ = resampled()
+        assert (first[2:] == 0).all() and (first[:2] != 0).any(), \
+            f"Adam forgets what it knew of dead features: reset_adam of {name}"
+    sae, optimizer, z, before, _ = resampled()
+    z = random(400, 6, seed=4).float() * torch.linspace(0.01, 2, 400)[:, None] + sae.b_dec
+    target = random(400, 6, seed=6).float() * torch.linspace(2, 0.01, 400)[:, None] + sae.b_dec
+    error = (sae(z) - target).square().sum(1)
+    generator = torch.Generator().manual_seed(5)
+    state = generator.get_state()
+    S.resample(sae, optimizer, dead, z, generator, target)
+    assert not torch.equal(state, generator.get_state()), "draw with the generator that is given"
+    match = sae.W_dec[2:] @ F.normalize(target - sae.b_dec, dim=1).T
+    assert (match.max(1).values > 0.9999).all(), "W_dec's rows are those of the target less b_dec"
+    drawn = match.argmax(1)
+    assert len(drawn.unique()) > 3, "an input is drawn for each dead feature, with probability"
+    match = F.normalize(sae.W_enc[:, 2:].T, dim=1) @ F.normalize(z - sae.b_dec, dim=1).T
+    assert (match.argmax(1) == drawn).all(), "W_enc's columns are those of the same input, z"
+    assert error[drawn].mean() > 1.3 * error.mean(), \
+        "inputs are drawn by how badly they are reconstructed: draw_badly_reconstructed, with the target"
+    picked = set()
+    for seed in range(3):
+        sae, optimizer, _, _, _ = resampled()
+        S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(seed), target)
+        picked.add(tuple((sae.W_dec[2:] @ F.normalize(target - sae.b_dec, dim=1).T).argmax(1).tolist()))
+    assert len(picked) == 3, "draw with the generator that is given"
+    sae, optimizer, z, _, _ = resampled()
+    target = z.clone()
+    target[3] += 1000                                       # badly reconstructed: this one alone
+    S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(5), target)
+    assert near(sae.W_dec[2:], F.normalize(target[3] - sae.b_dec, dim=0).expand(8, 6), 1e-5), \
+        "the error is against the target, where one is given"
+    (sae, optimizer, z, _, _), again = resampled(), resampled()
+    S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0))
+    again, optimizer, z, _, _ = again
     S.resample(again, optimizer, dead, z, torch.Generator().manual_seed(0),
                mean_in=again.b_dec + 1)
     assert torch.equal(again.W_enc, sae.W_enc), \
@@ -429,8 +503,8 @@ def test_08_cross_entropy_recovered():
     assert not near(got, mean(1) / math.log(2), 1e-5), "nats: the natural logarithm, not bits"
     assert near(got, mean(1), 1e-5), \
         "at each position q the logsumexp of all logits less the logit of the token at q + 1"
-    low = at_q.bfloat16()
-    assert near(train.row_ce(low, tokens, q), train.row_ce(low.float(), tokens, q), 1e-6), \
+    low, logits = at_q.bfloat16(), logits.bfloat16().double()
+    assert near(train.row_ce(low, tokens, q), mean(1), 1e-4), \
         "logits may be bfloat16: take them to float32 first"
     ablated, sae, clean = np.array([2.0, 5.0]), np.array([1.0, 4.0]), np.array([0.0, 1.0])
     got = train.ce_recovered(ablated, sae, clean)
@@ -449,12 +523,14 @@ def test_08_cross_entropy_recovered():
 
 def test_09_head_weights():
     """On paper: norms 5, 0 and 15."""
-    got = direct.head_weights(torch.tensor([[3.0, 4, 0, 0, 0, 15], [0.0, 0, 0, 0, 0, 0]]), 3)
+    got = direct.head_weights(torch.tensor([[3.0, 4, 0, 0, 0, 15], [0.0, 0, 0, 0, 0, 0], [0.01, 0, 0.01, 0, 0, 0]]), 3)
     assert got.isfinite().all(), "a row of zeros gives NaN: keep the denominator above 0"
     assert not near(got[0], torch.tensor([0.1, 0, 0.9]), 1e-4), "norms, not their squares"
     assert near(got[0], torch.tensor([0.25, 0, 0.75]), 1e-6), \
         "the norm of the row's slice at each head, over the sum of these norms"
     assert (got[1] == 0).all(), "a row of zeros stays 0"
+    assert near(got[2], torch.tensor([0.5, 0.5, 0]), 1e-5), \
+        "each row over its own sum, small rows too"
     assert near(direct.head_weights(torch.tensor([3.0, 4, 0, 0, 0, 15]), 3), got[0], 1e-6), \
         "(...,D) -> (...,H): a single row is taken too"
 
@@ -462,7 +538,11 @@ def test_09_head_weights():
 def test_10_direct_feature_attribution():
     pattern, v = random(2, 3, 4, 4).softmax(-1), random(2, 4, 3, 2, seed=1)
     sae = small_sae(threshold=0.3)
+    before = pattern.clone(), v.clone()
     got = direct.dfa(pattern, v, sae.W_enc[:, 7])
+    assert torch.equal(pattern, before[0]) and torch.equal(v, before[1]), \
+        "pattern or v is changed in place; make a new tensor"
+    assert got.min() < 0, "contributions may be negative: no ReLU, no absolute value"
     assert got.shape == (2, 3, 4, 4), "(B,H,q,k): one number for each head, query and key"
     for b, h, q, k in ((0, 0, 1, 0), (1, 2, 3, 2), (0, 1, 2, 2)):
         w = sae.W_enc[2 * h:2 * h + 2, 7]
@@ -507,10 +587,15 @@ def check_decomposition(run, layer, q, i):
     found = attribution.decompose(run, layer, q, i)
     got = {(int(h), int(p)): float(value)
            for h, p, value in zip(found.head, found.component, found.value)}
+    assert isinstance(found.pre, float), "pre is a float"
     assert len(got) == len(found.value), "a (head, component) stands in the list twice"
     parts, before = run.components, run.n_before[layer]
     assert max(p for _, p in got) < before, \
         "only what is in the stream before the layer: traced.n_before[layer] components"
+    assert found.component.max() < before and sorted(set(found.component.tolist()) - {-1}) == [
+        p for p in range(before) if parts.position[p] <= q] or len(set(found.component.tolist())) > 1 + sum(
+        int(parts.position[p]) <= q for p in range(before)), \
+        "one term for each component written at or before the query: `component` is its row of traced.components"
     late = [p for _, p in got if p >= 0 and parts.position[p] > q and got.get((0, p), 0) != 0]
     assert not late, "a query reads nothing that stands after it"
     for h in range(2):
@@ -560,6 +645,10 @@ def test_12_prefix_lengths():
     assert not torch.equal(both[1], both[0]), "every row of the batch, not the first alone"
     assert both[1, 2, 2] == 1, "k = q counts: the query's token may equal the one before it"
     assert both[1, 7, 6] == 2, "class 0 is a class like any other; only -1 matches nothing"
+    same = induction.prefix_lengths(torch.tensor([[-1, 5, 5, 5, 5, 5, 5]]))
+    assert same[0, 6, 6] == 5, "the two runs may overlap, and be of any length: a a a a a a"
+    assert induction.prefix_lengths(torch.tensor([[5, 6, 5, 6]]))[0, 3, 2] == 2, \
+        "a run may begin at position 0, where no BOS stands there"
     for q in range(9):
         for k in range(1, q + 1):
             n = 0
@@ -576,6 +665,7 @@ def test_13_a_feature_removed_or_set():
     before = z.clone()
     S.ablate(sae, 2, torch.ones(2, 4, dtype=torch.bool))(z)
     assert torch.equal(z, before), "an edit returns another tensor and leaves z as it is"
+    assert S.ablate(sae, 2, torch.ones(2, 4, dtype=torch.bool))(z).dtype == z.dtype, "z_cat keeps its type"
     for other in (False, True):         # every position may be edited, the first too
         all_ = torch.full((2, 4), other)
         changed = (S.ablate(sae, 2, all_)(z) != z).any(-1)
@@ -628,6 +718,16 @@ def test_13_a_feature_removed_or_set():
         "each row loses its own feature, not those of all rows"
     assert near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), \
         "with a feature for each row, each loses its own"
+    sae.b_enc += 5
+    f = torch.relu((z - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    uneven = torch.tensor([[False, True, True, True], [False, False, False, True]])
+    each = S.ablate(sae, torch.tensor([2, 7]), uneven)(z)
+    assert near(each[0, 1:], z[0, 1:] - f[0, 1:, 2:3] * sae.W_dec[2]) and \
+        near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), \
+        "a feature for each row of the batch, however many positions of it are edited"
+    sae.b_enc[2] = -100.0
+    assert near(S.clamp(sae, 2, 3.0, where)(z)[where], z[where] + 3.0 * sae.W_dec[2]), \
+        "where the feature is not active, f_i is 0, and becomes the value all the same"
     transcoder = random_transcoder()
     x, y = random(2, 4, 5, seed=6), random(2, 4, 3, seed=7)
     f = torch.relu(x @ transcoder.W_enc + transcoder.b_enc)[..., 3:4]
@@ -649,19 +749,30 @@ def test_14_recovered_share():
     assert value != pytest.approx(0.75), "a ratio of means over prompts, not a mean of ratios"
     assert value != pytest.approx(0.9), "LD_zero is subtracted above and below the line"
     assert value == pytest.approx(7 / 8), "(LD_patched - LD_zero) / (LD_clean - LD_zero)"
+    assert interval[0] < interval[1], "an interval is [low, high]"
     assert interval[0] < value < interval[1] <= 1.0 and interval[1] - interval[0] < 0.2, \
         "prompts are drawn with replacement, and the same prompts above and below the line"
+    # the interval on continuous numbers: in steps, an interval is a step off for one seed in twenty
+    zero, gain = random(40, seed=1), 3 + random(40, seed=2)
+    clean, patched = zero + gain, zero + 0.8 * gain + 0.3 * random(40, seed=4)
+    value, interval = ioi.recovered(patched, clean, zero)
     rng = np.random.default_rng(0)
-    draws = rng.integers(40, size=(4000, 40))
+    draws = rng.integers(40, size=(20000, 40))
     p, z, c = patched.numpy(), zero.numpy(), clean.numpy()
     ratios = (p - z)[draws].mean(1) / (c - z)[draws].mean(1)
-    for level, name in ((0.90, "90%"), (0.99, "99%")):
-        low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-        assert abs(interval[0] - low) > 0.003 or abs(interval[1] - high) > 0.003, \
-            f"a 95% interval: this looks like one of {name}"
-    assert interval == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.008), \
-        "a 95% interval"
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    width, sd = interval[1] - interval[0], ratios.std()
+    assert abs(width - 2 * 1.645 * sd) > 0.25 * sd, "a 95% interval: this looks like one of 90%"
+    assert abs(width - 2 * 2.576 * sd) > 0.5 * sd, "a 95% interval: this looks like one of 99%"
+    assert list(interval) == pytest.approx([low, high], abs=0.4 * sd), \
+        "a 95% interval: the 2.5% and 97.5% quantiles of the ratios of prompts drawn anew"
+    clean, zero = torch.tensor([4.0, 6.0] * 20), torch.tensor([2.0, 0.0] * 20)
+    patched = torch.tensor([3.0, 6.0] * 20)
+    some = torch.linspace(-1, 3, 40)                        # a quarter of them below 0
+    assert ioi.recovered(zero + some, zero + some, zero)[0] == pytest.approx(1), \
+        "the interval of the mean of LD_clean - LD_zero: single prompts may be below 0"
     far = clean + 10
+    assert min(ioi.recovered(far, clean, zero)[1]) > 2, "nor is the interval clipped"
     assert ioi.recovered(far, clean, zero)[0] > 2, "above 1 it stays what it is: nothing is clipped"
     assert ioi.recovered(zero - 1, clean, zero)[0] < 0, "below 0 it stays what it is"
     assert ioi.recovered(patched, zero, clean) == (None, None), \

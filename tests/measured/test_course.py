@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import make_copy as course
+import student_answers
 from data.errors import UserError
 
 # The tests of every state of the files, in one process: torch is imported once, the project anew
@@ -182,14 +183,28 @@ MISTAKES = [
 ]
 
 
+MISTAKES += student_answers.WRONG
+
+
 def number(test):
     return int(test.split("_")[1])
 
 
+def with_answer(sources, exercise, right, wrong):           # -> {file: text}
+    """The project's files with another answer to an exercise."""
+    file = course.EXERCISES[exercise - 1].file
+    text = sources[file]
+    pairs = [(right, wrong)] if isinstance(right, str) else zip(right, wrong)
+    for old, new in pairs:
+        assert text.count(old) == 1, f"{file} no longer has {old!r}"
+        text = text.replace(old, new)
+    return sources | {file: text}
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """The outcome of every test of the exercises, when the first 0, 1 ... 14 are written, and with
-    each mistake."""
+    """The outcome of every test of the exercises, when the first 0, 1 ... 14 are written, with each
+    mistake, and with each right answer in other words."""
     folder = tmp_path_factory.mktemp("course") / "copy"
     files = {one.file for one in course.EXERCISES}
     course.student_copy(folder)
@@ -197,13 +212,13 @@ def answers(tmp_path_factory):
     states = [{file: course.blanked(file, range(written + 1, n + 1)) for file in files}
               for written in range(n + 1)]
     assert all((folder / file).read_text() == states[0][file] for file in files)
+    sources = {name: (ROOT / name).read_text() for name in files}
     for exercise, right, wrong, _ in MISTAKES:
-        file = course.EXERCISES[exercise - 1].file
-        sources = {name: (ROOT / name).read_text() for name in files}
-        assert sources[file].count(right) == 1, f"{file} no longer has {right!r}"
-        states.append(sources | {file: sources[file].replace(right, wrong)})
+        states.append(with_answer(sources, exercise, right, wrong))
+    for exercise, right, other in student_answers.RIGHT:
+        states.append(with_answer(sources, exercise, right, other))
     done = subprocess.run([sys.executable, "-B", "-c", RUNNER], cwd=folder,
-                          input=json.dumps(states), text=True, capture_output=True, timeout=600,
+                          input=json.dumps(states), text=True, capture_output=True, timeout=3000,
                           env=os.environ | {"PYTEST_ADDOPTS": ""})
     assert (folder / "answers.json").is_file(), done.stdout + done.stderr
     return json.loads((folder / "answers.json").read_text())
@@ -232,6 +247,14 @@ def test_a_mistake_is_called_what_it_is(answers, i):
     assert failed and number(min(failed, key=number)) == exercise, f"{wrong!r} is not noticed"
     assert any(word in message for test, message in failed.items() if number(test) == exercise), \
         first
+
+
+@pytest.mark.parametrize("i", range(len(student_answers.RIGHT)),
+                         ids=[f"{one[0]}" for one in student_answers.RIGHT])
+def test_a_right_answer_in_other_words_is_accepted(answers, i):
+    outcome = answers[len(course.EXERCISES) + 1 + len(MISTAKES) + i]
+    failed = {test: message for test, (passed, message) in outcome.items() if not passed}
+    assert not failed, failed
 
 
 def test_the_pages_have_every_exercise():
