@@ -40,10 +40,11 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def small_sae(d_in=6, d_sae=10, threshold=0.0):
+def small_sae(d_in=6, d_sae=10, threshold=0.0, top_k=0):
     """Encoder and decoder are not each other's transposes, and thresholds differ: an answer that
     takes one for another is wrong here."""
-    sae = S.SAE(d_in, d_sae, torch.Generator().manual_seed(0)).double().requires_grad_(False)
+    sae = S.SAE(d_in, d_sae, torch.Generator().manual_seed(0), top_k).double()
+    sae.requires_grad_(False)
     sae.W_enc += 0.3 * random(d_in, d_sae, seed=9)
     sae.b_enc += 0.3 * random(d_sae, seed=1)
     sae.b_dec += 0.3 * random(d_in, seed=2)
@@ -113,20 +114,22 @@ def test_01_attention():
         fused = models.attend(q, k, v, 0.7, window, cap, with_pattern=False)
         assert near(fused.z_cat, z_cat), "without the pattern z_cat is the same"
         for name, given in (("q", q), ("k", k), ("v", v)):
-            assert getattr(fused, name).shape == given.shape and near(getattr(fused, name), given), \
+            kept = getattr(fused, name)
+            assert kept.shape == given.shape and near(kept, given), \
                 f"{name} goes along as it came, without the pattern too: (B,T,H,d_head)"
-        assert models.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.7, window,
-                             cap).z_cat.dtype == torch.bfloat16, "pattern in v's type: z_cat too"
+        low = fitting("the pattern is in v's type, and so is z_cat", models.attend, q.bfloat16(),
+                      k.bfloat16(), v.bfloat16(), 0.7, window, cap)
+        assert low.z_cat.dtype == torch.bfloat16, "the pattern is in v's type, and so is z_cat"
         assert cap or fused.pattern is None, \
             "with_pattern=False returns None for the pattern: what nobody asked for costs nothing"
         # two queries of each row, at places of their own among the five keys
         at = torch.tensor([[1, 3], [4, 0]])
         row = torch.arange(2)[:, None]
+        stands = "with positions, query i of row b stands at positions[b,i] among the keys: " \
+            "causal_mask takes them"
         for with_pattern in (True, False):
-            few = models.attend(q[row, at], k, v, 0.7, window, cap, with_pattern, positions=at)
-            assert near(few.z_cat, z_cat[row, at]), \
-                "with positions, query i of row b stands at positions[b,i] among the keys: " \
-                "causal_mask takes them"
+            few = fitting(stands, models.attend, q[row, at], k, v, 0.7, window, cap, with_pattern, at)
+            assert near(few.z_cat, z_cat[row, at]), stands
 
 
 # ---- 2: the SAE ----
@@ -210,7 +213,8 @@ def by_autograd(sae, z, l1, target=None):
     f = pre * (pre > sae.threshold)
     if sae.top_k:
         f = f * (f >= f.topk(sae.top_k).values[:, -1:])
-    mse, sparsity = ((f @ named["W_dec"] + named["b_dec"] - target) ** 2).sum(1).mean(), f.sum(1).mean()
+    mse = ((f @ named["W_dec"] + named["b_dec"] - target) ** 2).sum(1).mean()
+    sparsity = f.sum(1).mean()
     (mse + l1 * sparsity).backward()
     return mse.item(), sparsity.item(), (f > 0).sum(0), {name: p.grad for name, p in named.items()}
 
@@ -255,34 +259,22 @@ def test_03_gradient():
         "dL/dW_enc: W_enc is multiplied with z less b_dec, and not with z"
     assert near(got["b_dec"], expected["b_dec"]), \
         "b_dec enters twice: it is added to z_hat, and subtracted, with a minus sign, from z before W_enc"
-    transcoder, x, y = random_transcoder(), random(32, 5, seed=3), random(32, 3, seed=4)
-    mse, _, _, expected = by_autograd(transcoder, x, 0.5, y)
-    wide = torch.cat([random(32, 2, seed=5), y], 1)         # a target as wide as the input
-    as_wide = random_transcoder(d_out=5)
-    assert float(S.dense_step(as_wide, x, 0.5, wide).mse) \
-        == pytest.approx(by_autograd(as_wide, x, 0.5, wide)[0]), \
-        "with a target, the error is the reconstruction less the target, which is not z"
-    once = "in a transcoder b_dec enters once: nothing is subtracted from what it reads"
-    step = fitting(once, S.dense_step, transcoder, x, 0.5, y)
-    assert float(step.mse) == pytest.approx(mse), "mse of a transcoder"
-    assert near(step.gradients["b_dec"], expected["b_dec"]), once
-    for name in ("W_dec", "W_enc", "b_enc"):
-        assert near(step.gradients[name], expected[name]), f"dL/d{name} of a transcoder"
+    for other, target, message in (
+            (small_sae(threshold=0.3), None, "no gradient below the threshold, which is not always 0"),
+            (sae, random(32, 6, seed=8), "the error is against target, where one is given"),
+            (small_sae(top_k=3), None, "in a TopK SAE only what sae.encode keeps is active")):
+        check_step(other, z, target, message)
+    check_step(random_transcoder(), random(32, 5, seed=3), random(32, 3, seed=4),
+               "in a transcoder b_dec enters once: nothing is subtracted from what it reads")
 
-    def check(sae, message, target=None):
-        _, _, fired, expected = by_autograd(sae, z, 0.5, target)
-        step = S.dense_step(sae, z, 0.5, target)
-        assert step.fired.tolist() == fired.tolist(), message
-        for name in expected:
-            assert near(step.gradients[name], expected[name]), f"{message} ({name})"
-    check(small_sae(threshold=0.3), "no gradient below the threshold, which is not always 0")
-    check(sae, "the error is against target, where one is given", random(32, 6, seed=8))
-    sae.about["top_k"] = 3
-    check(sae, "in a TopK SAE only what sae.encode keeps is active")
-    transcoder = S.Transcoder(6, 10, 6, torch.Generator().manual_seed(0)).double().requires_grad_(False)
-    transcoder.b_dec += 0.3 * random(6, seed=2)
-    check(transcoder, "in a transcoder b_dec is only added, and W_enc reads z itself: encoder_input",
-          random(32, 6, seed=8))
+
+def check_step(sae, z, target, message):
+    mse, _, fired, expected = by_autograd(sae, z, 0.5, target)
+    step = fitting(message, S.dense_step, sae, z, 0.5, target)
+    assert float(step.mse) == pytest.approx(mse), message
+    assert step.fired.tolist() == fired.tolist(), message
+    for name in expected:
+        assert near(step.gradients[name], expected[name]), f"{message} ({name})"
 
 
 # ---- 4: unit norm ----
@@ -422,7 +414,14 @@ def test_07_new_directions():
         first = optimizer.state[getattr(sae, name)]["exp_avg"].movedim(feature_dim, 0)
         assert (first[2:] == 0).all() and (first[:2] != 0).any(), \
             f"Adam forgets what it knew of dead features: reset_adam of {name}"
-    sae, optimizer, z, before, _ = resampled()
+    check_where_directions_come_from(dead)
+    check_other_targets_and_means(dead)
+    check_resampled_transcoder()
+
+
+def check_where_directions_come_from(dead):
+    """400 inputs of which the first are the worst: rows say which were drawn."""
+    sae, optimizer, _, _, _ = resampled()
     z = random(400, 6, seed=4).float() * torch.linspace(0.01, 2, 400)[:, None] + sae.b_dec
     target = random(400, 6, seed=6).float() * torch.linspace(2, 0.01, 400)[:, None] + sae.b_dec
     error = (sae(z) - target).square().sum(1)
@@ -430,34 +429,40 @@ def test_07_new_directions():
     state = generator.get_state()
     S.resample(sae, optimizer, dead, z, generator, target)
     assert not torch.equal(state, generator.get_state()), "draw with the generator that is given"
-    match = sae.W_dec[2:] @ F.normalize(target - sae.b_dec, dim=1).T
+    towards_targets = F.normalize(target - sae.b_dec, dim=1)
+    match = sae.W_dec[2:] @ towards_targets.T
     assert (match.max(1).values > 0.9999).all(), "W_dec's rows are those of the target less b_dec"
     drawn = match.argmax(1)
     assert len(drawn.unique()) > 3, "an input is drawn for each dead feature, with probability"
     match = F.normalize(sae.W_enc[:, 2:].T, dim=1) @ F.normalize(z - sae.b_dec, dim=1).T
     assert (match.argmax(1) == drawn).all(), "W_enc's columns are those of the same input, z"
     assert error[drawn].mean() > 1.3 * error.mean(), \
-        "inputs are drawn by how badly they are reconstructed: draw_badly_reconstructed, with the target"
+        "inputs are drawn by how badly they are reconstructed: draw_badly_reconstructed, with the " \
+        "target"
     picked = set()
     for seed in range(3):
         sae, optimizer, _, _, _ = resampled()
         S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(seed), target)
-        picked.add(tuple((sae.W_dec[2:] @ F.normalize(target - sae.b_dec, dim=1).T).argmax(1).tolist()))
+        picked.add(tuple((sae.W_dec[2:] @ towards_targets.T).argmax(1).tolist()))
     assert len(picked) == 3, "draw with the generator that is given"
+
+
+def check_other_targets_and_means(dead):
     sae, optimizer, z, _, _ = resampled()
     target = z.clone()
     target[3] += 1000                                       # badly reconstructed: this one alone
     S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(5), target)
-    assert near(sae.W_dec[2:], F.normalize(target[3] - sae.b_dec, dim=0).expand(8, 6), 1e-5), \
+    worst = F.normalize(target[3] - sae.b_dec, dim=0)
+    assert near(sae.W_dec[2:], worst.expand(8, 6), 1e-5), \
         "the error is against the target, where one is given"
-    (sae, optimizer, z, _, _), again = resampled(), resampled()
-    S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0))
-    again, optimizer, z, _, _ = again
-    S.resample(again, optimizer, dead, z, torch.Generator().manual_seed(0),
-               mean_in=again.b_dec + 1)
-    assert torch.equal(again.W_enc, sae.W_enc), \
+    columns = []
+    for away in (0, 1):
+        sae, optimizer, z, _, _ = resampled()
+        S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0),
+                   mean_in=sae.b_dec + away)
+        columns.append(sae.W_enc)
+    assert torch.equal(*columns), \
         "train.py gives mean_in for an SAE too, whose centre is b_dec all the same"
-    check_resampled_transcoder()
 
 
 def check_resampled_transcoder():
@@ -523,7 +528,8 @@ def test_08_cross_entropy_recovered():
 
 def test_09_head_weights():
     """On paper: norms 5, 0 and 15."""
-    got = direct.head_weights(torch.tensor([[3.0, 4, 0, 0, 0, 15], [0.0, 0, 0, 0, 0, 0], [0.01, 0, 0.01, 0, 0, 0]]), 3)
+    rows = [[3.0, 4, 0, 0, 0, 15], [0.0, 0, 0, 0, 0, 0], [0.01, 0, 0.01, 0, 0, 0]]
+    got = direct.head_weights(torch.tensor(rows), 3)
     assert got.isfinite().all(), "a row of zeros gives NaN: keep the denominator above 0"
     assert not near(got[0], torch.tensor([0.1, 0, 0.9]), 1e-4), "norms, not their squares"
     assert near(got[0], torch.tensor([0.25, 0, 0.75]), 1e-6), \
@@ -592,10 +598,10 @@ def check_decomposition(run, layer, q, i):
     parts, before = run.components, run.n_before[layer]
     assert max(p for _, p in got) < before, \
         "only what is in the stream before the layer: traced.n_before[layer] components"
-    assert found.component.max() < before and sorted(set(found.component.tolist()) - {-1}) == [
-        p for p in range(before) if parts.position[p] <= q] or len(set(found.component.tolist())) > 1 + sum(
-        int(parts.position[p]) <= q for p in range(before)), \
-        "one term for each component written at or before the query: `component` is its row of traced.components"
+    seen = {p for p in range(before) if parts.position[p] <= q}
+    assert seen <= {p for _, p in got}, \
+        "one term for each component written at or before the query: `component` is its row of " \
+        "traced.components"
     late = [p for _, p in got if p >= 0 and parts.position[p] > q and got.get((0, p), 0) != 0]
     assert not late, "a query reads nothing that stands after it"
     for h in range(2):
@@ -665,7 +671,8 @@ def test_13_a_feature_removed_or_set():
     before = z.clone()
     S.ablate(sae, 2, torch.ones(2, 4, dtype=torch.bool))(z)
     assert torch.equal(z, before), "an edit returns another tensor and leaves z as it is"
-    assert S.ablate(sae, 2, torch.ones(2, 4, dtype=torch.bool))(z).dtype == z.dtype, "z_cat keeps its type"
+    everywhere = torch.ones(2, 4, dtype=torch.bool)
+    assert S.ablate(sae, 2, everywhere)(z).dtype == z.dtype, "z_cat keeps its type"
     for other in (False, True):         # every position may be edited, the first too
         all_ = torch.full((2, 4), other)
         changed = (S.ablate(sae, 2, all_)(z) != z).any(-1)

@@ -141,7 +141,7 @@ MISTAKES = [
     (13, "edited = written.clone()", "edited = written.to(sae.b_dec.dtype, copy=True)",
      "keeps its type"),
     (13, "edited = written.clone()", "edited = written", "another tensor"),
-    (13, "((value - f_i) * sae.W_dec[i])", "(value * sae.W_dec[i])", "what it has already"),
+    (13, "((value - f_i) * sae.W_dec[i])", "(value * sae.W_dec[i])", "which it has already"),
     (1, "        scores = softcap * torch.tanh(scores / softcap)\n"
      "    scores = scores.masked_fill(~causal_mask(n_keys, window, q.device, positions), -torch.inf)\n",
      "        pass\n"
