@@ -80,8 +80,6 @@ COMMANDS = {
     "gemma-induction": f"induction.py {GEMMA} --layers 5,11 --n-rows 1024",
     "gemma-ioi": f"ioi.py {GEMMA}",
     "gemma-explorer": f"explorer.py {GEMMA} --logit ' Mary' --against ' John'",
-    "gemma-features": f"features.py {GEMMA} --n-tokens 100000",
-    "gemma-heads": f"heads.py {GEMMA} --n-tokens 100000",
     "gemma-against": f"tests/measured/against_transformers.py {GEMMA} "
                      "--heads 5.1,5.2,11.2,11.3,12.1",
 }
