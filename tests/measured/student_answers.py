@@ -1,5 +1,4 @@
-"""Answers to the exercises that a critic wrote when the graders were done: wrong ones that passed
-them then, and right ones in other words.
+"""Answers to the exercises: wrong ones that earlier graders let pass, and right ones in other words.
 
 WRONG: (exercise, the project's code, what stands in its place, a word of the message it should
 get). RIGHT: the same without a message. Where code is a list, each is replaced by its counterpart.
