@@ -110,7 +110,9 @@ def test_topk_by_the_sparse_and_the_dense_step_is_the_same_run(tmp_path, monkeyp
         run_short(tmp_path / step.__name__, resample_times=0, top_k=9)
         log = T.read_log(tmp_path / step.__name__ / "tiny" / "log.jsonl")
         curves.append([line[layer]["mse"] for line in log for layer in ("L0", "L2")])
-    assert curves[0] == pytest.approx(curves[1], rel=2e-3)
+    # which of two features is among the k can hang on the last bit: then the runs part, a little
+    assert curves[0][:20] == pytest.approx(curves[1][:20], rel=1e-4)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-2)
 
 
 @pytest.mark.parametrize("k", [-1, 129])
