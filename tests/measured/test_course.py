@@ -154,7 +154,7 @@ MISTAKES = [
     (2, "return z - self.b_dec if self.subtracts_b_dec else z", "return z - self.b_dec",
      "in a transcoder"),
     (3, "    target = z if target is None else target\n    x = sae.encoder_input(z)\n",
-     "    target = z\n    x = sae.encoder_input(z)\n", "with a target"),
+     "    target = z\n    x = sae.encoder_input(z)\n", "against target"),
     (3, "    if sae.subtracts_b_dec:\n        d_b_dec", "    if True:\n        d_b_dec",
      "b_dec enters once"),
     (3, "d_b_dec = d_b_dec - sae.W_enc @ d_b_enc", "d_b_dec = d_b_dec + sae.W_enc @ d_b_enc",
