@@ -378,6 +378,7 @@ def clamp_mlp(transcoder, feature, value, where=None):
 
 
 def all_but_bos(z):                                         # (B,T,d_in) -> (B,T) bool
+    """Every position but 0."""
     where = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     where[:, 0] = False
     return where
