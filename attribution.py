@@ -319,16 +319,57 @@ def kind_of(terms, components):                             # -> (n,) index into
     return torch.where(is_constant, CONSTANT, components.kind[terms.component.clamp_min(0)])
 
 
-def upstream_features(traced, reader):                      # -> (n,), (n,)
-    """The earlier features that a reader reads, summed over heads, strongest first -> rows of
-    Components, values."""
+def upstream(traced, reader):                               # -> (n,), (n,)
+    """The components that a reader reads, summed over heads, strongest first -> rows of Components,
+    values."""
     terms = read_terms(traced, reader)
     is_written = terms.component >= 0
-    is_feature = is_written & traced.components.is_feature()[terms.component]
-    upstream, index = terms.component[is_feature].unique(return_inverse=True)
-    value = terms.value.new_zeros(len(upstream)).index_add_(0, index, terms.value[is_feature])
+    rows, index = terms.component[is_written].unique(return_inverse=True)
+    value = terms.value.new_zeros(len(rows)).index_add_(0, index, terms.value[is_written])
     order = value.abs().argsort(descending=True, stable=True)
-    return upstream[order], value[order]
+    return rows[order], value[order]
+
+
+def upstream_features(traced, reader):                      # -> (n,), (n,)
+    """The features among them."""
+    rows, value = upstream(traced, reader)
+    is_feature = traced.components.is_feature()[rows]
+    return rows[is_feature], value[is_feature]
+
+
+class Step(NamedTuple):
+    """One step of a path: what is read, and who reads it."""
+    reader: Reader
+    row: int                # of traced.components: what is read
+    value: float            # what it contributes to the reader, over all heads
+    head: int               # the head that brings most of it; -1 where there is none
+
+
+def strongest_path(traced, reader):                         # -> [Step]
+    """From a reader back to a token: at every step the feature, or the token itself, that
+    contributes most to what the step before reads. It ends early where neither contributes."""
+    path = []
+    components = traced.components
+    while reader is not None:
+        rows, value = upstream(traced, reader)
+        is_token = components.kind[rows] == EMBEDDING
+        named = (components.is_feature()[rows] | is_token) & (value > 0)
+        if not named.any():
+            break
+        first = int(named.nonzero()[0])                     # they are sorted
+        row = int(rows[first])
+        terms = read_terms(traced, reader)
+        of_row = terms.component == row
+        head = int(terms.head[of_row][terms.value[of_row].argmax()])
+        path.append(Step(reader, row, float(value[first]), head))
+        reader = None if is_token[first] else reader_of(components, row)
+    return path
+
+
+def reader_of(components, row):                             # -> Reader
+    """The feature that wrote a component."""
+    return Reader(KINDS[int(components.kind[row])], int(components.layer[row]),
+                  int(components.position[row]), int(components.feature[row]))
 
 
 # ---- recursive attribution: the tree ----

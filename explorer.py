@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from attribution import (FEATURES, KINDS, Node, Reader, ablation_effects, check_logit, check_node,
-                         expand, qk, ratio, read_terms, strongest_pairs, trace_prompt, tree_of,
-                         unexplained, upstream_features, writer_name)
+from attribution import (FEATURES, Node, Reader, ablation_effects, check_logit, check_node, expand,
+                         qk, ratio, read_terms, reader_of, strongest_pairs, strongest_path,
+                         trace_prompt, tree_of, unexplained, upstream_features, writer_name)
 from data import pages
 from data.errors import UserError, run
 from data.figures import plot_sources
@@ -242,6 +242,7 @@ def describe(traced, texts, tokenizer, root, config):       # -> lines
     lines += ["", f"over all paths, {ends.share:.1%} of the leaves, by size, are errors or outputs "
               f"not taken apart; they are {ends.of_root:.0%} of the root"]
     lines += describe_ablations(traced, texts, root)
+    lines += describe_path(traced, texts, tokenizer, root)
     read_by_heads = [child for child in tree.children if child.head >= 0 and child.position >= 0]
     if read_by_heads:
         first = read_by_heads[0]
@@ -304,21 +305,34 @@ def describe_children(texts, node, total, indent="  "):
 def describe_ablations(traced, texts, root, n=3):
     """The features below with the largest attribution, and what ablating each does. Attribution has
     the direct step alone; ablation has every path."""
-    upstream, attributed = upstream_features(traced, root)
-    upstream, attributed = upstream[:n], attributed[:n]
-    if not len(upstream):
+    rows, attributed = upstream_features(traced, root)
+    rows, attributed = rows[:n], attributed[:n]
+    if not len(rows):
         return []
     lines = ["", "the strongest features below it, removed from the model one at a time, nothing "
              "frozen:"]
-    drops = ablation_effects(traced, upstream, root).tolist()
-    for i, drop in enumerate(drops):
-        row = int(upstream[i])
-        components = traced.components
-        k = int(components.position[row])
-        name = writer_name(KINDS[int(components.kind[row])], int(components.layer[row]),
-                           int(components.feature[row]))
-        lines.append(f"{name} at {k} {texts[k]!r}: attributed {float(attributed[i]):+.4f} "
-                     f"directly, and the root falls by {drop:+.4f}")
+    drops = ablation_effects(traced, rows, root).tolist()
+    for row, value, drop in zip(rows.tolist(), attributed.tolist(), drops):
+        writer = reader_of(traced.components, row)
+        lines.append(f"{writer_at(writer, texts)}: attributed {value:+.4f} directly, and the root "
+                     f"falls by {drop:+.4f}")
+    return lines
+
+
+def describe_path(traced, texts, tokenizer, root):
+    """The strongest path back to a token, and for each step what removing the feature that is read
+    does to the one that reads it."""
+    lines = ["", "the strongest path back; each line is read by the one before it:"]
+    for step in strongest_path(traced, root):
+        writer = reader_of(traced.components, step.row)
+        through = "" if step.head < 0 else f" through head {step.reader.layer}.{step.head}"
+        line = f"{writer_at(writer, texts)}{through}: {step.value:+.4f}"
+        whole = read_terms(traced, step.reader).pre
+        line += f" of {whole:.4f}"
+        if writer.kind in FEATURES:
+            drop = float(ablation_effects(traced, torch.tensor([step.row]), step.reader))
+            line += f"; removed, the reader falls by {drop:+.4f}"
+        lines.append(line)
     return lines
 
 

@@ -21,8 +21,9 @@ A *source* prompt is its base prompt with something changed: another S2, other n
 connector. Patching copies the source run's z_cat at a position into the base run, at the matching
 position of each row. Recovered = (LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means
 over prompts; LD_zero has z_cat = 0 there. (The paper folds value biases into b_O, which shifts its
-z_cat, and so what 0 means: README, "Bias convention".) The *effect of order* is LD patched from
-prompts with other names in the same order, less LD patched from those with the order flipped.
+z_cat, and so what 0 means: docs/DIFFERENCES.md, "Bias convention".) The *effect of order* is LD
+patched from prompts with other names in the same order, less LD patched from those with the order
+flipped.
 
 Shapes: N prompts, T positions, H heads, D = H*d_head, d_sae; L layers.
 """

@@ -85,8 +85,9 @@ class TrainConfig:
                                    "for each (paper: 24576 = 32 x d_in, layers 5 and 7 49152)")
     l1: tuple[float, ...] = field((0.2,), "weight of the sparsity term: one for all layers, or one "
                                   "for each (paper: 0.8 to 3, with --no-normalise)")
-    top_k: int = field(0, "train TopK SAEs (Gao et al. 2024): of an input's features the k largest "
-                       "are active, and l1 has no part; 0: no limit, and l1")
+    top_k: tuple[int, ...] = field((0,), "train TopK SAEs (Gao et al. 2024): of an input's "
+                                   "features the k largest are active, and l1 has no part; one k "
+                                   "for all layers, or one for each; 0: no limit, and l1")
     normalise: bool = field(True, "train on z_cat divided by its mean distance to the mean, so "
                             "that one l1 suits all layers; likewise both sides of MLPs (paper: no)")
     lr: float = field(0.0, "Adam's peak learning rate; 0: 3.4e-3 for the 256 numbers of tiny's "
@@ -129,7 +130,7 @@ class TrainConfig:
 
 
 def as_tuple(setting):
-    """l1 or d_sae as a tuple; in a notebook one writes TrainConfig(d_sae=4096)."""
+    """l1, d_sae or top_k as a tuple; in a notebook one writes TrainConfig(d_sae=4096)."""
     return tuple(setting) if isinstance(setting, (tuple, list)) else (setting,)
 
 
@@ -177,7 +178,7 @@ def check(config, model, layers, folder, team):
     model.check_layers(layers)
     n_layers = len(layers)
     longest = model.config.n_ctx
-    l1, d_sae = as_tuple(config.l1), as_tuple(config.d_sae)
+    l1, d_sae, top_k = as_tuple(config.l1), as_tuple(config.d_sae), as_tuple(config.top_k)
     checkpoint = checkpoint_path(folder)
     unfinished = checkpoint.is_file()
 
@@ -191,6 +192,7 @@ def check(config, model, layers, folder, team):
         ("--layers", len(set(layers)) == n_layers, "names a layer twice; name each once."),
         ("--l1", len(l1) in (1, n_layers), wrong_number(l1)),
         ("--d-sae", len(d_sae) in (1, n_layers), wrong_number(d_sae)),
+        ("--top-k", len(top_k) in (1, n_layers), wrong_number(top_k)),
         (f"--n-ctx {config.n_ctx}", 3 <= config.n_ctx <= longest,
          f"does not fit this model, which takes 3 to {longest} tokens."),
         ("--d-sae", all(n >= 1 for n in d_sae), at_least_1),
@@ -203,7 +205,7 @@ def check(config, model, layers, folder, team):
         ("--seed", config.seed >= 0, "must be at least 0."),
         ("--lr", config.lr > 0, "must be above 0."),
         ("--l1", all(weight >= 0 for weight in l1), "must be at least 0."),
-        (f"--top-k {config.top_k}", 0 <= config.top_k <= min(d_sae),
+        ("--top-k", all(0 <= k <= min(d_sae) for k in top_k),
          f"must be between 0 and the number of features, {min(d_sae)}."),
         ("--decay", 0 <= config.decay <= 1, "must be between 0 and 1."),
         # shares of a batch are drawn at random: with 32 expected, none is ever empty
@@ -612,10 +614,12 @@ def make_learner(widths, d_sae, l1, lr, device="cpu", top_k=0):     # -> Learner
 
 
 def make_learners(config, layers, widths, device):          # -> {layer: Learner}
-    """One for each layer, with its own size and l1."""
+    """One for each layer, with its own size, l1 and k. l1 has no part where there is a k."""
     d_sae = per_layer(config.d_sae, layers)
-    l1 = per_layer(0.0 if config.top_k else config.l1, layers)
-    return {layer: make_learner(widths, d_sae[layer], l1[layer], config.lr, device, config.top_k)
+    l1 = per_layer(config.l1, layers)
+    top_k = per_layer(config.top_k, layers)
+    return {layer: make_learner(widths, d_sae[layer], 0.0 if top_k[layer] else l1[layer], config.lr,
+                                device, top_k[layer])
             for layer in layers}
 
 
@@ -806,6 +810,17 @@ def evaluate(model, saes, rows, means):                     # -> {layer: metrics
     ce_recovered_mean, judged by CE_mean.
     """
     R, T = rows.shape
+    metrics = {}
+    for layer, values in evaluate_rows(model, saes, rows, means).items():
+        metrics[layer] = summarise(values, T - 1)
+        metrics[layer]["n_ce_tokens"] = ce_positions(R, T, ce_stride(model)).numel()
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_rows(model, saes, rows, means):                # -> {layer: {name: numpy (R,...)}}
+    """What `evaluate` sums up, for each row."""
+    R, T = rows.shape
     at = ce_positions(R, T, ce_stride(model)).to(rows.device)           # (R,m)
     widest = max(at.shape[1] * model.config.d_vocab, *(T * sae.d_sae for sae in saes.values()))
     # 8 rows at most, and 256 MiB for the largest tensor, or one row's
@@ -823,12 +838,8 @@ def evaluate(model, saes, rows, means):                     # -> {layer: metrics
             found[layer]["ce_clean"] = ce_clean
             by_row[layer].append({name: value.cpu().double().numpy()
                                   for name, value in found[layer].items()})
-    metrics = {}
-    for layer, parts in by_row.items():
-        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        metrics[layer] = summarise(values, T - 1)
-        metrics[layer]["n_ce_tokens"] = at.numel()
-    return metrics
+    return {layer: {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            for layer, parts in by_row.items()}
 
 
 def ce_stride(model):
@@ -1006,8 +1017,8 @@ def write_saes(config, model, learners, folder):            # -> {layer: SAE}, a
         sae.about |= {"layer": layer, **of_model}
         sae.save(path, torch.float16 if config.half else torch.float32)
         write_json(path.with_name("config.json"),
-                   {**sae.about, "d_in": sae.d_in, "d_out": sae.d_out, "l1_of_layer": learner.l1,
-                    **lasting_settings(config)})
+                   {**lasting_settings(config), "d_in": sae.d_in, "d_out": sae.d_out,
+                    "l1_of_layer": learner.l1, **sae.about, "top_k": sae.top_k})
         saes[layer] = SAE.load(path, learner.mean.device)
     return saes
 

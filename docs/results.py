@@ -77,6 +77,8 @@ COMMANDS = {
     "gemma-train": f"train.py {GEMMA} --d-sae 4096 --n-tokens 1024000 --n-eval-rows 64 --lr 3.4e-3",
     "gemma-train-17": f"train.py {GEMMA} --d-sae 4096 --n-tokens 1024000 --n-eval-rows 64 "
                       "--layers 17",
+    "gemma-features": f"features.py {GEMMA} --n-tokens 100000",
+    "gemma-heads": f"heads.py {GEMMA} --n-tokens 100000",
     "gemma-induction": f"induction.py {GEMMA} --layers 5,11 --n-rows 1024",
     "gemma-ioi": f"ioi.py {GEMMA}",
     "gemma-explorer": f"explorer.py {GEMMA} --logit ' Mary' --against ' John'",

@@ -312,3 +312,49 @@ def test_the_hand_wired_circuit_through_an_mlp_is_found(bigram):
     upstream, _ = A.upstream_features(run, reader)
     fall = A.ablation_effects(run, upstream[:1], reader)
     assert float(fall) > 0.9 * tree.value, "without it, nothing is left of the difference"
+
+
+def test_the_strongest_path_takes_the_largest_step_each_time(run):
+    """By a loop over all terms, summed over heads; from a feature, and from a logit."""
+    components = run.components
+    layer = run.model.config.n_layers - 1
+    last = len(run.tokens) - 1
+    feature = int(run.f[layer][last].argmax())
+    for root in (A.Reader("feature", layer, last, feature), A.Reader("logit", layer + 1, last, 3)):
+        path = A.strongest_path(run, root)
+        reader = root
+        for step in path:
+            assert step.reader == reader
+            terms = A.read_terms(run, reader)
+            by_row = {}
+            for head, row, value in zip(terms.head.tolist(), terms.component.tolist(),
+                                        terms.value.tolist()):
+                kind = A.KINDS[int(components.kind[row])]
+                if row >= 0 and kind in (*A.FEATURES, "embedding"):
+                    by_row.setdefault(row, {})[head] = value
+            totals = {row: sum(heads.values()) for row, heads in by_row.items()}
+            assert step.row == max(totals, key=totals.get)
+            assert step.value == pytest.approx(totals[step.row], abs=1e-10)
+            heads = by_row[step.row]
+            assert step.head == max(heads, key=heads.get)
+            reader = A.reader_of(components, step.row)
+        assert not path or reader.kind in (*A.FEATURES, "embedding")
+        if reader.kind in A.FEATURES:
+            rows, values = A.upstream(run, reader)
+            named = components.is_feature()[rows] | (components.kind[rows] == A.EMBEDDING)
+            assert (values[named] <= 0).all(), "it ended where nothing more contributes"
+
+
+def test_the_path_of_the_hand_wired_circuit(bigram):
+    """From the logit to the neuron that was wired for it, and to a token that it reads."""
+    model, saes, transcoders = bigram
+    run = A.trace_prompt(model, saes, torch.tensor([0, 9, 3, 4]), transcoders)
+    path = A.strongest_path(run, A.Reader("logit", 1, 3, 7, 8))
+    read = [A.reader_of(run.components, step.row) for step in path]
+    assert (read[0].kind, read[0].feature, read[0].position) == ("MLP feature", 0, 3)
+    assert read[-1].kind == "embedding"
+    # without transcoders nothing but tokens has a name there
+    run = A.trace_prompt(model, saes, torch.tensor([0, 9, 3, 4]))
+    names = [A.reader_of(run.components, step.row).kind
+             for step in A.strongest_path(run, A.Reader("logit", 1, 3, 7, 8))]
+    assert "MLP feature" not in names

@@ -125,7 +125,7 @@ def assert_prints(got, expected):
 
 
 def test_every_test_that_the_docs_name_is_there():
-    page = (results.ROOT / "docs" / "INPUTS.md").read_text(encoding="utf8")
+    page = (results.ROOT / "docs" / "FORMATS.md").read_text(encoding="utf8")
     named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", page))
     assert len(named) > 40
     for file, name in sorted(named):

@@ -115,6 +115,17 @@ def test_topk_by_the_sparse_and_the_dense_step_is_the_same_run(tmp_path, monkeyp
     assert curves[0] == pytest.approx(curves[1], rel=1e-2)
 
 
+def test_each_layer_may_have_a_k_of_its_own(tmp_path, tiny):
+    """One without a k is trained by l1."""
+    run_short(tmp_path, top_k=(5, 0), l1=0.3)
+    saes = S.load_saes(tmp_path / "tiny", tiny)
+    assert saes[0].top_k == 5 and saes[2].top_k == 0
+    config = json.loads((tmp_path / "tiny" / "L2" / "config.json").read_text())
+    assert config["l1_of_layer"] == 0.3
+    with pytest.raises(UserError, match="--top-k has 3 values for 2 layers"):
+        run_short(tmp_path / "other", top_k=(5, 0, 7))
+
+
 @pytest.mark.parametrize("k", [-1, 129])
 def test_a_k_that_cannot_be_is_refused(tmp_path, k):
     with pytest.raises(UserError, match="--top-k .* must be between 0 and the number of features"):

@@ -387,9 +387,9 @@ def test_06_adam_after_resampling():
 def test_07_new_directions():
     sae, optimizer, z, before, moments = resampled()
     for nobody in (torch.zeros(10, dtype=torch.bool), torch.ones(10, dtype=torch.bool)):
-        S.resample(sae, optimizer, nobody, z, torch.Generator().manual_seed(0))
-        assert torch.equal(sae.W_dec, before["W_dec"]), \
-            "nothing is done if no feature is dead, or all are"
+        nothing = "nothing is done if no feature is dead, or all are"
+        fitting(nothing, S.resample, sae, optimizer, nobody, z, torch.Generator().manual_seed(0))
+        assert torch.equal(sae.W_dec, before["W_dec"]), nothing
     dead = torch.arange(10) >= 2
     residuals = F.normalize(z - sae(z), dim=1)
     S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0))
@@ -511,12 +511,15 @@ def test_08_cross_entropy_recovered():
     low, logits = at_q.bfloat16(), logits.bfloat16().double()
     assert near(train.row_ce(low, tokens, q), mean(1), 1e-4), \
         "logits may be bfloat16: take them to float32 first"
-    ablated, sae, clean = np.array([2.0, 5.0]), np.array([1.0, 4.0]), np.array([0.0, 1.0])
+    ablated, sae, clean = np.array([2.0, 5, 5]), np.array([1.0, 4, 4]), np.array([0.0, 1, 2])
     got = train.ce_recovered(ablated, sae, clean)
-    assert got != pytest.approx(0.375), "a ratio of means over rows, not a mean of ratios"
+    assert got != pytest.approx((1 / 2 + 1 / 4 + 1 / 3) / 3), \
+        "a ratio of means over rows, not a mean of ratios"
     assert got != pytest.approx(2 / 3), "what is recovered, not what is lost"
+    assert got not in (pytest.approx(1), pytest.approx(1 / 9)), \
+        "the same above and below the line: two means, or two sums"
     assert got == pytest.approx(1 / 3), "(CE_ablated - CE_sae) / (CE_ablated - CE_clean)"
-    for sae, right in ((np.array([3.0, 6.0]), -1 / 3), (np.array([0.0, 0.0]), 7 / 6)):
+    for sae, right in ((np.array([3.0, 6, 6]), -1 / 3), (np.zeros(3), 4 / 3)):
         assert train.ce_recovered(ablated, sae, clean) == pytest.approx(right), \
             "below 0 or above 1 it stays what it is: nothing is clipped"
     ablated, sae, clean = np.array([2.0, 2, 8]), np.array([1.0, 1, 1]), np.zeros(3)
@@ -553,11 +556,16 @@ def test_10_direct_feature_attribution():
     for b, h, q, k in ((0, 0, 1, 0), (1, 2, 3, 2), (0, 1, 2, 2)):
         w = sae.W_enc[2 * h:2 * h + 2, 7]
         assert float(got[b, h, q, k]) == pytest.approx(float(pattern[b, h, q, k] * (v[b, k, h] @ w))), \
-            "pattern[h,q,k] * (v[h,k] . w^h), with w^h the slice of w_enc at head h: is v taken at the key?"
+            "pattern[h,q,k] * (v[h,k] . w^h), with w^h the slice of w_enc at head h: is v taken " \
+            "at the key?"
     z_cat = torch.einsum("bhqk,bkhd->bqhd", pattern, v).flatten(-2)
     pre = (z_cat - sae.b_dec) @ sae.W_enc + sae.b_enc
+    b_enc = sae.b_enc.clone()
     bias = direct.feature_bias(sae)
+    assert torch.equal(sae.b_enc, b_enc), "the SAE's b_enc is changed in place; make a new tensor"
     assert bias.shape == (10,), "a number for each feature"
+    assert not near(bias, sae.b_enc - (sae.b_dec @ sae.W_enc).sum()), \
+        "b_dec . W_enc[:,i] for each feature, and not one sum over all of them"
     assert not near(bias, sae.b_enc), "z has b_dec subtracted before W_enc: - b_dec . W_enc[:,i]"
     assert not near(bias, sae.b_enc - sae.b_dec @ sae.W_dec.T), \
         "b_dec . W_enc[:,i]: the encoder's column"
@@ -594,7 +602,8 @@ def check_decomposition(run, layer, q, i):
     got = {(int(h), int(p)): float(value)
            for h, p, value in zip(found.head, found.component, found.value)}
     assert isinstance(found.pre, float), "pre is a float"
-    assert len(got) == len(found.value), "a (head, component) stands in the list twice"
+    assert len(got) == len(found.value), \
+        "a (head, component) stands in the list twice: has each constant its head?"
     parts, before = run.components, run.n_before[layer]
     assert max(p for _, p in got) < before, \
         "only what is in the stream before the layer: traced.n_before[layer] components"
@@ -611,9 +620,9 @@ def check_decomposition(run, layer, q, i):
                 v = (parts.vector[p] / kept.scales["attn_in"][0, k]) @ m.W_V[h]
                 expected = float(kept.pattern[0, h, q, k] * (v @ w))
                 assert got.get((h, p), 0.0) == pytest.approx(expected, abs=1e-9), \
-                    "pattern[h,q,k] / scale[k] * (component @ W_V[h] . w^h): both at the component's position? " \
-                    "is `component` a row of traced.components, and do head, component and value stand in " \
-                    "one order?"
+                    "pattern[h,q,k] / scale[k] * (component @ W_V[h] . w^h): both at the " \
+                    "component's position? is `component` a row of traced.components, and do " \
+                    "head, component and value stand in one order?"
         assert got.get((h, -1)) == pytest.approx(float(m.b_V[h] @ w)), \
             "one constant for each head, b_V[h] . w_i^h, with component -1"
     assert got.get((-1, -1)) == pytest.approx(float(sae.b_enc[i] - sae.b_dec @ sae.W_enc[:, i])), \
@@ -636,7 +645,8 @@ def test_12_prefix_lengths():
     assert got[0, 7, 4] in (3, 4), \
         "compare the query's token with the one before key k, not with k's"
     assert (got[0, :, 1] == 0).all(), "BOS matches nothing: class -1 is no class"
-    assert got[0, 7, 4] == 3, "a b c stands before key 4, and up to the second c: 3"
+    assert got[0, 7, 4] == 3, \
+        "a b c stands before key 4, and up to the second c: 3. BOS before both of them ends the run"
     assert got[0, 6, 3] == 2 and got[0, 5, 2] == 1
     assert got[0, 7, 7] == 0, "the token before k is not the query's: 0"
     assert got[0, 8, 7] == 1 and got[0, 8, 3] == 1, "only b matches: 1"
