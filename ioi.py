@@ -38,7 +38,8 @@ from torch import Tensor
 
 from attribution import KINDS, decompose, qk, trace_prompt, writer_name
 from data.errors import UserError, run
-from data.figures import plot_ablations, plot_cells, plot_circuit, plot_effects, plot_signal
+from data.figures import (plot_ablations, plot_circuit, plot_effects, plot_side_and_position,
+                          plot_signal)
 from data.files import write_json
 from data.flags import field, parse_flags
 from data.progress import Progress
@@ -237,6 +238,15 @@ def find_roles(attention, direct, at_end, at_S2):           # {pair: (L,H)}, (L,
                 "previous token": looks["S1+1 -> S1"] & looks[PREVIOUS_TOKEN]}
     return {role: [(int(layer), int(head)) for layer, head in np.argwhere(heads)]
             for role, heads in heads_of.items()}
+
+
+def without_role(roles, effects):                           # -> [(layer, head)]
+    """Heads that no rule names, though patched at the end they have an effect of twice what counts,
+    directly or in all."""
+    named = {head for heads in roles.values() for head in heads}
+    largest = np.maximum(np.abs(effects["direct"]), np.abs(effects["at_end"]))
+    strong = {(int(layer), int(head)) for layer, head in np.argwhere(largest >= 2 * MIN_EFFECT)}
+    return sorted(strong - named)
 
 
 # ---- through SAEs (Fig. 16) ----
@@ -641,20 +651,66 @@ def study_signal(ioi, layers, frequent):                    # -> dict
     without_signal = baselines(ioi.model, ioi.batch, clean, layers)
     ld = {name: ioi.patch_S2_from(prompts, layers)
           for name, prompts in source_prompts(ioi, frequent).items()}
-    effects = {"other names": ld[OTHER_NAMES] - ld[FLIPPED],
-               "other names and filler": ld[WITH_FILLER] - ld[WITH_FILLER_FLIPPED]}
     sources = {}
     for name, patched in ld.items():
-        sources[name] = {"patched": ci(patched), "change": ci(patched - clean.ld),
-                         "order_kept": (None, None)}
-        if name.startswith(OTHER_NAMES):
-            sources[name]["order_kept"] = recovered(patched, ld[OTHER_NAMES], ld[FLIPPED])
+        sources[name] = {"patched": ci(patched), "change": ci(patched - clean.ld)}
         sources[name] |= recovered_by(patched, clean.ld, without_signal, ioi.batch.prompts)
     means = {name: ci(of_prompts)
              for name, of_prompts in {"clean": clean.ld, **without_signal}.items()}
     return {"n_prompts": len(clean.ld), "layers": layers, "frequent_word": frequent,
-            "effect_of_order": {name: ci(effect) for name, effect in effects.items()},
+            "effect_of_order": effects_of_order(ioi, ld, layers),
+            "connectors": compare_connectors(ioi, ld, layers, frequent),
             "sources": sources, "side_and_position": side_and_position(ioi, layers), **means}
+
+
+def effects_of_order(ioi, ld, layers):                      # -> {from what: mean, interval}
+    """What it costs to flip the order of names in the source: over all prompts, over those of each
+    order, and with one of the layers patched alone."""
+    effect = ld[OTHER_NAMES] - ld[FLIPPED]
+    effects = {"other names": effect}
+    for order in ORDERS:
+        effects[f"other names, in {order}"] = effect[has_order(ioi.batch.prompts, order)]
+    effects["other names and filler"] = ld[WITH_FILLER] - ld[WITH_FILLER_FLIPPED]
+    others = with_other_names(ioi.batch.prompts, ioi.names, ioi.seed)
+    for layer in layers:
+        effects[f"other names, layer {layer} alone"] = (
+            ioi.patch_S2_from(others, [layer]) - ioi.patch_S2_from(flipped(others), [layer]))
+    return {name: ci(values) for name, values in effects.items()}
+
+
+def compare_connectors(ioi, ld, layers, frequent):          # -> {word: dict}
+    """What another connector does to the effect of order, from prompts with other names.
+
+    "kept": (LD_X - LD_flipped) / (LD_same - LD_flipped), where X has the connector, and the other
+    two have " and"; over the base prompts of each order too, since in BABA the connector is the
+    token after S1, and in ABBA it is not. "own": what flipping the order costs where both sources
+    have the connector, LD_X - LD_{X, flipped}.
+    """
+    prompts = ioi.batch.prompts
+    others = with_other_names(prompts, ioi.names, ioi.seed)
+    found = {}
+    for word, connector in connectors_of_one_token(ioi, frequent).items():
+        patched = ld[f"{OTHER_NAMES}, {word}"]
+        turned = ioi.patch_S2_from(flipped(with_connector(others, connector)), layers)
+        found[word] = {"kept": recovered(patched, ld[OTHER_NAMES], ld[FLIPPED]),
+                       "own": ci(patched - turned)}
+        for order in ORDERS:
+            which = has_order(prompts, order)
+            found[word][order] = recovered(patched[which], ld[OTHER_NAMES][which],
+                                           ld[FLIPPED][which])
+    return found
+
+
+def connectors_of_one_token(ioi, frequent):                 # -> {in quotes: connector}
+    """The connectors other than " and", a frequent word among them, that are one token here."""
+    encode = ioi.study.tokenizer.encode
+    return {repr(connector.strip()): connector for connector in (*CONNECTORS[1:], frequent)
+            if len(encode(connector)) == 1}
+
+
+def has_order(prompts, order):                               # -> (N,) bool
+    """Which prompts have this order of names."""
+    return torch.tensor([prompt.order == order for prompt in prompts])
 
 
 def ci(values):                                             # (N,) -> [mean, [low, high]]
@@ -667,12 +723,12 @@ def recovered_by(patched, clean, without_signal, prompts):      # -> {way: value
     Where zeros do no damage over all prompts, there is nothing to recover in one order either: what
     is left there by chance is a small number to divide by."""
     zero = without_signal["zero"]
-    is_abba = torch.tensor([prompt.order == "ABBA" for prompt in prompts], device=clean.device)
-    ways = {"recovered": recovered(patched, clean, zero),
-            "ABBA": recovered(patched[is_abba], clean[is_abba], zero[is_abba]),
-            "BABA": recovered(patched[~is_abba], clean[~is_abba], zero[~is_abba]),
-            "over mean": recovered(patched, clean, without_signal["mean"]),
-            "over zero everywhere": recovered(patched, clean, without_signal["zero everywhere"])}
+    ways = {"recovered": recovered(patched, clean, zero)}
+    for order in ORDERS:
+        which = has_order(prompts, order)
+        ways[order] = recovered(patched[which], clean[which], zero[which])
+    ways |= {"over mean": recovered(patched, clean, without_signal["mean"]),
+             "over zero everywhere": recovered(patched, clean, without_signal["zero everywhere"])}
     if ways["recovered"] == (None, None):
         ways |= {"ABBA": (None, None), "BABA": (None, None)}
     found = {}
@@ -693,11 +749,9 @@ def source_prompts(ioi, frequent):                          # -> {name: list of 
     noisy = with_filler(others, ioi.seed)
     sources = {"itself": prompts, OTHER_NAMES: others, FLIPPED: flipped(others),
                WITH_FILLER: noisy, WITH_FILLER_FLIPPED: flipped(noisy)}
-    for connector in (*CONNECTORS[1:], frequent):
-        if len(ioi.study.tokenizer.encode(connector)) == 1:
-            word = repr(connector.strip())
-            sources[f"connector {word}"] = with_connector(prompts, connector)
-            sources[f"{OTHER_NAMES}, {word}"] = with_connector(others, connector)
+    for word, connector in connectors_of_one_token(ioi, frequent).items():
+        sources[f"connector {word}"] = with_connector(prompts, connector)
+        sources[f"{OTHER_NAMES}, {word}"] = with_connector(others, connector)
     return sources
 
 
@@ -804,7 +858,8 @@ def report_circuit(ioi, result):
         print(f"{head[0]}.{head[1]:<4} {dla[head]:+10.2f} {effects['direct'][head]:+26{spec}} "
               f"{effects['at_end'][head]:+10{spec}} {effects['at_S2'][head]:+13{spec}}   "
               f"{looks}".rstrip())
-    for role, heads in result["roles"].items():
+    roles = result["roles"] | {"no role": without_role(result["roles"], effects)}
+    for role, heads in roles.items():
         print(f"{role:20} " + (" ".join(f"{layer}.{h}" for layer, h in heads) or "none"))
     print("whole layers patched at S2: " + "  ".join(
         f"{layer} {effect:+{spec}}" for layer, effect in enumerate(result["layer_effects"])))
@@ -823,8 +878,7 @@ def report_circuit(ioi, result):
                   "patched at the end, directly": effects["direct"],
                   "patched at the end": effects["at_end"],
                   "patched at S2": effects["at_S2"]}, of_what, study.folder / "heads.png")
-    plot_circuit(result["roles"], effects["at_end"], effects["at_S2"],
-                 study.folder / "circuit.png")
+    plot_circuit(roles, effects["at_end"], effects["at_S2"], study.folder / "circuit.png")
 
 
 def report_saes(ioi, result):
@@ -886,12 +940,16 @@ def report_signal(ioi, result):
                   for name in ("clean", "zero", "mean", "zero everywhere")))
     for name, effect in result["effect_of_order"].items():
         print(f"effect of order, {name}: {format_ci(*effect, '+.2f')}")
-    print(f"the word about as frequent as \" and\" is {result['frequent_word']!r}\n"
-          f"source                          patched             less clean              "
-          f"effect of order kept")
+    print("\nsource                          patched             less clean")
     for name, r in result["sources"].items():
-        print(f"{name:30} {format_ci(*r['patched'], '+.2f'):19} "
-              f"{format_ci(*r['change'], '+.2f'):23} {format_ci(*r['order_kept'], '.1%')}".rstrip())
+        print(f"{name:30} {format_ci(*r['patched'], '+.2f'):19} {format_ci(*r['change'], '+.2f')}")
+    print(f"\nother connectors, from prompts with other names; {result['frequent_word']!r} is about "
+          f"as frequent as \" and\"\nconnector     effect of order kept        in ABBA   in BABA   "
+          f"its own effect of order")
+    for word, r in result["connectors"].items():
+        shown = {order: "n/a" if r[order][0] is None else f"{r[order][0]:.1%}" for order in ORDERS}
+        print(f"{word:13} {format_ci(*r['kept'], '.1%'):25}  {shown['ABBA']:>8}  {shown['BABA']:>8}   "
+              f"{format_ci(*r['own'], '+.2f')}")
     print("\nsource                         recovered                   ABBA     BABA   "
           "over mean   over zero everywhere")
     for name, r in result["sources"].items():
@@ -912,7 +970,9 @@ def report_signal(ioi, result):
     write_json(study.folder / "signal.json", result)
     lines = {f"{name} there": result[name][0] - result["clean"][0] for name in ("zero", "mean")}
     plot_signal(result["sources"], lines, layers, study.folder / "signal.png")
-    plot_cells(result["side_and_position"], study.folder / "side_and_position.png")
+    effects = {name: found for name, found in result["side_and_position"].items()
+               if name.startswith("effect of")}
+    plot_side_and_position(effects, study.folder / "side_and_position.png")
 
 
 def report_qk(ioi, why):

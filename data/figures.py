@@ -152,37 +152,39 @@ def plot_feature(f, proxy, title, path):
 
 
 def plot_effects(panels, unit, path):
-    """One number for every head: {title: (layers,H)}, the first in logits, the others in `unit` and
-    on one scale."""
+    """One number for every head: {title: (layers,H)}, each panel on its own scale, the first in
+    logits, the others in `unit`. A head that helps is blue: what it adds is positive, and patching
+    it lowers the difference."""
     fig, axes = figure(12, 3.2, panels=len(panels))
-    largest = [np.abs(values).max() for values in panels.values()]
     for i, (ax, (title, values)) in enumerate(zip(axes, panels.items())):
-        limit = max(largest[0] if i == 0 else max(largest[1:]), 1e-9)
-        image = ax.imshow(values, vmin=-limit, vmax=limit, cmap="RdBu", origin="lower",
-                          aspect="auto")
+        limit = max(np.abs(values).max(), 1e-9)
+        image = ax.imshow(values, vmin=-limit, vmax=limit, cmap="RdBu" if i == 0 else "RdBu_r",
+                          origin="lower", aspect="auto")
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("head")
         whole_numbers(ax)
-        fig.colorbar(image, ax=ax, label="logits" if i == 0 else unit)
+        fig.colorbar(image, ax=ax).set_label("logits" if i == 0 else unit, fontsize=8)
     axes[0].set_ylabel("layer")
+    fig.suptitle("Blue: the head helps", fontsize=10)
     save(fig, path)
 
 
 COLUMN_OF_ROLE = {"previous token": 0, "duplicate token": 1, "induction": 1, "S-inhibition": 2,
-                  "name mover": 3, "negative name mover": 3}
+                  "name mover": 3, "negative name mover": 3, "no role": 4}
 COLUMN_TITLES = ["previous token\n(at S1+1)", "duplicate token,\ninduction (at S2)",
-                 "S-inhibition\n(at the end)", "name movers\n(at the end)"]
+                 "S-inhibition\n(at the end)", "name movers\n(at the end)",
+                 "no role, yet an\neffect at the end"]
 
 
 def plot_circuit(roles, at_end, at_S2, path):
     """Heads by the position at which they act (columns) and layer (rows), with the effect of
-    patching them; arrows from each column to the next that has heads.
+    patching them there, later layers computed anew.
 
-    roles: {role: [(layer, head)]}; at_end, at_S2: (layers,H).
+    roles: {role: [(layer, head)]}, "no role" among them; at_end, at_S2: (layers,H).
     """
     n_layers = len(at_end)
-    fig, ax = figure(8.5, 1.4 + 0.75 * min(n_layers, 8))
-    spots = {column: [] for column in range(4)}             # (x, y) of each head
+    fig, ax = figure(9, 1.4 + 0.75 * min(n_layers, 8))
+    spots = {column: [] for column in range(5)}             # (x, y) of each head
     for role, heads in roles.items():
         column = COLUMN_OF_ROLE[role]
         for layer, h in heads:
@@ -191,22 +193,14 @@ def plot_circuit(roles, at_end, at_S2, path):
             y = layer + 0.9 * (n_beside // 2) / (1 + len(heads) // 2)
             effect = at_S2[layer, h] if column == 1 else at_end[layer, h]
             label = f"{layer}.{h}" + (f"  {effect:+.0%}" if column else "")
-            box = {"boxstyle": "round", "color": COLOURS[column],
+            box = {"boxstyle": "round", "color": (*COLOURS, "#777777")[column],
                    "alpha": 0.6 if "negative" in role else 1.0}
             ax.annotate(label, (x, y), ha="center", va="center", fontsize=8, color="white",
                         bbox=box)
             spots[column].append((x, y))
-    columns = [column for column in range(4) if spots[column]]
-    arrow = {"arrowstyle": "->", "color": "#bbbbbb", "linewidth": 0.8}
-    for left, right in zip(columns, columns[1:]):
-        for x, y in spots[left]:
-            for x2, y2 in spots[right]:
-                if int(y2) > int(y):
-                    ax.annotate("", (x2 - 0.16, y2), (x + 0.16, y), zorder=0, arrowprops=arrow)
-    ax.set_xticks(np.arange(4) + 0.18, COLUMN_TITLES)
-    ax.set(ylabel="layer", xlim=(-0.4, 3.8), ylim=(-0.6, n_layers - 0.2), yticks=range(n_layers))
-    ax.set_title("Heads with a role, and what patching them does to the logit difference; "
-                 "arrows: order only", fontsize=10)
+    ax.set_xticks(np.arange(5) + 0.18, COLUMN_TITLES, fontsize=8)
+    ax.set(ylabel="layer", xlim=(-0.4, 4.8), ylim=(-0.6, n_layers - 0.2), yticks=range(n_layers))
+    ax.set_title("Heads by role, and what patching each does to the logit difference", fontsize=10)
     save(fig, path)
 
 
@@ -240,9 +234,12 @@ def plot_signal(sources, baselines, layers, path):
     """Fig. 5 and 14: what z_cat at S2 from each source takes off the logit difference, prompt by
     prompt; baselines: {name: the same}, as lines."""
     fig, ax = figure(9, 4.6)
-    for i, result in enumerate(sources.values()):
+    kinds = {"the prompt's own names": COLOURS[0], "other names": COLOURS[2]}
+    for i, (name, result) in enumerate(sources.items()):
         mean, interval = result["change"]
-        ax.bar(i, mean, 0.6, color=COLOURS[0])
+        is_own = name == "itself" or name.startswith("connector")
+        kind = "the prompt's own names" if is_own else "other names"
+        ax.bar(i, mean, 0.6, color=kinds[kind], label=kind)
         ax.vlines(i, *interval, color="black", linewidth=1)
     for (name, change), style in zip(baselines.items(), ("--", ":")):
         ax.axhline(change, color=COLOURS[1], linestyle=style, linewidth=1, label=name)
@@ -254,28 +251,25 @@ def plot_signal(sources, baselines, layers, path):
     ax.set_title(f"z_cat of layers {' and '.join(map(str, layers))} at S2 from another prompt "
                  f"(Fig. 5, 14)", fontsize=10)
     ax.margins(y=0.2)
-    ax.legend(ncols=2, fontsize=8)
+    handles, labels = ax.get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    ax.legend(once.values(), once.keys(), ncols=2, fontsize=8)
     save(fig, path)
 
 
-def plot_cells(cells, path):
-    """Side against position; cells: {"side, position": [mean, interval]}, and "clean"."""
-    fig, ax = figure(6, 3.6)
-    positions = ("same", "2 tokens", "a sentence") if cells else ()
-    for i, side in enumerate(("same side", "other side")):
-        for j, position in enumerate(positions):
-            mean, interval = cells[f"{side}, {position}"]
-            x = j + (i - 0.5) * 0.4
-            ax.bar(x, mean, 0.38, color=COLOURS[i], label=side if j == 0 else None)
-            ax.vlines(x, *interval, color="black", linewidth=1)
-    if cells:
-        ax.axhline(cells["clean"][0], color="black", linestyle="--", linewidth=1, label="clean")
-        ax.legend(ncols=3, fontsize=8)
-    ax.axhline(0, color="black", linewidth=0.5)
-    ax.set_xticks(range(3), ["same position", "moved by 2 tokens", "moved by a sentence"])
-    ax.margins(y=0.25)
-    ax.set_ylabel("logit difference")
-    ax.set_title("Side of the connector and position of S1", fontsize=10)
+def plot_side_and_position(effects, path):
+    """The effects of side and of position, prompt by prompt; effects: {name: [mean, interval]}."""
+    fig, ax = figure(7, 3.2)
+    for i, (name, (mean, interval)) in enumerate(effects.items()):
+        colour = COLOURS[0 if name.startswith("effect of side") else 1]
+        ax.hlines(i, *interval, color=colour, linewidth=2)
+        ax.plot(mean, i, "o", color=colour, markersize=5)
+    ax.axvline(0, color="black", linewidth=0.5)
+    ax.set_yticks(range(len(effects)), list(effects), fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(y=0.1)
+    ax.set_xlabel("change of the logit difference, in logits")
+    ax.set_title("Side of the connector, and position of S1", fontsize=10)
     save(fig, path)
 
 

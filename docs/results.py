@@ -1,13 +1,13 @@
 """Numbers in the pages: the commands that print them, what they printed, a check that nothing
 drifts.
 
-    python -m docs.results              run all that take nothing from elsewhere: about an hour on two
-                                        cores, half of it the benchmark
+    python -m docs.results              run all that take nothing from elsewhere: about an hour on
+                                        two cores, half of it the benchmark
     python -m docs.results ioi train    run some; walkthrough and exercises are two of them, pages
                                         whose code is run piece by piece
     python -m docs.results --check      run none: are the pages what the stored outputs say?
 
-The pages are README.md, docs/RESULTS.md and docs/GEMMA.md. What a command prints is kept in
+The pages are README.md and RESULTS, GEMMA and SPEED in docs/. What a command prints is kept in
 docs/outputs/<name>.txt, under the time and the memory it took. docs/sources.json says where the
 numbers of a page come from:
 
@@ -24,7 +24,7 @@ docs/WALKTHROUGH.md is a program with text between: its code is run, and what it
 Figures that the commands draw are copied over those of the pages, docs/pictures/<name>-*.png.
 
 The commands write to out/ as they do when run by hand. benchmark takes
-tests/requirements-peers.txt, and gpt2-size the random model that README.md makes, with GPT-2's
+tests/requirements-peers.txt, and gpt2-size the random model that docs/SPEED.md makes, with GPT-2's
 tokenizer. Those of docs/GEMMA.md, gemma-train and so on, take the model and the text that it names,
 and hours: they are run when asked for by name.
 """
@@ -55,7 +55,8 @@ PICTURES = ROOT / "docs" / "pictures"
 # pages whose pieces of code are run, and what they print put below them
 WALKS = {"walkthrough": ROOT / "docs" / "WALKTHROUGH.md",
          "exercises": ROOT / "tests" / "course" / "EXERCISES.md"}
-PAGES = (ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "GEMMA.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "GEMMA.md",
+         ROOT / "docs" / "SPEED.md")
 SOURCES = ROOT / "docs" / "sources.json"
 PEERS = "tests/requirements-peers.txt"
 

@@ -16,6 +16,7 @@ import sae as S
 from conftest import program, random_gpt2
 from data import prompts as P
 from data.errors import UserError
+from data.stats import mean_with_ci
 from data.stories import HELD_OUT_NAMES, is_held_out
 from data.weights import TINY
 
@@ -390,6 +391,7 @@ def test_the_effect_of_order_by_brute_force(tiny, tokenizer, run):
 
     same, flipped = patched(others), patched(P.flipped(others))
     with_or = patched([dataclasses.replace(one, connector=" or") for one in others])
+    or_flipped = patched([dataclasses.replace(one, connector=" or") for one in P.flipped(others)])
     sources = found["sources"]
     for name, ld in ((ioi.OTHER_NAMES, same), (ioi.FLIPPED, flipped),
                      ("other names, 'or'", with_or)):
@@ -397,10 +399,18 @@ def test_the_effect_of_order_by_brute_force(tiny, tokenizer, run):
         assert sources[name]["change"][0] == pytest.approx(float((ld - base.ld).mean()), abs=1e-4)
     effect, (low, high) = found["effect_of_order"]["other names"]
     assert effect == pytest.approx(float((same - flipped).mean()), abs=1e-4) and low <= effect <= high
-    kept, _ = sources["other names, 'or'"]["order_kept"]
-    expected = float((with_or - flipped).mean() / (same - flipped).mean())
-    assert (kept is None) == (low <= 0) and (kept is None or kept == pytest.approx(expected, rel=1e-2))
-    assert sources["itself"]["order_kept"] == (None, None), "its names are the prompt's own"
+    of_or = found["connectors"]["'or'"]
+    own, _ = of_or["own"]
+    assert own == pytest.approx(float((with_or - or_flipped).mean()), abs=1e-4)
+    is_abba = torch.tensor([prompt.order == "ABBA" for prompt in prompts.prompts])
+    for name, which in (("kept", is_abba | True), ("ABBA", is_abba), ("BABA", ~is_abba)):
+        kept, _ = of_or[name]
+        expected = float((with_or - flipped)[which].mean() / (same - flipped)[which].mean())
+        _, (low, _) = mean_with_ci((same - flipped)[which].numpy())
+        assert (kept is None) == (low <= 0), name
+        assert kept is None or kept == pytest.approx(expected, rel=1e-2), name
+    in_abba, _ = found["effect_of_order"]["other names, in ABBA"]
+    assert in_abba == pytest.approx(float((same - flipped)[is_abba].mean()), abs=1e-4)
 
 
 def test_the_layers_patched_are_chosen_on_one_half_and_measured_on_the_other(
