@@ -64,6 +64,7 @@ GEMMA = "--model published/gemma-3-270m --corpus published/english"
 COMMANDS = {
     "train": "train.py",
     "explorer": "explorer.py --saes data/tiny --feature 2.1228",
+    "explorer-logit": "explorer.py --saes data/tiny --logit ' Mary' --against ' John'",
     "features": "features.py --saes data/tiny",
     "heads": "heads.py --saes data/tiny",
     "induction": "induction.py --saes data/tiny",
@@ -71,6 +72,7 @@ COMMANDS = {
     "agreement": "tests/measured/agreement.py --saes data/tiny",
     "calibrate": "tests/measured/calibrate.py",
     "spaces": "tests/measured/spaces.py",
+    "topk": "tests/measured/topk.py",
     "kills": "tests/test_kill.py 20",
     "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise "
                  "--lr 1.2e-3 --batch-size 4096 --n-tokens 163840 --n-eval-rows 8",
