@@ -247,7 +247,11 @@ def read_terms(traced, reader):                             # -> Contributions
 
 
 def attention_terms(traced, layer, position, feature):      # -> Contributions
-    """What heads bring to a feature."""
+    """What heads bring to a feature: the first formula above, term by term.
+
+    For each head, every one of the first n_before[layer] components that was written at or before
+    the position; then each head's constant; then `direct.feature_bias`, which has no head.
+    """
     kept = traced.cache[layer]
     sae = traced.saes[layer]
     m = traced.matrices[layer]

@@ -395,9 +395,9 @@ def add(sums, key, value):
 
 
 def recovered(patched, clean, zero):                        # (N,) each -> value | None, interval
-    """(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means, with its bootstrap interval
-    over prompts; (None, None) unless the interval of the mean of LD_clean - LD_zero lies above
-    0."""
+    """(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means, as a float, with its
+    bootstrap interval over prompts; (None, None) unless the interval of the mean of LD_clean -
+    LD_zero lies above 0."""
     patched, clean, zero = (ld.cpu().double().numpy() for ld in (patched, clean, zero))
     _, (low, _) = mean_with_ci(clean - zero)
     if low <= 0:
@@ -943,13 +943,13 @@ def report_signal(ioi, result):
     print("\nsource                          patched             less clean")
     for name, r in result["sources"].items():
         print(f"{name:30} {format_ci(*r['patched'], '+.2f'):19} {format_ci(*r['change'], '+.2f')}")
-    print(f"\nother connectors, from prompts with other names; {result['frequent_word']!r} is about "
-          f"as frequent as \" and\"\nconnector     effect of order kept        in ABBA   in BABA   "
-          f"its own effect of order")
+    print(f"\nother connectors, from prompts with other names; {result['frequent_word']!r} is about as "
+          f"frequent as \" and\"\nconnector     effect of order kept        in ABBA   in BABA   its own "
+          f"effect of order")
     for word, r in result["connectors"].items():
         shown = {order: "n/a" if r[order][0] is None else f"{r[order][0]:.1%}" for order in ORDERS}
-        print(f"{word:13} {format_ci(*r['kept'], '.1%'):25}  {shown['ABBA']:>8}  {shown['BABA']:>8}   "
-              f"{format_ci(*r['own'], '+.2f')}")
+        print(f"{word:13} {format_ci(*r['kept'], '.1%'):25}  {shown['ABBA']:>8}  "
+              f"{shown['BABA']:>8}   {format_ci(*r['own'], '+.2f')}")
     print("\nsource                         recovered                   ABBA     BABA   "
           "over mean   over zero everywhere")
     for name, r in result["sources"].items():

@@ -57,8 +57,8 @@ def attend(q, k, v, scale, window=None, softcap=None, with_pattern=True, positio
     softcap), before the mask. positions (B,q): where among the keys each query stands; None where
     there are as many queries as keys.
 
-    with_pattern=False: fused attention, which builds no scores. It rounds differently, so that
-    logits may depend on it in their last digit. It knows no soft cap: with one, scores and pattern
+    with_pattern=False: fused attention, which builds no scores; the pattern is None. It rounds
+    differently, so that logits may depend on it in their last digit. It knows no soft cap: with one, scores and pattern
     are computed in any case.
     """
     n_keys = k.shape[1]

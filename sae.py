@@ -193,10 +193,10 @@ def keep_largest(f, k):                         # (...,n) -> the same
 # ---- the loss and its gradient ----
 #
 # Let x be what W_enc is multiplied with, t the target, and t_hat = f @ W_dec + b_dec. An SAE has
-# x = z - b_dec and t = z; a transcoder has the MLP's input and output. With e = t_hat - t, and the
-# loss a mean over the batch (its 1/B is in dL/dt_hat and dL/df, and the sums over b below are
-# plain):
-#     dL/dt_hat = 2 e / B                      =: g
+# x = z - b_dec and t = z; a transcoder has the MLP's input and output. With e = t_hat - t, with
+# g = dL/dt_hat, and the loss a mean over the batch (its 1/B is in g and dL/df, and the sums over b
+# below are plain):
+#     dL/dt_hat = 2 e / B
 #     dL/df     = g @ W_dec^T + l1 / B
 #     dL/dpre   = dL/df where the feature is active, else 0
 #     dL/dW_dec = f^T @ g                      dL/dW_enc = x^T @ dL/dpre
@@ -238,7 +238,8 @@ def dense_step(sae, z, l1, target=None):        # (B,d_in), _, (B,d_out) -> Loss
 
 
 def gradient_of_b_dec(sae, g, d_b_enc):         # (B,d_out), (d_sae,) -> (d_out,)
-    """sum_b g, and in an SAE also what comes through the encoder's input."""
+    """dL/db_dec, from g = dL/dt_hat and d_b_enc = dL/db_enc: sum_b g, and in an SAE also what comes
+    through the encoder's input."""
     d_b_dec = g.sum(0)
     if sae.subtracts_b_dec:
         d_b_dec = d_b_dec - sae.W_enc @ d_b_enc
@@ -307,8 +308,12 @@ def draw_badly_reconstructed(sae, z, target, n, generator):     # (B,d_in), (B,d
 
 
 def reset_adam(state, dead, feature_dim):
-    """Adam's moments of new features: the first is 0, the second the element-wise mean over live
-    features.
+    """Adam's moments of new features, in place: the first is 0, the second the element-wise mean
+    over live features.
+
+    state: what Adam knows of one parameter, a dict with "exp_avg" and "exp_avg_sq" of its shape,
+    and "step", which stays. dead: (d_sae,) bool. feature_dim: the dimension along which features
+    lie, 1 in W_enc, 0 in W_dec and b_enc.
 
     Why the second is not 0 too: Adam divides it by 1 - beta2^step, to make up for its start at 0.
     Late in a run that is nearly 1, so a moment that starts at 0 again would be far too small, and
@@ -388,7 +393,7 @@ def put_in(sae, feature, value, where, read, written):      # (B,T,d_in), (B,T,d
     """What is written plus (value - f_i) * W_dec[i] at some places, f_i being what the feature
     makes of what is read there; as a new tensor, of the type of what is written.
 
-    feature, where: as in `clamp`.
+    feature, where: as in `clamp`. What is read is taken to the SAE's type before it is encoded.
     """
     row, _ = where.nonzero(as_tuple=True)                   # (n,) of each position to edit
     feature_of_row = torch.as_tensor(feature, device=read.device).expand(len(read))     # (B,)

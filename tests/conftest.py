@@ -31,15 +31,22 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Of a failed exercise a student sees the message alone. The traceback would show references,
-    which are often the answer."""
+    """Of a failed exercise a student sees the message alone, or the line of theirs that failed.
+    The traceback would show references, which are often the answer, and pages of PyTorch."""
     outcome = yield
     report = outcome.get_result()
-    if item.path.name != "test_exercises.py" or not report.failed:
+    if item.path.name != "test_exercises.py" or not report.failed or not call.excinfo:
         return
     if isinstance(call.excinfo.value, (AssertionError, NotImplementedError)):
         # what pytest adds, the values that were compared, begins on a new line
         report.longrepr = str(call.excinfo.value).split("\nassert ")[0]
+        return
+    theirs = [entry for entry in call.excinfo.traceback
+              if Path(entry.path).parent == ROOT or Path(entry.path).parent.name == "data"]
+    if theirs:
+        at = theirs[-1]
+        report.longrepr = (f"{Path(at.path).name}, line {at.lineno + 1}: {str(at.statement).strip()}"
+                           f"\n{call.excinfo.exconly()}")
 
 
 def program(name, *arguments):

@@ -21,19 +21,22 @@ import sae as S
 import train
 
 
-def near(got, expected, atol=1e-9):
+def near(got, expected, atol=1e-9, what="what is returned"):
     expected = torch.as_tensor(expected)
     assert got.shape == expected.shape, \
-        f"the shape is {tuple(got.shape)}, not {tuple(expected.shape)}"
+        f"{what} has shape {tuple(got.shape)}, not {tuple(expected.shape)}"
     return torch.allclose(got.to(expected.dtype), expected, atol=atol, rtol=1e-6)
 
 
 def fitting(message, function, *arguments):
-    """What a function returns; where shapes do not fit in it, the message."""
+    """What a function returns; where shapes or types do not fit in it, the message."""
     try:
         return function(*arguments)
-    except RuntimeError as error:
-        raise AssertionError(f"{message} ({error})") from None
+    except NotImplementedError:                             # it is to be written
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise AssertionError(f"{message} ({first_line})") from None
 
 
 def random(*shape, seed=0):
@@ -98,7 +101,8 @@ def test_01_attention():
         assert (heads.pattern[..., ahead] == 0).all(), \
             "a query sees keys that stand after it: causal mask?"
         assert near(heads.pattern.sum(-1), torch.ones(2, 3, 5).double()), \
-            "a query's weights should sum to 1: softmax over the keys, the last dimension, after the mask?"
+            "a query's weights should sum to 1: softmax over the keys, the last dimension, after " \
+            "the mask?"
         seen = "" if window is None or near(heads.pattern > 0, pattern > 0) else \
             f"; with window {window} a query sees {window} keys, its own position among them"
         assert near(heads.pattern, pattern), \
@@ -111,8 +115,10 @@ def test_01_attention():
         for name, given in (("q", q), ("k", k), ("v", v)):
             assert getattr(heads, name) is given or near(getattr(heads, name), given), \
                 f"{name} goes along as it came: it is read by attribution"
-        fused = models.attend(q, k, v, 0.7, window, cap, with_pattern=False)
-        assert near(fused.z_cat, z_cat), "without the pattern z_cat is the same"
+        same = "without the pattern z_cat is the same: scaled_dot_product_attention takes " \
+            "(B,H,q,d_head), scale=, and a mask; it knows no cap"
+        fused = fitting(same, models.attend, q, k, v, 0.7, window, cap, False)
+        assert near(fused.z_cat, z_cat), same
         for name, given in (("q", q), ("k", k), ("v", v)):
             kept = getattr(fused, name)
             assert kept.shape == given.shape and near(kept, given), \
@@ -128,7 +134,8 @@ def test_01_attention():
         stands = "with positions, query i of row b stands at positions[b,i] among the keys: " \
             "causal_mask takes them"
         for with_pattern in (True, False):
-            few = fitting(stands, models.attend, q[row, at], k, v, 0.7, window, cap, with_pattern, at)
+            few = fitting(stands, models.attend, q[row, at], k, v, 0.7, window, cap, with_pattern,
+                          at)
             assert near(few.z_cat, z_cat[row, at]), stands
 
 
@@ -143,7 +150,9 @@ def test_02_encode_and_decode():
     sae.W_dec.copy_(torch.tensor([[1, 0], [0, 1], [0.6, 0.8]]))
     sae.b_dec.copy_(torch.tensor([1.0, 2]))
     z = torch.tensor([[3.0, 2.0]])
-    pre = sae.pre_activations(z)
+    pre = fitting("z is (...,d_in), W_enc (d_in,d_sae)", sae.pre_activations, z)
+    assert pre.shape == (1, 3), \
+        f"pre_activations: (...,d_in) -> (...,d_sae), and not {tuple(pre.shape)}"
     assert torch.equal(z, torch.tensor([[3.0, 2.0]])), "z is changed in place; make a new tensor"
     assert not near(pre, torch.tensor([[4, 3, 0.5]])), "b_dec is subtracted from z, not added"
     assert not near(pre, torch.tensor([[2, 0, 2.5]])), \
@@ -197,7 +206,8 @@ def test_02_encode_and_decode():
         "no gradient reaches a parameter: do not detach, and do not take .data"
     transcoder = random_transcoder()
     x = random(4, 5, seed=3)
-    once = "in a transcoder subtracts_b_dec is False: b_dec is of what it writes, not of what it reads"
+    once = "in a transcoder subtracts_b_dec is False: b_dec is of what it writes, not of what it " \
+        "reads"
     pre = fitting(once, transcoder.pre_activations, x)
     assert near(pre, x @ transcoder.W_enc + transcoder.b_enc), once
 
@@ -246,6 +256,10 @@ def test_03_gradient():
     _, _, _, expected = by_autograd(sae, z, 0.5)
     got = S.dense_step(sae, z, 0.5).gradients
     assert set(got) == set(expected), f"gradients of {sorted(expected)} are needed"
+    for name, gradient in got.items():
+        assert gradient.shape == expected[name].shape, \
+            f"dL/d{name} has the shape of {name}, {tuple(expected[name].shape)}, not " \
+            f"{tuple(gradient.shape)}"
     assert near(got["W_dec"], expected["W_dec"]), \
         "dL/dW_dec is made of the features and the error: is a factor missing, the 2 of the " \
         "square or the 1/B of the mean, or the sign turned?"
@@ -254,13 +268,16 @@ def test_03_gradient():
     assert not near(got["b_enc"], through_encoder.sum(0)), \
         "dL/df goes back through the decoder: W_dec^T, not W_enc"
     assert near(got["b_enc"], expected["b_enc"]), \
-        "dL/db_enc: the gradient at a pre-activation is 0 where the feature is not active; l1 / B counts"
+        "dL/db_enc: the gradient at a pre-activation is 0 where the feature is not active; " \
+        "l1 / B counts"
     assert near(got["W_enc"], expected["W_enc"]), \
         "dL/dW_enc: W_enc is multiplied with z less b_dec, and not with z"
     assert near(got["b_dec"], expected["b_dec"]), \
-        "b_dec enters twice: it is added to z_hat, and subtracted, with a minus sign, from z before W_enc"
+        "b_dec enters twice. Added to z_hat: sum over the batch of g, not a mean. Subtracted " \
+        "from z before W_enc: minus W_enc @ dL/db_enc"
     for other, target, message in (
-            (small_sae(threshold=0.3), None, "no gradient below the threshold, which is not always 0"),
+            (small_sae(threshold=0.3), None,
+             "no gradient below the threshold, which is not always 0"),
             (sae, random(32, 6, seed=8), "the error is against target, where one is given"),
             (small_sae(top_k=3), None, "in a TopK SAE only what sae.encode keeps is active")):
         check_step(other, z, target, message)
@@ -287,7 +304,7 @@ def test_04_decoder_rows():
     gradient = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     S.project_decoder_gradient(sae, gradient)
     assert not torch.equal(gradient, torch.tensor([[1.0, 0.0], [3.0, 4.0]])), \
-        "it is changed in place"
+        "the tensor `gradient` itself is to change: gradient -= ...; what is returned is not seen"
     assert near(gradient, torch.tensor([[0.64, -0.48], [0.0, 4.0]]), 1e-6), \
         "take from each row of the gradient its part along W_dec's row: g - (g . w) w, row by row"
     sae.W_dec.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
@@ -297,28 +314,30 @@ def test_04_decoder_rows():
     sae.b_dec.fill_(2.0)
     S.normalise_decoder(sae)
     assert torch.equal(sae.W_enc, encoder), "only W_dec is normalised; W_enc stays"
-    assert (sae.b_enc == 1).all() and (sae.b_dec == 2).all(), "only W_dec is normalised; biases stay"
+    assert (sae.b_enc == 1).all() and (sae.b_dec == 2).all(), \
+        "only W_dec is normalised; biases stay"
     assert sae.W_dec is parameter, "W_dec is changed in place: the optimiser knows this parameter"
     assert near(sae.W_dec.data, torch.tensor([[0.6, 0.8], [0.0, 1.0]]), 1e-6), \
-        "each row is divided by its norm"
+        "each row of W_dec itself is divided by its norm, in place"
 
 
 # ---- 5, 6, 7: resampling ----
 
 
 def test_05_which_inputs_are_drawn():
-    """An SAE that reconstructs one direction: squared errors are 0, 1 and 2."""
+    """An SAE that reconstructs one direction: squared errors are 0, 4 and 8."""
     sae = S.SAE(3, 2).requires_grad_(False)
     sae.W_dec.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
     sae.W_enc.copy_(sae.W_dec.T)
     sae.b_dec.fill_(0.5)
     sae.b_enc[1] = -100.0               # its second feature is never active
     # from b_dec; the 9 and the 3 are no errors
-    away = torch.tensor([[9.0, 0, 0], [3, 1.2, -1.6], [0, 8 ** 0.5, 0]])      # squared errors 0, 4, 8
+    away = torch.tensor([[9.0, 0, 0], [3, 1.2, -1.6], [0, 8 ** 0.5, 0]])
     z = sae.b_dec + away
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    drawn = S.draw_badly_reconstructed(sae, z, z, 6000, generator)
+    drawn = fitting("n places are drawn with replacement: n may be larger than the batch",
+                    S.draw_badly_reconstructed, sae, z, z, 6000, generator)
     assert not torch.equal(generator.get_state(), before), "draw with the generator that is given"
     assert drawn.shape == (6000,), "n places, with replacement: n may be larger than the batch"
     shares = torch.bincount(drawn, minlength=3) / 6000
@@ -364,7 +383,8 @@ def test_06_adam_after_resampling():
     dead = torch.arange(10) >= 2
     for name, feature_dim in (("W_enc", 1), ("W_dec", 0), ("b_enc", 0)):
         state = optimizer.state[getattr(sae, name)]
-        S.reset_adam(state, dead, feature_dim)
+        fitting("features lie along feature_dim: 1 in W_enc, 0 in the others; the mean is over "
+                "live features along it, keepdim", S.reset_adam, state, dead, feature_dim)
         first = state["exp_avg"].movedim(feature_dim, 0)
         second = state["exp_avg_sq"].movedim(feature_dim, 0)
         before = {key: moments[name][key].movedim(feature_dim, 0)
@@ -381,7 +401,8 @@ def test_06_adam_after_resampling():
              "take the mean of live ones")
         mean = before["exp_avg_sq"][:2].mean(0)
         assert torch.allclose(second[2:], mean.expand_as(second[2:]), rtol=1e-4), \
-            f"Adam's second moment of {name}: element by element, the mean over live features"
+            f"Adam's second moment of {name}: element by element, the mean over live features, " \
+            "along feature_dim alone"
 
 
 def test_07_new_directions():
@@ -394,7 +415,8 @@ def test_07_new_directions():
     residuals = F.normalize(z - sae(z), dim=1)
     S.resample(sae, optimizer, dead, z, torch.Generator().manual_seed(0))
     assert torch.equal(sae.b_dec, before["b_dec"]), "b_dec stays as it is"
-    for name, live in (("W_dec", slice(2)), ("W_enc", (slice(None), slice(2))), ("b_enc", slice(2))):
+    for name, live in (("W_dec", slice(2)), ("W_enc", (slice(None), slice(2))),
+                       ("b_enc", slice(2))):
         assert torch.equal(getattr(sae, name)[live], before[name][live]), \
             f"live features stay as they are: {name}"
     rows = sae.W_dec[2:]
@@ -408,7 +430,8 @@ def test_07_new_directions():
     size = 0.2 * before["W_enc"][:, :2].norm(dim=0).mean()
     assert near(sae.W_enc[:, 2:].norm(dim=0), size.expand(8), 1e-5), \
         "W_enc's column has 0.2 times the mean norm of live columns: of those alone"
-    assert near(sae.W_enc[:, 2:], size * rows.T, 1e-5), "W_enc's column: the same direction"
+    assert near(sae.W_enc[:, 2:], size * rows.T, 1e-5), \
+        "W_enc's column: the direction of the same input as W_dec's row; draw once for both"
     assert (sae.b_enc[2:] == 0).all(), "b_enc of a new feature is 0"
     for name, feature_dim in (("W_enc", 1), ("W_dec", 0), ("b_enc", 0)):
         first = optimizer.state[getattr(sae, name)]["exp_avg"].movedim(feature_dim, 0)
@@ -437,8 +460,8 @@ def check_where_directions_come_from(dead):
     match = F.normalize(sae.W_enc[:, 2:].T, dim=1) @ F.normalize(z - sae.b_dec, dim=1).T
     assert (match.argmax(1) == drawn).all(), "W_enc's columns are those of the same input, z"
     assert error[drawn].mean() > 1.3 * error.mean(), \
-        "inputs are drawn by how badly they are reconstructed: draw_badly_reconstructed, with the " \
-        "target"
+        "inputs are drawn by how badly they are reconstructed: draw_badly_reconstructed, with " \
+        "the target"
     picked = set()
     for seed in range(3):
         sae, optimizer, _, _, _ = resampled()
@@ -501,7 +524,9 @@ def test_08_cross_entropy_recovered():
                    for t in q[b].tolist()] for b in range(3)]
         return torch.tensor(losses).mean(1)
 
-    got = train.row_ce(at_q, tokens, q)
+    got = fitting("F.cross_entropy takes (n, classes) and (n,): flatten, and back",
+                  train.row_ce, at_q, tokens, q)
+    assert got.shape == (3,), f"a number for each row: (R,), not {tuple(got.shape)}"
     assert not near(got, mean(0), 1e-5), "the prediction at position t is of the token at t + 1"
     assert not near(got, mean(1) * q.shape[1], 1e-5), "a mean over the positions, not a sum"
     assert not near(got, -mean(1), 1e-5), "the loss is minus the log-probability: check the sign"
@@ -540,22 +565,26 @@ def test_09_head_weights():
     assert (got[1] == 0).all(), "a row of zeros stays 0"
     assert near(got[2], torch.tensor([0.5, 0.5, 0]), 1e-5), \
         "each row over its own sum, small rows too"
-    assert near(direct.head_weights(torch.tensor([3.0, 4, 0, 0, 0, 15]), 3), got[0], 1e-6), \
-        "(...,D) -> (...,H): a single row is taken too"
+    single = "(...,D) -> (...,H): a single row is taken too"
+    row = fitting(single, direct.head_weights, torch.tensor([3.0, 4, 0, 0, 0, 15]), 3)
+    assert near(row, got[0], 1e-6), single
 
 
 def test_10_direct_feature_attribution():
     pattern, v = random(2, 3, 4, 4).softmax(-1), random(2, 4, 3, 2, seed=1)
     sae = small_sae(threshold=0.3)
     before = pattern.clone(), v.clone()
-    got = direct.dfa(pattern, v, sae.W_enc[:, 7])
+    got = fitting("v is (B,k,H,d_head), w_enc (H*d_head,); v . w^h is (B,H,k), and gets a query "
+                  "dimension before the pattern, (B,H,q,k), is multiplied with it",
+                  direct.dfa, pattern, v, sae.W_enc[:, 7])
     assert torch.equal(pattern, before[0]) and torch.equal(v, before[1]), \
         "pattern or v is changed in place; make a new tensor"
     assert got.min() < 0, "contributions may be negative: no ReLU, no absolute value"
     assert got.shape == (2, 3, 4, 4), "(B,H,q,k): one number for each head, query and key"
     for b, h, q, k in ((0, 0, 1, 0), (1, 2, 3, 2), (0, 1, 2, 2)):
         w = sae.W_enc[2 * h:2 * h + 2, 7]
-        assert float(got[b, h, q, k]) == pytest.approx(float(pattern[b, h, q, k] * (v[b, k, h] @ w))), \
+        by_hand = float(pattern[b, h, q, k] * (v[b, k, h] @ w))
+        assert float(got[b, h, q, k]) == pytest.approx(by_hand), \
             "pattern[h,q,k] * (v[h,k] . w^h), with w^h the slice of w_enc at head h: is v taken " \
             "at the key?"
     z_cat = torch.einsum("bhqk,bkhd->bqhd", pattern, v).flatten(-2)
@@ -689,7 +718,8 @@ def test_13_a_feature_removed_or_set():
         assert not changed.any() or other, "`where` holds nowhere, and z changed"
     sae.b_enc[2] += 5                   # active everywhere
     assert (S.ablate(sae, 2, all_)(z) != z).any(), \
-        "removing a feature that is active changes nothing: is f_i, which it has already, subtracted?"
+        "removing a feature that is active changes nothing: is f_i, which it has already, " \
+        "subtracted?"
     first = torch.zeros(2, 4, dtype=torch.bool)
     first[:, 0] = True
     assert (S.ablate(sae, 2, first)(z)[:, 0] != z[:, 0]).any(-1).all(), \
@@ -704,7 +734,8 @@ def test_13_a_feature_removed_or_set():
         "z changes only where `where` holds: each row at its own positions"
     expected = z[where] - f[where][:, 2:3] * sae.W_dec[2]
     assert not near(got[where], sae.decode(f * (torch.arange(10) != 2))[where]), \
-        "the SAE's error stays: take f_i W_dec[i] out of z, do not put a reconstruction in its place"
+        "the SAE's error stays: take f_i W_dec[i] out of z, do not put a reconstruction in its " \
+        "place"
     assert not near(got[where], z[where] - f[where][:, 2:3] * sae.W_enc[:, 2]), \
         "it is the decoder's row that was written, W_dec[i], not the encoder's column"
     assert near(got[where], expected), "f_i * W_dec[i] is taken out of z_cat"
@@ -729,7 +760,8 @@ def test_13_a_feature_removed_or_set():
         "f is 0 up to the threshold, which is not always 0"
     sae.threshold[2] = 0.0
     sae.b_enc[2] = float(1 - torch.minimum(pre[0, 1, 2], pre[1, 3, 2]))     # as before
-    each = S.ablate(sae, torch.tensor([2, 7]), where)(z)
+    each = fitting("feature may be one number, or one for each row of the batch",
+                   S.ablate(sae, torch.tensor([2, 7]), where), z)
     both = f[1, 3, 7] * sae.W_dec[7] + f[1, 3, 2] * sae.W_dec[2]
     assert not near(each[1, 3], z[1, 3] - both), \
         "each row loses its own feature, not those of all rows"
@@ -754,6 +786,9 @@ def test_13_a_feature_removed_or_set():
         "what is written is changed, and returned: what is read stays out of it"
     assert near(written[where], (y + (2.0 - f) * transcoder.W_dec[3])[where]), \
         "f_i is what the feature makes of what is read, and goes into what is written"
+    low = fitting("what is read may be bfloat16: take it to the SAE's type before encoding",
+                  S.clamp_mlp(transcoder, 3, 2.0, where), x.bfloat16(), y.bfloat16())
+    assert low.dtype == torch.bfloat16, "what is written keeps its type"
 
 
 # ---- 14: recovered ----
@@ -763,6 +798,7 @@ def test_14_recovered_share():
     clean, zero = torch.tensor([4.0, 6.0] * 20), torch.tensor([2.0, 0.0] * 20)
     patched = torch.tensor([3.0, 6.0] * 20)
     value, interval = ioi.recovered(patched, clean, zero)
+    assert isinstance(value, float), "the value is a float, and no tensor: it is written to JSON"
     assert value != pytest.approx(0.75), "a ratio of means over prompts, not a mean of ratios"
     assert value != pytest.approx(0.9), "LD_zero is subtracted above and below the line"
     assert value == pytest.approx(7 / 8), "(LD_patched - LD_zero) / (LD_clean - LD_zero)"

@@ -158,7 +158,7 @@ MISTAKES = [
     (3, "    if sae.subtracts_b_dec:\n        d_b_dec", "    if True:\n        d_b_dec",
      "b_dec enters once"),
     (3, "d_b_dec = d_b_dec - sae.W_enc @ d_b_enc", "d_b_dec = d_b_dec + sae.W_enc @ d_b_enc",
-     "minus sign"),
+     "minus W_enc"),
     (3, "    g = 2 * e / B\n", "    g = e / B\n", "is a factor missing"),
     (7, "    reset_adam(optimizer.state[sae.W_enc], dead, feature_dim=1)\n", "", "reset_adam"),
     (7, "    centre = sae.b_dec if sae.subtracts_b_dec else mean_in\n",
