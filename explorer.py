@@ -238,9 +238,7 @@ def describe(traced, texts, tokenizer, root, config):       # -> lines
     tree = tree_of(traced, root, config.share, config.depth, config.breadth)
     lines.append(f"recursive DFA, in units of the root's {tree.value:.4f}:")
     lines += describe_children(texts, tree, tree.value)
-    ends = unexplained(traced, root)
-    lines += ["", f"over all paths, {ends.share:.1%} of the leaves, by size, are errors or outputs "
-              f"not taken apart; they are {ends.of_root:.0%} of the root"]
+    lines += ["", *describe_unexplained(traced, root)]
     lines += describe_ablations(traced, texts, root)
     lines += describe_path(traced, texts, tokenizer, root)
     read_by_heads = [child for child in tree.children if child.head >= 0 and child.position >= 0]
@@ -299,6 +297,18 @@ def describe_children(texts, node, total, indent="  "):
     if node.n_pruned and node.children:
         lines.append(f"{indent}{ratio(node.pruned, total):+7.1%}  {node.n_pruned} smaller ones; of "
                      f"this node, errors are {node.error:.1%}, MLP outputs {node.mlp:.1%}")
+    return lines
+
+
+def describe_unexplained(traced, root):
+    """What ends in errors and in outputs that are not taken apart; with transcoders, what did so
+    without them too."""
+    ends = unexplained(traced, root)
+    lines = [f"over all paths, {ends.share:.1%} of the leaves, by size, are errors or outputs not "
+             f"taken apart; they are {ends.of_root:.0%} of the root"]
+    if traced.transcoders and root.kind != "MLP feature":
+        whole = unexplained(trace_prompt(traced.model, traced.saes, traced.tokens), root)
+        lines.append(f"(without transcoders {whole.share:.1%}, and {whole.of_root:.0%})")
     return lines
 
 

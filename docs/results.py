@@ -63,7 +63,7 @@ PEERS = "tests/requirements-peers.txt"
 GEMMA = "--model published/gemma-3-270m --corpus published/english"
 COMMANDS = {
     "train": "train.py",
-    "explorer": "explorer.py --saes data/tiny --feature 2.1228",
+    "explorer": "explorer.py --saes data/tiny --feature 2.1228 --no-mlp",
     "explorer-logit": "explorer.py --saes data/tiny --logit ' Mary' --against ' John'",
     "features": "features.py --saes data/tiny",
     "heads": "heads.py --saes data/tiny",
@@ -88,7 +88,8 @@ COMMANDS = {
     "gemma-against": f"tests/measured/against_transformers.py {GEMMA} "
                      "--heads 5.1,5.2,11.2,11.3,12.1",
 }
-TINY = ("report.json", "L0/metrics.json", "L1/metrics.json", "L2/metrics.json", "L3/metrics.json")
+TINY = ("report.json", *(f"{folder}L{layer}/metrics.json" for folder in ("", "mlp/")
+                        for layer in range(4)))
 
 PROGRESS_LINE = re.compile(r"^ *[\d,]+/[\d,]+ \w+  ")
 BLOCK = re.compile(r"```text\n(.*?)```", re.DOTALL)
