@@ -152,12 +152,13 @@ def plot_feature(f, proxy, title, path):
 
 
 def plot_effects(panels, unit, path):
-    """One number for every head: {title: (layers,H)}, each panel on its own scale, the first in
-    logits, the others in `unit`. A head that helps is blue: what it adds is positive, and patching
-    it lowers the difference."""
+    """One number for every head: {title: (layers,H)}, the first in logits, the others in `unit`,
+    each panel on a scale of its own, though not below a tenth of the largest of these others. A
+    head that helps is blue: what it adds is positive, and patching it lowers the difference."""
     fig, axes = figure(12, 3.2, panels=len(panels))
+    largest = [np.abs(values).max() for values in panels.values()]
     for i, (ax, (title, values)) in enumerate(zip(axes, panels.items())):
-        limit = max(np.abs(values).max(), 1e-9)
+        limit = max(largest[i], 0.1 * max(largest[1:]) if i else 0.0, 1e-9)
         image = ax.imshow(values, vmin=-limit, vmax=limit, cmap="RdBu" if i == 0 else "RdBu_r",
                           origin="lower", aspect="auto")
         ax.set_title(title, fontsize=9)
