@@ -544,11 +544,11 @@ def test_08_cross_entropy_recovered():
     assert got not in (pytest.approx(1), pytest.approx(1 / 9)), \
         "the same above and below the line: two means, or two sums"
     assert got == pytest.approx(1 / 3), "(CE_ablated - CE_sae) / (CE_ablated - CE_clean)"
+    skewed = np.array([2.0, 2, 8]), np.array([1.0, 1, 1]), np.zeros(3)
+    assert train.ce_recovered(*skewed) == pytest.approx(9 / 12), "means, not medians"
     for sae, right in ((np.array([3.0, 6, 6]), -1 / 3), (np.zeros(3), 4 / 3)):
         assert train.ce_recovered(ablated, sae, clean) == pytest.approx(right), \
             "below 0 or above 1 it stays what it is: nothing is clipped"
-    ablated, sae, clean = np.array([2.0, 2, 8]), np.array([1.0, 1, 1]), np.zeros(3)
-    assert train.ce_recovered(ablated, sae, clean) == pytest.approx(9 / 12), "means, not medians"
 
 
 # ---- 9, 10, 11: attribution ----
@@ -770,10 +770,10 @@ def test_13_a_feature_removed_or_set():
     sae.b_enc += 5
     f = torch.relu((z - sae.b_dec) @ sae.W_enc + sae.b_enc)
     uneven = torch.tensor([[False, True, True, True], [False, False, False, True]])
-    each = S.ablate(sae, torch.tensor([2, 7]), uneven)(z)
+    of_row = "a feature for each row of the batch, however many positions of it are edited"
+    each = fitting(of_row, S.ablate(sae, torch.tensor([2, 7]), uneven), z)
     assert near(each[0, 1:], z[0, 1:] - f[0, 1:, 2:3] * sae.W_dec[2]) and \
-        near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), \
-        "a feature for each row of the batch, however many positions of it are edited"
+        near(each[1, 3], z[1, 3] - f[1, 3, 7] * sae.W_dec[7]), of_row
     sae.b_enc[2] = -100.0
     assert near(S.clamp(sae, 2, 3.0, where)(z)[where], z[where] + 3.0 * sae.W_dec[2]), \
         "where the feature is not active, f_i is 0, and becomes the value all the same"

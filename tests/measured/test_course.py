@@ -312,7 +312,7 @@ def test_the_copy_says_where_one_is(tmp_path):
     course.student_copy(tmp_path / "new")
     readme = (tmp_path / "new" / "README.md").read_text(encoding="utf8")
     assert readme.startswith("# Your copy") and "make_copy" not in readme
-    for link in re.findall(r"\]\(([^)]*)\)", readme):
+    for link in re.findall(r"\]\((?!https)([^)]*)\)", readme):
         assert (tmp_path / "new" / link).is_file(), f"README.md of the copy links to {link}"
 
 
