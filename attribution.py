@@ -371,7 +371,7 @@ def strongest_path(traced, reader):                         # -> [Step]
 
 
 def reader_of(components, row):                             # -> Reader
-    """The feature that wrote a component."""
+    """Who wrote a component."""
     return Reader(KINDS[int(components.kind[row])], int(components.layer[row]),
                   int(components.position[row]), int(components.feature[row]))
 

@@ -240,7 +240,7 @@ def describe(traced, texts, tokenizer, root, config):       # -> lines
     lines += describe_children(texts, tree, tree.value)
     lines += ["", *describe_unexplained(traced, root)]
     lines += describe_ablations(traced, texts, root)
-    lines += describe_path(traced, texts, tokenizer, root)
+    lines += describe_path(traced, texts, root)
     read_by_heads = [child for child in tree.children if child.head >= 0 and child.position >= 0]
     if read_by_heads:
         first = read_by_heads[0]
@@ -329,18 +329,18 @@ def describe_ablations(traced, texts, root, n=3):
     return lines
 
 
-def describe_path(traced, texts, tokenizer, root):
+def describe_path(traced, texts, root):
     """The strongest path back to a token, and for each step what removing the feature that is read
     does to the one that reads it."""
     lines = ["", "the strongest path back; each line is read by the one before it:"]
     for step in strongest_path(traced, root):
         writer = reader_of(traced.components, step.row)
         through = "" if step.head < 0 else f" through head {step.reader.layer}.{step.head}"
-        line = f"{writer_at(writer, texts)}{through}: {step.value:+.4f}"
         whole = read_terms(traced, step.reader).pre
-        line += f" of {whole:.4f}"
+        line = f"{writer_at(writer, texts)}{through}: {step.value:+.4f} of {whole:.4f}"
         if writer.kind in FEATURES:
-            drop = float(ablation_effects(traced, torch.tensor([step.row]), step.reader))
+            row = traced.tokens.new_tensor([step.row])
+            drop = float(ablation_effects(traced, row, step.reader))
             line += f"; removed, the reader falls by {drop:+.4f}"
         lines.append(line)
     return lines

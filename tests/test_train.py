@@ -128,7 +128,7 @@ def test_each_layer_may_have_a_k_of_its_own(tmp_path, tiny):
 
 @pytest.mark.parametrize("k", [-1, 129])
 def test_a_k_that_cannot_be_is_refused(tmp_path, k):
-    with pytest.raises(UserError, match="--top-k .* must be between 0 and the number of features"):
+    with pytest.raises(UserError, match="--top-k must be between 0 and the number of features"):
         run_short(tmp_path, top_k=k)
 
 
