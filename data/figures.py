@@ -281,7 +281,12 @@ def plot_families(panels, families, contexts, path):
     """Every feature by the context it needs and by how much it reads after a copy, a panel a layer:
     {layer: {"context", "after_copy", "family"}}, (d_sae,) each. context: an index in `contexts`;
     -1, never measured, is not drawn."""
-    fig, axes = figure(2.9 * len(panels) + 0.6, 3.6, panels=len(panels), sharey=True, squeeze=False)
+    columns = min(len(panels), 6)
+    rows = -(-len(panels) // columns)
+    fig, axes = figure(2.9 * columns + 0.6, 3.6 * rows, panels=(rows, columns), sharey=True,
+                       squeeze=False)
+    for ax in axes.flat[len(panels):]:
+        ax.set_axis_off()
     colours = (COLOURS[1], "#777777", COLOURS[0], COLOURS[2], COLOURS[3], "white")
     rng = np.random.default_rng(0)
     for ax, (layer, panel) in zip(axes.flat, panels.items()):
@@ -297,28 +302,32 @@ def plot_families(panels, families, contexts, path):
         ax.set_xticks(range(len(contexts) + 1), [*contexts, f"> {contexts[-1]}"])
         ax.set(xlabel="tokens of context needed", title=f"layer {layer}", ylim=(-0.02, 1.02))
         ax.legend(fontsize=6.5, markerscale=3)
-    axes.flat[0].set_ylabel("share of activation read\nafter a copy of the token")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share of activation read\nafter a copy of the token")
     save(fig, path)
 
 
 def plot_census(census, choices, polysemantic_above, path):
-    """Roles of every head, by which of its features are looked at: {choice: how many}."""
-    fig, ax = figure(max(6.0, 0.42 * len(census) + 3), 3.8)
-    for i, ((choice, n), colour) in enumerate(zip(choices.items(), COLOURS)):
-        shift = (i - (len(choices) - 1) / 2) * 0.2
-        known = [(x, head["roles"][choice]) for x, head in enumerate(census)
-                 if head["roles"][choice] is not None]
-        # where no two features share a role: at the top
-        ax.plot([x + shift for x, _ in known], [min(roles, 2 * n) for _, roles in known], "o",
-                color=colour, markersize=4, label=choice)
-    ax.axhline(polysemantic_above, color="black", linewidth=0.7, linestyle=":")
-    ax.set_xticks(range(len(census)), [head["name"] for head in census], rotation=60, fontsize=8)
-    ax.set(yscale="log", ylabel="number of roles")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
-    ax.tick_params(axis="y", which="minor", labelsize=7)
-    ax.set_title("Roles of each head's features; above the dotted line polysemantic", fontsize=10)
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    """Roles of every head, by which of its features are looked at: {choice: how many}. 24 heads a
+    row."""
+    parts = [census[first:first + 24] for first in range(0, len(census), 24)]
+    fig, axes = figure(max(6.0, 0.42 * len(parts[0]) + 3), 3.5 * len(parts) + 0.3,
+                       panels=(len(parts), 1), sharey=True, squeeze=False)
+    for ax, heads in zip(axes[:, 0], parts):
+        for i, ((choice, n), colour) in enumerate(zip(choices.items(), COLOURS)):
+            shift = (i - (len(choices) - 1) / 2) * 0.2
+            known = [(x, head["roles"][choice]) for x, head in enumerate(heads)
+                     if head["roles"][choice] is not None]
+            # where no two features share a role: at the top
+            ax.plot([x + shift for x, _ in known], [min(roles, 2 * n) for _, roles in known], "o",
+                    color=colour, markersize=4, label=choice)
+        ax.axhline(polysemantic_above, color="black", linewidth=0.7, linestyle=":")
+        ax.set_xticks(range(len(heads)), [head["name"] for head in heads], rotation=60, fontsize=8)
+        ax.set(yscale="log", ylabel="number of roles")
+        ax.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+        ax.minorticks_off()
+    fig.suptitle("Roles of each head's features; above the dotted line polysemantic", fontsize=10)
+    axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save(fig, path)
 
 
