@@ -323,10 +323,9 @@ def kind_of(terms, components):                             # -> (n,) index into
     return torch.where(is_constant, CONSTANT, components.kind[terms.component.clamp_min(0)])
 
 
-def upstream(traced, reader):                               # -> (n,), (n,)
-    """The components that a reader reads, summed over heads, strongest first -> rows of Components,
+def over_heads(terms):                                      # Contributions -> (n,), (n,)
+    """Terms summed over heads, constants left out, strongest first -> rows of Components,
     values."""
-    terms = read_terms(traced, reader)
     is_written = terms.component >= 0
     rows, index = terms.component[is_written].unique(return_inverse=True)
     value = terms.value.new_zeros(len(rows)).index_add_(0, index, terms.value[is_written])
@@ -335,8 +334,9 @@ def upstream(traced, reader):                               # -> (n,), (n,)
 
 
 def upstream_features(traced, reader):                      # -> (n,), (n,)
-    """The features among them."""
-    rows, value = upstream(traced, reader)
+    """The earlier features that a reader reads, summed over heads, strongest first -> rows of
+    Components, values."""
+    rows, value = over_heads(read_terms(traced, reader))
     is_feature = traced.components.is_feature()[rows]
     return rows[is_feature], value[is_feature]
 
@@ -344,6 +344,7 @@ def upstream_features(traced, reader):                      # -> (n,), (n,)
 class Step(NamedTuple):
     """One step of a path: what is read, and who reads it."""
     reader: Reader
+    pre: float              # all that it reads
     row: int                # of traced.components: what is read
     value: float            # what it contributes to the reader, over all heads
     head: int               # the head that brings most of it; -1 where there is none
@@ -355,17 +356,17 @@ def strongest_path(traced, reader):                         # -> [Step]
     path = []
     components = traced.components
     while reader is not None:
-        rows, value = upstream(traced, reader)
+        terms = read_terms(traced, reader)
+        rows, value = over_heads(terms)
         is_token = components.kind[rows] == EMBEDDING
         named = (components.is_feature()[rows] | is_token) & (value > 0)
         if not named.any():
             break
         first = int(named.nonzero()[0])                     # they are sorted
         row = int(rows[first])
-        terms = read_terms(traced, reader)
         of_row = terms.component == row
         head = int(terms.head[of_row][terms.value[of_row].argmax()])
-        path.append(Step(reader, row, float(value[first]), head))
+        path.append(Step(reader, terms.pre, row, float(value[first]), head))
         reader = None if is_token[first] else reader_of(components, row)
     return path
 

@@ -336,8 +336,7 @@ def describe_path(traced, texts, root):
     for step in strongest_path(traced, root):
         writer = reader_of(traced.components, step.row)
         through = "" if step.head < 0 else f" through head {step.reader.layer}.{step.head}"
-        whole = read_terms(traced, step.reader).pre
-        line = f"{writer_at(writer, texts)}{through}: {step.value:+.4f} of {whole:.4f}"
+        line = f"{writer_at(writer, texts)}{through}: {step.value:+.4f} of {step.pre:.4f}"
         if writer.kind in FEATURES:
             row = traced.tokens.new_tensor([step.row])
             drop = float(ablation_effects(traced, row, step.reader))

@@ -943,9 +943,9 @@ def report_signal(ioi, result):
     print("\nsource                          patched             less clean")
     for name, r in result["sources"].items():
         print(f"{name:30} {format_ci(*r['patched'], '+.2f'):19} {format_ci(*r['change'], '+.2f')}")
-    print(f"\nother connectors, from prompts with other names; {result['frequent_word']!r} is about as "
-          f"frequent as \" and\"\nconnector     effect of order kept        in ABBA   in BABA   its own "
-          f"effect of order")
+    print(f"\nother connectors, from prompts with other names; {result['frequent_word']!r} is "
+          f"about as frequent as \" and\"\nconnector     effect of order kept        in ABBA   "
+          f"in BABA   its own effect of order")
     for word, r in result["connectors"].items():
         shown = {order: "n/a" if r[order][0] is None else f"{r[order][0]:.1%}" for order in ORDERS}
         print(f"{word:13} {format_ci(*r['kept'], '.1%'):25}  {shown['ABBA']:>8}  "

@@ -58,8 +58,8 @@ def attend(q, k, v, scale, window=None, softcap=None, with_pattern=True, positio
     there are as many queries as keys.
 
     with_pattern=False: fused attention, which builds no scores; the pattern is None. It rounds
-    differently, so that logits may depend on it in their last digit. It knows no soft cap: with one, scores and pattern
-    are computed in any case.
+    differently, so that logits may depend on it in their last digit. It knows no soft cap: with
+    one, scores and pattern are computed in any case.
     """
     n_keys = k.shape[1]
     if not with_pattern and not softcap:

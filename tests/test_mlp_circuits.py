@@ -333,6 +333,7 @@ def test_the_strongest_path_takes_the_largest_step_each_time(run):
                 if row >= 0 and kind in (*A.FEATURES, "embedding"):
                     by_row.setdefault(row, {})[head] = value
             totals = {row: sum(heads.values()) for row, heads in by_row.items()}
+            assert step.pre == pytest.approx(float(terms.value.sum()), abs=1e-10)
             assert step.row == max(totals, key=totals.get)
             assert step.value == pytest.approx(totals[step.row], abs=1e-10)
             heads = by_row[step.row]
@@ -340,7 +341,7 @@ def test_the_strongest_path_takes_the_largest_step_each_time(run):
             reader = A.reader_of(components, step.row)
         assert not path or reader.kind in (*A.FEATURES, "embedding")
         if reader.kind in A.FEATURES:
-            rows, values = A.upstream(run, reader)
+            rows, values = A.over_heads(A.read_terms(run, reader))
             named = components.is_feature()[rows] | (components.kind[rows] == A.EMBEDDING)
             assert (values[named] <= 0).all(), "it ended where nothing more contributes"
 

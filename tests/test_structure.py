@@ -27,6 +27,7 @@ ALLOWED = {
     "induction": {"direct", "model", "sae", "sparse", "study"},
     "ioi": {"attribution", "direct", "model", "sae", "study"}}
 TOP = sorted(path.stem for path in ROOT.glob("*.py") if path.stem in ALLOWED or RESULTS.is_file())
+SOURCES = [*(ROOT / f"{name}.py" for name in TOP), *GROUND]
 
 
 def imported(path):
@@ -58,13 +59,13 @@ def test_the_ground_imports_nothing_above_it(path):
 
 
 def test_nobody_imports_the_program_that_makes_tiny_or_the_tests():
-    for path in [*(ROOT / f"{name}.py" for name in TOP), *GROUND]:
+    for path in SOURCES:
         assert not {module for module in imported(path)
                     if module.startswith(("data.tiny.make", "tests", "docs"))}, path
 
 
 def test_running_takes_five_packages():
-    for path in [*(ROOT / f"{name}.py" for name in TOP), *GROUND]:
+    for path in SOURCES:
         for module in {name.split(".")[0] for name in imported(path)}:
             is_ours = module in TOP or module == "data"
             assert is_ours or module in RUNTIME | OPTIONAL | set(sys.stdlib_module_names), \
@@ -82,7 +83,7 @@ def test_each_program_starts_and_says_in_one_sentence_what_is_wrong(name):
 
 def test_no_program_draws_through_pyplot():
     """It would switch a notebook's backend."""
-    for path in [*(ROOT / f"{name}.py" for name in TOP), *GROUND]:
+    for path in SOURCES:
         assert "matplotlib.pyplot" not in imported(path), path
 
 
@@ -110,8 +111,7 @@ def calls_without_encoding(path):
             yield node.lineno
 
 
-@pytest.mark.parametrize("path", [*(ROOT / f"{name}.py" for name in TOP), *GROUND,
-                                  *([RESULTS] if RESULTS.is_file() else [])],
+@pytest.mark.parametrize("path", [*SOURCES, *([RESULTS] if RESULTS.is_file() else [])],
                          ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_texts_are_utf8_on_every_machine(path):
     assert not list(calls_without_encoding(path))
