@@ -132,10 +132,16 @@ PREVIOUS_TOKEN = "each -> the one before"
 class Circuit(NamedTuple):
     """What every head does, (N,L,H) each; effects are changes of the logit difference (LD)."""
     attention: dict         # {"end -> IO": ...}, for ATTENTION_PAIRS and PREVIOUS_TOKEN
-    dla: np.ndarray         # direct logit attribution at the end: its part of LD
+    dla_io: np.ndarray      # direct logit attribution at the end: its part of IO's logit
+    dla_s: np.ndarray       # and of S's; both less the mean over the prompts' names
     direct: np.ndarray      # if patched at the end, with later layers' z_cat there frozen
     at_end: np.ndarray      # if patched at the end
     at_S2: np.ndarray       # if patched at S2
+
+    @property
+    def dla(self):                                          # -> (N,L,H)
+        """Direct logit attribution of LD itself."""
+        return self.dla_io - self.dla_s
 
 
 @torch.no_grad()
@@ -154,7 +160,7 @@ def compute_circuit(model, batch, source, clean, source_run, progress=lambda lay
         patched = with_head_from(of_base, of_source, head, H)
         return {layer: patch_at(patched, batch.pos[place])}
 
-    attention, dla = attention_and_dla(model, batch)
+    attention, dla_io, dla_s = attention_and_dla(model, batch)
     direct = []
     at_end = []
     at_S2 = []
@@ -172,12 +178,12 @@ def compute_circuit(model, batch, source, clean, source_run, progress=lambda lay
     def by_head(effects):                                   # list of (N,) -> (N,L,H)
         return torch.stack(effects, 1).unflatten(1, (L, H)).cpu().numpy()
 
-    return Circuit(attention, dla, by_head(direct), by_head(at_end), by_head(at_S2))
+    return Circuit(attention, dla_io, dla_s, by_head(direct), by_head(at_end), by_head(at_S2))
 
 
-def attention_and_dla(model, batch):                        # -> {pair: (N,L,H)}, (N,L,H)
-    """Every head's attention between named positions, and its direct logit attribution at the
-    end."""
+def attention_and_dla(model, batch):                # -> {pair: (N,L,H)}, (N,L,H), (N,L,H)
+    """Every head's attention between named positions, and its direct logit attribution at the end
+    to IO and to S, each less the mean over all names of the prompts."""
     row = batch.rows()
     end = batch.pos["end"]
     attention = {f"{q} -> {k}": [] for q, k in ATTENTION_PAIRS} | {PREVIOUS_TOKEN: []}
@@ -189,12 +195,15 @@ def attention_and_dla(model, batch):                        # -> {pair: (N,L,H)}
         attention[PREVIOUS_TOKEN].append(attention_to_previous(kept.pattern, end))
 
     matrices = [model.head_matrices(layer) for layer in range(model.config.n_layers)]
-    direction = model.logit_directions(batch.io) - model.logit_directions(batch.s)
-    caches = model.layer_caches(batch.tokens)
-    dla = direct_logits(model, matrices, caches, end, direction, look)
+    names = torch.cat([batch.io, batch.s]).unique()
+    mean_name = model.logit_directions(names).mean(0)
+    to_io = model.logit_directions(batch.io) - mean_name
+    to_s = model.logit_directions(batch.s) - mean_name
+    dla_io = direct_logits(model, matrices, model.layer_caches(batch.tokens), end, to_io, look)
+    dla_s = direct_logits(model, matrices, model.layer_caches(batch.tokens), end, to_s)
     attention = {pair: torch.stack(by_layer, 1).cpu().numpy()
                  for pair, by_layer in attention.items()}
-    return attention, dla.cpu().numpy()
+    return attention, dla_io.cpu().numpy(), dla_s.cpu().numpy()
 
 
 def attention_to_previous(pattern, end):                    # (N,H,T,T), (N,) -> (N,H)
@@ -597,10 +606,11 @@ def study_saes(ioi, n_shown=12, n_read=5):                  # -> dict
     all_z = {layer: splice(sae) for layer, sae in ioi.saes.items()}
     all_mlps = {layer: splice_mlp(one) for layer, one in ioi.transcoders.items()}
     edits = {f"layer {layer}": ({layer: edit}, {}) for layer, edit in all_z.items()}
-    edits["all layers"] = (all_z, {})
+    edits["all SAEs"] = (all_z, {})
     if all_mlps:
-        edits["all MLPs"] = ({}, all_mlps)
-        edits["both"] = (all_z, all_mlps)
+        mlps = "transcoders of " + ",".join(map(str, all_mlps))
+        edits[mlps] = ({}, all_mlps)
+        edits[f"all SAEs, {mlps}"] = (all_z, all_mlps)
     spliced = {}
     for name, (edit_z, edit_mlp) in edits.items():
         spliced[name] = spliced_difference(ioi.model, ioi.batch, edit_z, edit_mlp).cpu().numpy()
@@ -846,18 +856,22 @@ def report_circuit(ioi, result):
         f"parts of the difference, {unit:.2f}" if result["told_apart"] else
         "in logits, and no roles, since the two are not told apart"))
 
-    print("head    direct logit   patched at the end: directly   in all   patched at S2   looks at")
+    print("direct logit attribution of IO and of S is less that of the mean name\n"
+          "head   directly to IO      to S   patched at the end: directly   in all   patched at S2   "
+          "looks at")
     effects = result["effects"]
-    dla = result["circuit"].dla.mean(0)
+    dla_io = result["circuit"].dla_io.mean(0)
+    dla_s = result["circuit"].dla_s.mean(0)
     size = sum(np.abs(effect) for effect in effects.values())
     for i in np.argsort(-size, axis=None)[:12]:
         head = divmod(int(i), study.model.config.n_heads)
         looks = ", ".join(f"{pair} {weight[head]:.2f}"
                           for pair, weight in result["attention"].items()
                           if weight[head] >= LOOKS_AT)
-        print(f"{head[0]}.{head[1]:<4} {dla[head]:+10.2f} {effects['direct'][head]:+26{spec}} "
-              f"{effects['at_end'][head]:+10{spec}} {effects['at_S2'][head]:+13{spec}}   "
-              f"{looks}".rstrip())
+        name = f"{head[0]}.{head[1]}"
+        print(f"{name:6} {dla_io[head]:+14.2f} {dla_s[head]:+9.2f} "
+              f"{effects['direct'][head]:+30{spec}} {effects['at_end'][head]:+8{spec}} "
+              f"{effects['at_S2'][head]:+15{spec}}   {looks}".rstrip())
     roles = result["roles"] | {"no role": without_role(result["roles"], effects)}
     for role, heads in roles.items():
         print(f"{role:20} " + (" ".join(f"{layer}.{h}" for layer, h in heads) or "none"))
@@ -873,8 +887,9 @@ def report_circuit(ioi, result):
         "attention": {pair: weight.tolist() for pair, weight in result["attention"].items()},
         "clean_less_source": unit if result["told_apart"] else None,
         "layers_at_S2": [effect * unit for effect in result["layer_effects"]],
-        **{name: mean_with_ci(getattr(result["circuit"], name)) for name in ("dla", *effects)}})
-    plot_effects({"direct logit attribution": dla,
+        **{name: mean_with_ci(getattr(result["circuit"], name))
+           for name in ("dla", "dla_io", "dla_s", *effects)}})
+    plot_effects({"direct logit attribution": dla_io - dla_s,
                   "patched at the end, directly": effects["direct"],
                   "patched at the end": effects["at_end"],
                   "patched at S2": effects["at_S2"]}, of_what, study.folder / "heads.png")
@@ -884,9 +899,11 @@ def report_circuit(ioi, result):
 def report_saes(ioi, result):
     """The logit difference through SAEs, and the features it hangs on."""
     clean = ioi.clean.ld.cpu().numpy()
-    print(f"\nlogit difference with SAEs spliced in (clean {mean_text(clean)})")
+    transcoders = ", or transcoders," if ioi.transcoders else ""
+    print(f"\nlogit difference with SAEs{transcoders} spliced in (clean {mean_text(clean)})")
+    width = max(map(len, result["spliced"]))
     for name, ld in result["spliced"].items():
-        print(f"{name:12} {mean_text(ld)}, IO above S in {(ld > 0).mean():.1%}")
+        print(f"{name:{width}} {mean_text(ld)}, IO above S in {(ld > 0).mean():.1%}")
     places = {}
     for place, found in result["places"].items():
         report_place(place, found)
