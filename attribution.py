@@ -1,14 +1,21 @@
 """A prompt as a circuit: what an SAE feature, or a logit, was made of, back to the tokens
 (recursive DFA; the paper, section 2).
 
-In reading order: the residual stream as a sum of what was written to it; what a feature reads of
-it, one step; the tree of such steps; what is not explained; removing features; QK, why a head looks
-where it looks. Most start with their formula. explorer.py is the program that prints and draws them
-for a prompt.
+In reading order: the residual stream as a sum of components; what a reader reads, one step; the
+tree of such steps; the strongest path; totals over all paths; removing features; QK, why a head
+looks where it looks. explorer.py is the program that prints and draws all this for a prompt.
 
-Every sum is exact. Exact does not mean that an SAE or a transcoder is right: its error is one of
-the terms. Nor does removing a feature have the effect that is attributed to it: `ablation_effects`
-removes features, nothing frozen, and looks.
+Words. A *component* is a vector that was written to the residual stream, and a *place* says by what
+and where: kind, layer, position, feature. A *reader* is a place that is taken apart, a feature or a
+logit. What it reads is a sum of *terms*: one for each component that reaches it, head by head, and
+constants, which nobody wrote.
+
+What is frozen. Three things are taken as they are in this prompt: attention patterns, the scales by
+which norms divide, and which features are active. (Scales, because a norm undoes most of what makes
+its input larger: followed through it, the terms could not sum to what is read.) What is left is
+linear, and every sum is exact. That is an identity, true of any SAE, since its error is one of the
+components. It is not what removing a feature does: then the frozen things change as well.
+`ablation_effects` removes features, nothing frozen, and looks.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
@@ -34,13 +41,36 @@ from sae import ablate, ablate_mlp, check_feature
 # What has no SAE or transcoder is one component, and so is everything at BOS, which they do not
 # see.
 
-# "constant" is never a component: it labels terms that nobody wrote to the stream, such as biases
-# of values and of a feature.
+# "feature", "bias", "error" and "attention" are those of attention layers. "constant" is never a
+# component: it labels terms that nobody wrote to the stream, such as biases of values and of a
+# feature.
 KINDS = ("embedding", "position", "feature", "bias", "error", "attention", "MLP feature",
          "MLP bias", "MLP error", "MLP", "constant")
 (EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP_FEATURE, MLP_BIAS, MLP_ERROR, MLP,
  CONSTANT) = range(len(KINDS))
 FEATURES = ("feature", "MLP feature")       # the kinds that are taken apart
+
+
+class Place(NamedTuple):
+    """Something in the circuit, as a writer or as a reader."""
+    kind: str               # one of KINDS, or "logit"
+    layer: int              # -1 for embeddings and constants; of a logit: the number of layers
+    position: int           # -1 for constants
+    feature: int = -1       # of a logit: the token
+    against: int = -1       # of a logit: the token whose logit is subtracted; -1: the mean over all
+
+    def name(self):
+        """In words, without the position."""
+        number = f"{self.layer}.{self.feature}"
+        return {"feature": f"feature {number}", "MLP feature": f"MLP feature {number}",
+                "error": f"SAE error {self.layer}", "MLP error": f"MLP error {self.layer}",
+                "bias": f"bias of layer {self.layer}", "MLP bias": f"bias of MLP {self.layer}",
+                "attention": f"attention {self.layer}", "MLP": f"MLP {self.layer}",
+                "embedding": "token", "position": "position", "constant": "constant",
+                "logit": f"logit of token {self.feature}"}[self.kind]
+
+
+NOBODY = Place("constant", layer=-1, position=-1)
 
 
 class Components(NamedTuple):
@@ -58,17 +88,19 @@ class Components(NamedTuple):
     def pick(self, which):
         return Components(*(column[which] for column in self))
 
+    def place(self, row):                                   # -> Place
+        return Place(KINDS[int(self.kind[row])], int(self.layer[row]), int(self.position[row]),
+                     int(self.feature[row]))
+
     def is_feature(self):                                   # -> (N,) bool
         return (self.kind == FEATURE) | (self.kind == MLP_FEATURE)
 
+    def is_error(self):
+        return (self.kind == ERROR) | (self.kind == MLP_ERROR)
 
-def writer_name(kind, layer, feature):
-    """What wrote a component, in words."""
-    return {"feature": f"feature {layer}.{feature}", "embedding": "token", "position": "position",
-            "error": f"SAE error {layer}", "bias": f"bias of layer {layer}",
-            "constant": "constant", "attention": f"attention {layer}",
-            "MLP feature": f"MLP feature {layer}.{feature}", "MLP error": f"MLP error {layer}",
-            "MLP bias": f"bias of MLP {layer}", "MLP": f"MLP {layer}"}[kind]
+    def is_whole(self):
+        """Outputs that are not taken apart, but for those at BOS, the same in every prompt."""
+        return ((self.kind == ATTENTION) | (self.kind == MLP)) & (self.position > 0)
 
 
 class TracedPrompt(NamedTuple):
@@ -90,7 +122,7 @@ class TracedPrompt(NamedTuple):
 @torch.no_grad()
 def trace_prompt(model, saes, tokens, transcoders=None):    # (T,) or (1,T) -> TracedPrompt
     """Run the model on one prompt and cut everything written to its residual stream into
-    components."""
+    components. The first token is taken to be BOS."""
     transcoders = transcoders or {}
     tokens = tokens[None] if tokens.dim() == 1 else tokens
     assert len(tokens) == 1, "one prompt at a time"
@@ -208,16 +240,7 @@ def mlp_components(layer, kept, transcoder, f):             # -> list of Compone
 # whose terms times that multiple are its children.
 
 
-class Reader(NamedTuple):
-    """What is taken apart."""
-    kind: str               # "feature", "MLP feature" or "logit"
-    layer: int              # of a logit: the number of layers
-    position: int
-    feature: int            # of a logit: the token
-    against: int = -1       # of a logit: the token whose logit is subtracted; -1: the mean over all
-
-
-class Contributions(NamedTuple):
+class Terms(NamedTuple):
     """The n terms of what a reader reads.
 
     Of an attention feature: one for each head and each component written at or before the query,
@@ -230,14 +253,25 @@ class Contributions(NamedTuple):
     value: Tensor           # (n,) they sum to pre
     pre: float              # the pre-activation, or the logit
 
+    def over_heads(self):                                   # -> (m,), (m,)
+        """Summed over heads, constants left out, strongest first: rows of traced.components,
+        values."""
+        is_written = self.component >= 0
+        rows, index = self.component[is_written].unique(return_inverse=True)
+        value = self.value.new_zeros(len(rows)).index_add_(0, index, self.value[is_written])
+        order = value.abs().argsort(descending=True, stable=True)
+        return rows[order], value[order]
+
+    def by_head(self, row):                                 # -> {head: value}
+        """How much of one component each head brings, strongest first; {} where none does."""
+        of_row = self.component == row
+        brought = {head: value for head, value in zip(self.head[of_row].tolist(),
+                                                      self.value[of_row].tolist()) if head >= 0}
+        return dict(sorted(brought.items(), key=lambda item: -abs(item[1])))
+
 
 @torch.no_grad()
-def decompose(traced, layer, position, feature, kind="feature"):    # -> Contributions
-    """The pre-activation of a feature at a position, as the sum above."""
-    return read_terms(traced, Reader(kind, layer, position, feature))
-
-
-def read_terms(traced, reader):                             # -> Contributions
+def read_terms(traced, reader):                             # Place -> Terms
     """What a reader reads, as the sum above."""
     if reader.kind == "feature":
         return attention_terms(traced, reader.layer, reader.position, reader.feature)
@@ -246,7 +280,7 @@ def read_terms(traced, reader):                             # -> Contributions
     return logit_terms(traced, reader)
 
 
-def attention_terms(traced, layer, position, feature):      # -> Contributions
+def attention_terms(traced, layer, position, feature):      # -> Terms
     """What heads bring to a feature: the first formula above, term by term.
 
     For each head, every one of the first n_before[layer] components that was written at or before
@@ -264,30 +298,31 @@ def attention_terms(traced, layer, position, feature):      # -> Contributions
     # since `components` is its beginning.
     seen = (components.position <= position).nonzero()[:, 0]            # (S,)
     k = components.position[seen]                                       # (S,) positions
-    pattern = kept.pattern[0, :, position]                              # (H,T)
-    moved = pattern[:, k] / kept.scales["attn_in"][0, k, 0]             # (H,S)
-    value = moved * (direction @ components.vector[seen].T)             # (H,S)
-
-    head = torch.arange(n_heads, device=k.device)
-    value_constants = torch.einsum("hd,hd->h", m.b_V, w)                # (H,)
+    attention = kept.pattern[0, :, position, k]                         # (H,S)
+    scale = kept.scales["attn_in"][0, k, 0]                             # (S,)
+    brought = attention / scale * (direction @ components.vector[seen].T)   # (H,S)
+    from_b_V = torch.einsum("hd,hd->h", m.b_V, w)                       # (H,)
     own_bias = feature_bias(sae)[feature, None]                         # (1,)
-    heads = torch.cat([head[:, None].expand_as(value).flatten(), head, head.new_tensor([-1])])
-    rows = torch.cat([seen.expand_as(value).flatten(), seen.new_full((n_heads + 1,), -1)])
-    values = torch.cat([value.flatten(), value_constants, own_bias])
-    return Contributions(heads, rows, values, float(values.sum()))
+
+    heads = torch.arange(n_heads, device=k.device)
+    nobody = k.new_full((n_heads + 1,), -1)
+    head = torch.cat([heads.repeat_interleave(len(seen)), heads, nobody[:1]])
+    component = torch.cat([seen.repeat(n_heads), nobody])
+    value = torch.cat([brought.flatten(), from_b_V, own_bias])
+    return Terms(head, component, value, float(value.sum()))
 
 
-def mlp_terms(traced, layer, position, feature):            # -> Contributions
+def mlp_terms(traced, layer, position, feature):            # -> Terms
     """What an MLP feature reads."""
     transcoder = traced.transcoders[layer]
     w = transcoder.W_enc[:, feature, None]                              # (d_model,1)
     direction, constant = traced.model.mlp_directions(layer, w)         # (d_model,1), (1,)
     scale = traced.cache[layer].scales["mlp_in"][0, position]           # (1,)
     return terms_at(traced, traced.n_mid[layer], position, direction[:, 0] / scale,
-                    constant + transcoder.b_enc[feature])
+                    constant + feature_bias(transcoder)[feature])
 
 
-def logit_terms(traced, reader):                            # -> Contributions
+def logit_terms(traced, reader):                            # -> Terms
     """What makes a logit, less another or less the mean over all tokens; before a soft cap."""
     direction, constant = logit_direction(traced, reader)
     return terms_at(traced, traced.n_before[-1], reader.position, direction, constant)
@@ -308,84 +343,58 @@ def logit_direction(traced, reader):                        # -> (d_model,), (1,
     return direction / model.final_scale(final), constant
 
 
-def terms_at(traced, n_seen, position, direction, constant):    # (d_model,), (1,) -> Contributions
+def terms_at(traced, n_seen, position, direction, constant):    # (d_model,), (1,) -> Terms
     """What is read along a direction at one position, of the first n_seen components."""
     components = traced.components.pick(slice(n_seen))
     here = (components.position == position).nonzero()[:, 0]            # (n,)
-    values = torch.cat([components.vector[here] @ direction, constant])
+    value = torch.cat([components.vector[here] @ direction, constant])
     rows = torch.cat([here, here.new_tensor([-1])])
-    return Contributions(torch.full_like(rows, -1), rows, values, float(values.sum()))
-
-
-def kind_of(terms, components):                             # -> (n,) index into KINDS
-    """What each term was written by."""
-    is_constant = terms.component < 0
-    return torch.where(is_constant, CONSTANT, components.kind[terms.component.clamp_min(0)])
-
-
-def over_heads(terms):                                      # Contributions -> (n,), (n,)
-    """Terms summed over heads, constants left out, strongest first -> rows of Components,
-    values."""
-    is_written = terms.component >= 0
-    rows, index = terms.component[is_written].unique(return_inverse=True)
-    value = terms.value.new_zeros(len(rows)).index_add_(0, index, terms.value[is_written])
-    order = value.abs().argsort(descending=True, stable=True)
-    return rows[order], value[order]
+    return Terms(torch.full_like(rows, -1), rows, value, float(value.sum()))
 
 
 def upstream_features(traced, reader):                      # -> (n,), (n,)
     """The earlier features that a reader reads, summed over heads, strongest first -> rows of
-    Components, values."""
-    rows, value = over_heads(read_terms(traced, reader))
+    traced.components, values."""
+    rows, value = read_terms(traced, reader).over_heads()
     is_feature = traced.components.is_feature()[rows]
     return rows[is_feature], value[is_feature]
 
 
-class Step(NamedTuple):
-    """One step of a path: what is read, and who reads it."""
-    reader: Reader
-    pre: float              # all that it reads
-    row: int                # of traced.components: what is read
-    value: float            # what it contributes to the reader, over all heads
-    head: int               # the head that brings most of it; -1 where there is none
-
-
-def strongest_path(traced, reader):                         # -> [Step]
-    """From a reader back to a token: at every step the feature, or the token itself, that
-    contributes most to what the step before reads. It ends early where neither contributes."""
-    path = []
-    components = traced.components
-    while reader is not None:
-        terms = read_terms(traced, reader)
-        rows, value = over_heads(terms)
-        is_token = components.kind[rows] == EMBEDDING
-        named = (components.is_feature()[rows] | is_token) & (value > 0)
-        if not named.any():
-            break
-        first = int(named.nonzero()[0])                     # they are sorted
-        row = int(rows[first])
-        of_row = terms.component == row
-        head = int(terms.head[of_row][terms.value[of_row].argmax()])
-        path.append(Step(reader, terms.pre, row, float(value[first]), head))
-        reader = None if is_token[first] else reader_of(components, row)
-    return path
-
-
-def reader_of(components, row):                             # -> Reader
-    """Who wrote a component."""
-    return Reader(KINDS[int(components.kind[row])], int(components.layer[row]),
-                  int(components.position[row]), int(components.feature[row]))
+def check_place(traced, place):
+    """Raise UserError where a prompt has no such feature or logit to take apart."""
+    last = len(traced.tokens) - 1
+    first = 0 if place.kind == "logit" else 1               # no feature is active at BOS
+    if place.kind != "logit":
+        traced.model.check_layers([place.layer])
+        dictionaries = traced.transcoders if place.kind == "MLP feature" else traced.saes
+        check_feature(dictionaries, place.layer, place.feature, place.kind)
+    if not first <= place.position <= last:
+        raise UserError(f"position {place.position} is out of range: this prompt has positions "
+                        f"{first} to {last}" + (" after BOS." if first else "."))
+    if place.kind != "logit":
+        return
+    for token in (place.feature, max(place.against, 0)):
+        if not 0 <= token < traced.model.n_tokens:
+            raise UserError(f"token {token} is out of range: this model has tokens 0 to "
+                            f"{traced.model.n_tokens - 1}.")
+    if place.feature == place.against:
+        raise UserError(f"the logit of token {place.feature} less itself is 0; name another token.")
 
 
 # ---- recursive attribution: the tree ----
+#
+# The circuit is a graph; the tree unrolls it. A feature that two heads read, or that is reached by
+# two ways, stands in it twice, with what it contributes by either way. At every node
+#
+#     value = the values of its children + pruned
+#
+# and, with nothing pruned, a child's value is its term of the node times the node's value over the
+# node's pre-activation.
 
 
 class Node(NamedTuple):
     """One node of the tree."""
-    kind: str               # one of KINDS, or "logit"
-    layer: int              # where it was written; -1 for embeddings and constants
-    position: int           # where it was written; -1 for constants
-    feature: int            # -1 if it is none; of a logit: the token
+    place: Place
     head: int               # in the parent's layer, which reads it; -1: none does
     value: float            # what it contributes to the root; the root's is its pre-activation
     # About its children. A node that is not taken apart (no feature, or at the last level) keeps
@@ -393,56 +402,31 @@ class Node(NamedTuple):
     children: tuple = ()    # strongest first, those that are not pruned
     pruned: float = 0.0     # sum of the values, with their signs, of the children left out
     n_pruned: int = 0       # how many were left out that contribute something
-    error: float = 0.0      # share of its value that its own children of kind error contribute,
-                            # pruned ones included
-    mlp: float = 0.0        # the same of MLP outputs that are not taken apart
+    unexplained: float = 0.0    # sum of the values of those children, pruned ones too, that are
+                                # errors or outputs that are not taken apart
 
 
-def trace(model, saes, tokens, layer, position, feature, share=0.02, depth=3, breadth=8,
-          transcoders=None, kind="feature"):                # -> Node
-    """The tree of a feature at a position of one prompt, (T,) or (1,T).
+def trace(traced, place, share=0.02, depth=3, breadth=8):   # -> Node
+    """The tree of a feature, or of a logit: then a whole circuit is one tree.
 
     A child is shown if it contributes at least `share` of the root (and not 0) and is among the
     `breadth` strongest of its parent; features are taken apart down to `depth` levels. share=0 and
-    breadth=None prune nothing: then the values of a node's children, if it has any, sum to its own.
-    With transcoders, {layer: Transcoder}, MLP outputs are taken apart too. kind: "MLP feature" for
-    a feature of one of these.
+    breadth=None prune nothing.
 
     Raises UserError for a layer without SAE and for numbers out of range.
     """
-    traced = trace_prompt(model, saes, tokens, transcoders)
-    return attribution_tree(traced, layer, position, feature, share, depth, breadth, kind)
+    check_place(traced, place)
+    terms = read_terms(traced, place)
+    root = Node(place, head=-1, value=terms.pre)
+    return expand(traced, root, terms, share * abs(root.value), depth, breadth)
 
 
-def attribution_tree(traced, layer, position, feature, share=0.02, depth=3, breadth=8,
-                     kind="feature"):                       # -> Node
-    """`trace` on a prompt that is traced already."""
-    check_node(traced, layer, position, feature, kind)
-    return tree_of(traced, Reader(kind, layer, position, feature), share, depth, breadth)
-
-
-def logit_tree(traced, position, token, against=-1, share=0.02, depth=3, breadth=8):    # -> Node
-    """The tree of a token's logit at a position, less that of another token, or, where none is
-    given, less the mean over all; before a soft cap. So a whole circuit is one tree."""
-    check_logit(traced, position, token, against)
-    reader = Reader("logit", traced.model.config.n_layers, position, token, against)
-    return tree_of(traced, reader, share, depth, breadth)
-
-
-def tree_of(traced, reader, share, depth, breadth):         # -> Node
-    """The tree of any reader."""
-    terms = read_terms(traced, reader)
-    root = Node(reader.kind, reader.layer, reader.position, reader.feature, head=-1,
-                value=terms.pre)
-    return expand(traced, root, terms, 1.0, share * abs(root.value), depth, breadth)
-
-
-def expand(traced, node, terms, factor, least, depth, breadth):     # -> the node with its children
-    """The children of a node, from what it reads.
-
-    The terms sum to what the node reads; times `factor` they sum to what it contributes to the
-    root. `least`: what a child that is shown contributes at least.
-    """
+def expand(traced, node, terms, least, depth, breadth):     # -> the node with its children
+    """The children of a node, from what it reads. `least`: what a child that is shown contributes
+    at least."""
+    components = traced.components
+    # what it reads, in units of the root; of the root itself they are the same
+    factor = 1.0 if node.value == terms.pre else ratio(node.value, terms.pre)
     values = terms.value * factor
     size = values.abs()
     by_size = size.argsort(descending=True, stable=True)
@@ -451,29 +435,21 @@ def expand(traced, node, terms, factor, least, depth, breadth):     # -> the nod
     pruned = torch.ones_like(values, dtype=torch.bool)
     pruned[shown] = False
 
-    components = traced.components
     children = []
     for i in shown.tolist():
-        n = int(terms.component[i])
-        head = int(terms.head[i])
-        value = float(values[i])
-        if n < 0:
-            children.append(Node("constant", -1, -1, -1, head, value))
-            continue
-        child = Node(KINDS[int(components.kind[n])], int(components.layer[n]),
-                     int(components.position[n]), int(components.feature[n]), head, value)
-        if child.kind in FEATURES and depth > 1:
-            below = decompose(traced, child.layer, child.position, child.feature, child.kind)
-            child = expand(traced, child, below, ratio(value, below.pre), least, depth - 1,
-                           breadth)
+        row = int(terms.component[i])
+        place = NOBODY if row < 0 else components.place(row)
+        child = Node(place, int(terms.head[i]), float(values[i]))
+        if place.kind in FEATURES and depth > 1:
+            below = read_terms(traced, place)
+            child = expand(traced, child, below, least, depth - 1, breadth)
         children.append(child)
 
-    kind = kind_of(terms, components)
-    is_error = (kind == ERROR) | (kind == MLP_ERROR)
+    is_unexplained = (components.is_error() | components.is_whole())[terms.component]
+    is_unexplained &= terms.component >= 0
     return node._replace(children=tuple(children), pruned=float(values[pruned].sum()),
                          n_pruned=int((pruned & (values != 0)).sum()),
-                         error=ratio(float(values[is_error].sum()), node.value),
-                         mlp=ratio(float(values[kind == MLP].sum()), node.value))
+                         unexplained=float(values[is_unexplained].sum()))
 
 
 def ratio(part, total):
@@ -481,72 +457,75 @@ def ratio(part, total):
     return part / total if total else 0.0
 
 
-def check_node(traced, layer, position, feature, kind="feature"):
-    """Raise UserError where there is no such layer, SAE or transcoder, position or feature."""
-    traced.model.check_layers([layer])
-    dictionaries = traced.transcoders if kind == "MLP feature" else traced.saes
-    check_feature(dictionaries, layer, feature, kind)
-    last = len(traced.tokens) - 1
-    if not 1 <= position <= last:
-        raise UserError(f"position {position} is out of range: this prompt has positions 1 to "
-                        f"{last} after BOS.")
+# ---- the strongest path ----
 
 
-def check_logit(traced, position, token, against):
-    """Raise UserError where there is no such position or token."""
-    last = len(traced.tokens) - 1
-    if not 0 <= position <= last:
-        raise UserError(f"position {position} is out of range: this prompt has positions 0 to "
-                        f"{last}.")
-    for one in (token, max(against, 0)):
-        if not 0 <= one < traced.model.n_tokens:
-            raise UserError(f"token {one} is out of range: this model has tokens 0 to "
-                            f"{traced.model.n_tokens - 1}.")
-    if token == against:
-        raise UserError(f"the logit of token {token} less itself is 0; name another token.")
+class Step(NamedTuple):
+    """One step of a path back."""
+    reader: Place
+    pre: float              # all that it reads
+    row: int                # of traced.components: the component that contributes most
+    value: float            # what it contributes, over all heads
+    by_head: dict           # {head: value}, strongest first; {} where no head reads it
 
 
-# ---- what is not explained ----
+def strongest_path(traced, place):                          # -> [Step]
+    """From a reader back: at every step the component that contributes most to what the step before
+    reads. It goes on while that is a feature, and ends at a token, or at what is not taken apart.
+
+    The best step each time: the best whole path may be another.
+    """
+    path = []
+    while place is not None:
+        terms = read_terms(traced, place)
+        rows, value = terms.over_heads()
+        if not (value > 0).any():
+            break
+        best = int(value.argmax())
+        row = int(rows[best])
+        path.append(Step(place, terms.pre, row, float(value[best]), terms.by_head(row)))
+        writer = traced.components.place(row)
+        place = writer if writer.kind in FEATURES else None
+    return path
+
+
+# ---- totals over all paths ----
 #
 # Everything between the root and its leaves is linear while patterns, norm scales and the choice of
 # active features are frozen. So what each component contributes over all paths takes one sweep,
-# from the last writer to the first, and no tree. It carries d root / d stream, one vector for each
-# position:
+# from the last writer to the first, and no tree, which would have as many nodes as there are paths.
+# The sweep carries d root / d stream, one vector for each position:
 #
 #     component n, written at k       contributes vector_n . gradient[k]
 #     feature j, active, written at k its pre-activation counts C_j = contribution / f_j times, so
 #                                     that what it reads adds C_j d pre_j / d stream to the gradient
 #
-# Leaves are what is no feature: embeddings, biases, errors, and what is not taken apart.
+# At the root C is 1. Leaves are what is no feature: embeddings, biases, errors, and what is not
+# taken apart; they and the constants sum to the root.
 
 
-class Paths(NamedTuple):
-    """What each component contributes to a root, over all paths. Leaves and constants sum to the
-    root."""
+class Totals(NamedTuple):
+    """What each component contributes to a root, over all paths; the root's own entry is 0."""
     contribution: Tensor    # (N,)
     constants: Tensor       # (m,) of biases that nobody wrote to the stream
-    is_leaf: Tensor         # (N,) bool
-    unexplained: Tensor     # (N,) bool: leaves that are errors or outputs not taken apart, but for
-                            # BOS
 
 
 @torch.no_grad()
-def sweep(traced, reader):                                  # -> Paths
-    """The contributions of all components to a reader."""
+def totals(traced, root):                                   # Place -> Totals
+    """The contributions of all components to a feature or a logit."""
     components = traced.components
     gradient = torch.zeros_like(traced.cache[0].resid_pre[0])           # (T,d_model)
     contribution = gradient.new_zeros(len(components.kind))
     constants = []
-    if reader.kind == "logit":
-        gradient[reader.position], constant = logit_direction(traced, reader)
+    if root.kind == "logit":
+        gradient[root.position], constant = logit_direction(traced, root)
         constants.append(constant)
 
-    # Until the reader is reached the gradient is 0, and so is what is written there.
+    # Until the root is reached the gradient is 0, and so is what is written there.
     for kind, layer, rows in reversed(writers(traced)):
         written = components.pick(rows)
         contribution[rows] = (written.vector * gradient[written.position]).sum(-1)
-        activations, back = ((traced.f, back_through_heads) if kind == "feature" else
-                             (traced.f_mlp, back_through_mlp))
+        activations = {"feature": traced.f, "MLP feature": traced.f_mlp}.get(kind, {})
         if layer not in activations:                        # embeddings, and what is not cut
             continue
         f = activations[layer]
@@ -554,15 +533,12 @@ def sweep(traced, reader):                                  # -> Paths
         at = (written.position[is_feature], written.feature[is_feature])
         C = torch.zeros_like(f)                                         # (T,d_sae)
         C[at] = contribution[rows][is_feature] / f[at]
-        if (kind, layer) == (reader.kind, reader.layer):
-            C[reader.position, reader.feature] = 1.0        # the root itself
+        if (kind, layer) == (root.kind, root.layer):
+            C[root.position, root.feature] = 1.0
+        back = back_through_heads if kind == "feature" else back_through_mlp
         gradient, constant = back(traced, layer, C, gradient)
         constants.append(constant)
-
-    of_kind = components.kind
-    is_whole = ((of_kind == MLP) | (of_kind == ATTENTION)) & (components.position > 0)
-    unexplained = is_whole | (of_kind == ERROR) | (of_kind == MLP_ERROR)
-    return Paths(contribution, torch.cat(constants), ~components.is_feature(), unexplained)
+    return Totals(contribution, torch.cat(constants))
 
 
 def writers(traced):                                        # -> [(kind, layer, slice)]
@@ -582,7 +558,7 @@ def back_through_mlp(traced, layer, C, gradient):           # (T,d_sae), (T,d_mo
     directions, constants = traced.model.mlp_directions(layer, transcoder.W_enc)
     scale = traced.cache[layer].scales["mlp_in"][0]                     # (T,1)
     gradient = gradient + C @ directions.T / scale
-    return gradient, (C * (constants + transcoder.b_enc))[C != 0]
+    return gradient, (C * (constants + feature_bias(transcoder)))[C != 0]
 
 
 def back_through_heads(traced, layer, C, gradient):         # (T,d_sae), (T,d_model)
@@ -592,33 +568,41 @@ def back_through_heads(traced, layer, C, gradient):         # (T,d_sae), (T,d_mo
     m = traced.matrices[layer]
     w = (C @ sae.W_enc.T).unflatten(1, m.b_V.shape)                     # (q,H,d_head)
     direction = torch.einsum("qhd,hmd->qhm", w, m.W_V)                  # (q,H,d_model)
-    moved = torch.einsum("hqk,qhm->km", kept.pattern[0], direction)     # (T,d_model)
-    gradient = gradient + moved / kept.scales["attn_in"][0]
+    to_source = torch.einsum("hqk,qhm->km", kept.pattern[0], direction)     # (T,d_model)
+    gradient = gradient + to_source / kept.scales["attn_in"][0]
     constants = m.b_V.flatten() @ sae.W_enc + feature_bias(sae)         # (d_sae,)
     return gradient, (C * constants)[C != 0]
 
 
-class Unexplained(NamedTuple):
-    """How much of a root comes from errors and from outputs that are not taken apart."""
-    share: float            # sum of |contribution| over these leaves, over that of all leaves
-    of_root: float          # the first sum, over |root|
+def ends(traced, root):                                     # -> {what: (net, size)}
+    """What all paths to a root end in: contributions summed with their signs, and by size. The nets
+    sum to the root."""
+    components = traced.components
+    contribution, constants = totals(traced, root)
+    at_bos = components.position == 0
+    is_token = (components.kind == EMBEDDING) | (components.kind == POSITION)
+    is_bias = (components.kind == BIAS) | (components.kind == MLP_BIAS)
+    found = {"tokens and positions": contribution[is_token & ~at_bos],
+             "what stands at BOS": contribution[at_bos],
+             "biases written to the stream": contribution[is_bias],
+             "constants of readers": constants,
+             "errors": contribution[components.is_error()],
+             "outputs not taken apart": contribution[components.is_whole()]}
+    return {what: (float(values.sum()), float(values.abs().sum()))
+            for what, values in found.items()}
 
 
-def unexplained(traced, reader):                            # -> Unexplained
-    """The part of a feature or logit that ends in leaves which say nothing."""
-    paths = sweep(traced, reader)
-    size = paths.contribution.abs()
-    root = float(paths.contribution[paths.is_leaf].sum() + paths.constants.sum())
-    ends = float(size[paths.unexplained].sum())
-    everything = float(size[paths.is_leaf].sum() + paths.constants.abs().sum())
-    return Unexplained(ratio(ends, everything), abs(ratio(ends, root)))
+def unexplained(found):                                     # of `ends` -> float
+    """The share of the ends, by size, that are errors or outputs not taken apart."""
+    size = {what: size for what, (net, size) in found.items()}
+    return ratio(size["errors"] + size["outputs not taken apart"], sum(size.values()))
 
 
 # ---- removing features, nothing frozen ----
 
 
 @torch.no_grad()
-def ablation_effects(traced, upstream, reader):             # (n,), Reader -> (n,)
+def ablation_effects(traced, upstream, reader):             # (n,), Place -> (n,)
     """Drop in what a reader reads when each upstream feature (a row of Components) is ablated where
     it was written.
 
@@ -677,9 +661,9 @@ def read_anew(traced, reader, tokens, edit_z, edit_mlp):    # (B,T) -> (B,)
 
 
 class QK(NamedTuple):
-    """A score, or a difference of scores, as a sum over pairs of writers (kind, layer, feature)."""
-    query: list             # (a,) writers at the query
-    key: list               # (b,) writers at the keys
+    """A score, or a difference of scores, as a sum over pairs of writers."""
+    query: list             # (a,) Places at the query
+    key: list               # (b,) Places at the keys; each writer once, its position left out (-1)
     pairs: Tensor           # (a,b) contributions; they sum to score
     score: float            # before soft cap, mask and softmax
 
@@ -756,7 +740,7 @@ def qk_vectors(traced, layer, head, side, where):           # -> writers, (n,d_h
     bool.
 
     One entry for each component written there, and one for the bias at each of these positions:
-    who wrote it, (kind, layer, feature); what it adds; where.
+    who wrote it, a Place without its position; what it adds; where.
     """
     kept = traced.cache[layer]
     m = traced.matrices[layer]
@@ -772,8 +756,9 @@ def qk_vectors(traced, layer, head, side, where):           # -> writers, (n,d_h
     # entries stand where tokens would, each with its own position
     vectors = traced.model.rotate(vectors[None, :, None], layer, positions)[0, :, 0]
     columns = (components.kind.tolist(), components.layer.tolist(), components.feature.tolist())
-    writers = [(KINDS[kind], written_in, feature) for kind, written_in, feature in zip(*columns)]
-    writers += [("constant", -1, -1)] * len(bias_at)
+    writers = [Place(KINDS[kind], written_in, -1, feature)
+               for kind, written_in, feature in zip(*columns)]
+    writers += [NOBODY] * len(bias_at)
     return writers, vectors, positions
 
 

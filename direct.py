@@ -39,7 +39,9 @@ def dfa(pattern, v, w_enc):                     # (B,H,q,k), (B,k,H,d_head), (D,
 
 def feature_bias(sae):                                      # -> (d_sae,)
     """Add this to the sum of DFA over heads and sources, of the raw values, and you get the
-    pre-activation."""
+    pre-activation. (A transcoder does not subtract b_dec from what it reads.)"""
+    if not sae.subtracts_b_dec:
+        return sae.b_enc
     return sae.b_enc - sae.b_dec @ sae.W_enc
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from attribution import (FEATURES, Node, Reader, ablation_effects, check_logit, check_node, expand,
-                         qk, ratio, read_terms, reader_of, strongest_pairs, strongest_path,
-                         trace_prompt, tree_of, unexplained, upstream_features, writer_name)
+from attribution import (FEATURES, Node, Place, ablation_effects, check_place, ends, expand, qk,
+                         ratio, read_terms, strongest_pairs, strongest_path, trace, trace_prompt,
+                         unexplained, upstream_features)
 from data import pages
 from data.errors import UserError, run
 from data.figures import plot_sources
@@ -69,7 +69,7 @@ def main():
     print(f"\nwritten to {study.folder}/")
 
 
-def choose_root(traced, tokenizer, config):                 # -> Reader
+def choose_root(traced, tokenizer, config):                 # -> Place
     """What the flags name, or the strongest feature there."""
     position = config.position
     if position == -1:
@@ -77,20 +77,22 @@ def choose_root(traced, tokenizer, config):                 # -> Reader
     if config.logit:
         token = one_token(tokenizer, config.logit, "--logit")
         against = one_token(tokenizer, config.against, "--against") if config.against else -1
-        check_logit(traced, position, token, against)
-        return Reader("logit", traced.model.config.n_layers, position, token, against)
+        root = Place("logit", traced.model.config.n_layers, position, token, against)
+        check_place(traced, root)
+        return root
     kind = "MLP feature" if config.feature.startswith("mlp.") else "feature"
     layer, feature = parse_feature(config.feature.removeprefix("mlp."))
     if feature is None:
         layer = max(traced.saes) if config.layer == -1 else config.layer
-        check_node(traced, layer, position, 0)
+        check_place(traced, Place("feature", layer, position, feature=0))
         f = traced.f[layer][position]
         feature = int(f.argmax())
         if f[feature] == 0:
             raise UserError(f"no feature of layer {layer} is active at position {position}; name "
                             f"one with --feature, or another --position.")
-    check_node(traced, layer, position, feature, kind)
-    return Reader(kind, layer, position, feature)
+    root = Place(kind, layer, position, feature)
+    check_place(traced, root)
+    return root
 
 
 def one_token(tokenizer, text, flag):
@@ -112,77 +114,84 @@ def explorer_data(traced, texts, tokenizer, root, n_features=15, breadth=12):
     position) its strongest features, for each of these and of the features below them the strongest
     children, and for each edge why the head looks there."""
     listed = []                                             # [layer, kind, position, names]
-    to_expand = [root]                                      # Readers
+    to_expand = [root]                                      # Places
     for kind, activations in (("feature", traced.f), ("MLP feature", traced.f_mlp)):
         for layer, f in activations.items():
             for position in range(1, len(texts)):
                 strongest = f[position].argsort(descending=True)[:n_features].tolist()
-                readers = [Reader(kind, layer, position, i) for i in strongest
-                           if f[position, i] > 0]
-                listed.append([layer, kind, position, [node_name(one) for one in readers]])
-                to_expand += readers
+                there = [Place(kind, layer, position, i) for i in strongest if f[position, i] > 0]
+                listed.append([layer, kind, position, [key(one) for one in there]])
+                to_expand += there
 
     nodes = {}
     edges = {}
     while to_expand:
-        reader = to_expand.pop()
-        if node_name(reader) in nodes:
+        place = to_expand.pop()
+        if key(place) in nodes:
             continue
         # Each feature is the root of a tree of one level; the page multiplies shares along a path.
-        terms = read_terms(traced, reader)
-        node = Node(reader.kind, reader.layer, reader.position, reader.feature, head=-1,
-                    value=terms.pre)
-        node = expand(traced, node, terms, 1.0, least=0.0, depth=1, breadth=breadth)
-        nodes[node_name(reader)] = node_data(traced, texts, tokenizer, reader, node, terms)
+        terms = read_terms(traced, place)
+        node = expand(traced, Node(place, head=-1, value=terms.pre), terms, least=0.0, depth=1,
+                      breadth=breadth)
+        nodes[key(place)] = node_data(traced, texts, tokenizer, node, terms)
         for child in node.children:
-            if child.kind in FEATURES:
-                to_expand.append(Reader(child.kind, child.layer, child.position, child.feature))
-            edge = f"{node.layer}.{child.head}.{node.position}.{child.position}"
-            if child.head >= 0 and child.position >= 0 and edge not in edges:
-                edges[edge] = edge_data(traced, node.layer, child.head, node.position,
-                                        child.position)
+            if child.place.kind in FEATURES:
+                to_expand.append(child.place)
+            edge = edge_key(node, child)
+            if edge is not None and edge not in edges:
+                edges[edge] = edge_data(traced, place.layer, child.head, place.position,
+                                        child.place.position)
     return {"tokens": texts, "listed": sorted(listed), "nodes": nodes, "qk": edges,
-            "start": node_name(root)}
+            "start": key(root)}
 
 
-def node_name(node):                                        # Reader or Node -> text
-    """What the page calls a feature at a position, or a logit."""
-    return f"{node.kind} {node.layer}.{node.feature} at {node.position}"
+def key(place):
+    """What the page calls a place."""
+    return f"{place.kind} {place.layer}.{place.feature} at {place.position}"
 
 
-def node_data(traced, texts, tokenizer, reader, node, terms):   # -> dict
+def edge_key(node, child):
+    """What the page calls the look of a head from a node to a child; None if no head reads it."""
+    if child.head < 0 or child.place.position < 0:
+        return None
+    return f"{node.place.layer}.{child.head}.{node.place.position}.{child.place.position}"
+
+
+def node_data(traced, texts, tokenizer, node, terms):       # -> dict
     """One feature at one position, or a logit, for the page."""
+    place = node.place
     is_constant = terms.component < 0
     children = []
     for child in node.children:
-        is_open = child.kind in FEATURES
-        edge = None
-        if child.head >= 0 and child.position >= 0:
-            edge = f"{node.layer}.{child.head}.{node.position}.{child.position}"
-        children.append({"label": writer_at(child, texts), "via": via(node, child),
-                         "name": node_name(child) if is_open else None, "edge": edge,
-                         "value": child.value})
-    found = {"title": reader_name(reader, texts, tokenizer), "position": node.position,
-             "pre": node.value, "pruned": node.pruned, "n_pruned": node.n_pruned,
-             "error": node.error, "mlp": node.mlp,
+        name = key(child.place) if child.place.kind in FEATURES else None
+        children.append({"label": name_at(child.place, texts), "via": via(node, child),
+                         "name": name, "edge": edge_key(node, child), "value": child.value})
+    found = {"kind": place.kind, "title": reader_name(place, texts, tokenizer),
+             "position": place.position, "pre": node.value, "pruned": node.pruned,
+             "n_pruned": node.n_pruned, "unexplained": node.unexplained,
              "constant": float(terms.value[is_constant].sum()), "children": children}
-    if node.kind == "logit":
+    if place.kind == "logit":
         return found
-    found |= {"layer": node.layer, "feature": node.feature, "kind": node.kind,
-              "label": f"{node.layer}.{node.feature}"}
-    if node.kind == "MLP feature":
-        return found | {"f": float(traced.f_mlp[node.layer][node.position, node.feature])}
+    found |= {"layer": place.layer, "feature": place.feature,
+              "label": f"{place.layer}.{place.feature}", "f": activation(traced, place)}
+    if place.kind == "MLP feature":
+        return found
     n_heads = traced.model.config.n_heads
     by_head = [float(terms.value[(terms.head == h) & ~is_constant].sum()) for h in range(n_heads)]
-    weights = head_weights(traced.saes[node.layer].W_dec[node.feature], n_heads)
-    return found | {"f": float(traced.f[node.layer][node.position, node.feature]),
-                    "heads": by_head, "weights": weights.tolist()}
+    weights = head_weights(traced.saes[place.layer].W_dec[place.feature], n_heads)
+    return found | {"heads": by_head, "weights": weights.tolist()}
+
+
+def activation(traced, place):
+    """How active a feature is at its position."""
+    activations = traced.f if place.kind == "feature" else traced.f_mlp
+    return float(activations[place.layer][place.position, place.feature])
 
 
 def edge_data(traced, layer, head, query, key, n_pairs=6):
     """Why a head looks from one position at another, for the page."""
     why = qk(traced, layer, head, query, key, against="others")
-    pairs = [{"query": writer_name(*a), "key": writer_name(*b), "value": value}
+    pairs = [{"query": a.name(), "key": b.name(), "value": value}
              for a, b, value in strongest_pairs(why, n_pairs)]
     return {"score": why.score, "weight": float(traced.cache[layer].pattern[0, head, query, key]),
             "pairs": pairs}
@@ -191,39 +200,39 @@ def edge_data(traced, layer, head, query, key, n_pairs=6):
 # ---- the report ----
 
 
-def writer_at(node, texts):
-    """What a node is, in words, and at which token it was written."""
-    name = writer_name(node.kind, node.layer, node.feature)
-    if node.position < 0:
-        return name
-    return f"{name} at {node.position} {texts[node.position]!r}"
+def name_at(place, texts):
+    """What stands at a place, in words, and at which token."""
+    if place.position < 0:
+        return place.name()
+    return f"{place.name()} at {place.position} {texts[place.position]!r}"
 
 
 def via(node, child):
     """How a child reaches its parent, in words."""
-    head = f"head {node.layer}.{child.head}"
-    if child.head < 0 and child.position < 0:
-        return ": of the final norm" if node.kind == "logit" else ": the feature's bias"
-    if child.position < 0:
+    head = f"head {node.place.layer}.{child.head}"
+    is_constant = child.place.position < 0
+    if child.head < 0 and is_constant:
+        return ": of the final norm" if node.place.kind == "logit" else ": the feature's bias"
+    if is_constant:
         return f": the values of {head}"
     return f" through {head}" if child.head >= 0 else ""
 
 
-def reader_name(reader, texts, tokenizer):
+def reader_name(place, texts, tokenizer):
     """What is taken apart, in words."""
-    where = f"at {reader.position} {texts[reader.position]!r}"
-    if reader.kind != "logit":
-        return f"{reader.kind} {reader.layer}.{reader.feature} {where}"
+    if place.kind != "logit":
+        return name_at(place, texts)
     less = "the mean of all"
-    if reader.against >= 0:
-        less = f"that of {tokenizer.decode([reader.against])!r}"
-    return f"logit of {tokenizer.decode([reader.feature])!r} less {less} {where}"
+    if place.against >= 0:
+        less = f"that of {tokenizer.decode([place.against])!r}"
+    return (f"logit of {tokenizer.decode([place.feature])!r} less {less} at {place.position} "
+            f"{texts[place.position]!r}")
 
 
 def describe(traced, texts, tokenizer, root, config):       # -> lines
     """What is taken apart, in tables: what else is active there; its heads, sources and tree; what
-    removing the features below it does; and why a head looks where the strongest child of the root
-    was written."""
+    removing the features below it does; its strongest path back; and why the head that brings most
+    on that path looks there."""
     position = root.position
     lines = [" ".join(f"{i}:{text!r}" for i, text in enumerate(texts)), ""]
     for kind, activations in (("", traced.f), ("MLP ", traced.f_mlp)):
@@ -235,16 +244,18 @@ def describe(traced, texts, tokenizer, root, config):       # -> lines
     lines += ["", f"{reader_name(root, texts, tokenizer)}: {describe_value(traced, root)}", ""]
     if root.kind == "feature":
         lines += describe_dfa(traced, texts, root) + [""]
-    tree = tree_of(traced, root, config.share, config.depth, config.breadth)
+    tree = trace(traced, root, config.share, config.depth, config.breadth)
     lines.append(f"recursive DFA, in units of the root's {tree.value:.4f}:")
     lines += describe_children(texts, tree, tree.value)
-    lines += ["", *describe_unexplained(traced, root)]
+    lines += ["", *describe_ends(traced, root, tree.value)]
     lines += describe_ablations(traced, texts, root)
-    lines += describe_path(traced, texts, root)
-    read_by_heads = [child for child in tree.children if child.head >= 0 and child.position >= 0]
-    if read_by_heads:
-        first = read_by_heads[0]
-        lines += describe_qk(traced, texts, root.layer, first.head, position, first.position)
+    path = strongest_path(traced, root)
+    lines += describe_path(traced, texts, path)
+    through_heads = [step for step in path if step.by_head]
+    if through_heads:
+        step = through_heads[0]
+        lines += describe_qk(traced, texts, step.reader.layer, next(iter(step.by_head)),
+                             step.reader.position, traced.components.place(step.row).position)
     return lines
 
 
@@ -253,9 +264,7 @@ def describe_value(traced, root):
     value = read_terms(traced, root).pre
     if root.kind == "logit":
         return f"{value:+.4f}"
-    activations = traced.f if root.kind == "feature" else traced.f_mlp
-    f = float(activations[root.layer][root.position, root.feature])
-    return f"pre-activation {value:.4f}, activation {f:.4f}"
+    return f"pre-activation {value:.4f}, activation {activation(traced, root):.4f}"
 
 
 def by_source(traced, root):                                # -> (H,k)
@@ -286,30 +295,31 @@ def describe_dfa(traced, texts, root):
 
 
 def describe_children(texts, node, total, indent="  "):
-    """The tree below a node as indented lines. Numbers are shares of the root, `total`; only
-    "errors" and "MLP outputs", in a line of smaller ones, are shares of that line's node, and count
-    the children shown too."""
+    """The tree below a node as indented lines. Numbers are shares of the root, `total`; what a line
+    of smaller ones says is unexplained counts the children shown too."""
     lines = []
     for child in node.children:
         share = ratio(child.value, total)
-        lines.append(f"{indent}{share:+7.1%}  {writer_at(child, texts)}{via(node, child)}")
+        lines.append(f"{indent}{share:+7.1%}  {name_at(child.place, texts)}{via(node, child)}")
         lines += describe_children(texts, child, total, indent + "    ")
-    if node.n_pruned and node.children:
-        lines.append(f"{indent}{ratio(node.pruned, total):+7.1%}  {node.n_pruned} smaller ones; of "
-                     f"this node, errors are {node.error:.1%}, MLP outputs {node.mlp:.1%}")
+    if node.n_pruned:
+        says_nothing = ratio(node.unexplained, total)
+        lines.append(f"{indent}{ratio(node.pruned, total):+7.1%}  {node.n_pruned} smaller ones "
+                     f"(unexplained, of all that is read here: {says_nothing:+.1%})")
     return lines
 
 
-def describe_unexplained(traced, root):
-    """What ends in errors and in outputs that are not taken apart; with transcoders, what did so
-    without them too."""
-    ends = unexplained(traced, root)
-    lines = [f"over all paths, {ends.share:.1%} of the leaves, by size, are errors or outputs not "
-             f"taken apart; they are {ends.of_root:.0%} of the root"]
+def describe_ends(traced, root, total):
+    """What all paths end in; with transcoders, what they ended in without them too."""
+    found = ends(traced, root)
+    lines = ["what all paths end in, in units of the root:    net   by size"]
+    for what, (net, size) in found.items():
+        lines.append(f"{what:44} {ratio(net, total):+7.1%} {ratio(size, abs(total)):9.1%}")
+    last = f"unexplained, errors and outputs not taken apart: {unexplained(found):.1%} by size"
     if traced.transcoders and root.kind != "MLP feature":
-        whole = unexplained(trace_prompt(traced.model, traced.saes, traced.tokens), root)
-        lines.append(f"(without transcoders {whole.share:.1%}, and {whole.of_root:.0%})")
-    return lines
+        whole = ends(trace_prompt(traced.model, traced.saes, traced.tokens), root)
+        last += f"; without transcoders {unexplained(whole):.1%}"
+    return [*lines, last]
 
 
 def describe_ablations(traced, texts, root, n=3):
@@ -323,20 +333,20 @@ def describe_ablations(traced, texts, root, n=3):
              "frozen:"]
     drops = ablation_effects(traced, rows, root).tolist()
     for row, value, drop in zip(rows.tolist(), attributed.tolist(), drops):
-        writer = reader_of(traced.components, row)
-        lines.append(f"{writer_at(writer, texts)}: attributed {value:+.4f} directly, and the root "
+        name = name_at(traced.components.place(row), texts)
+        lines.append(f"{name}: attributed {value:+.4f} directly, and the root "
                      f"falls by {drop:+.4f}")
     return lines
 
 
-def describe_path(traced, texts, root):
-    """The strongest path back to a token, and for each step what removing the feature that is read
-    does to the one that reads it."""
-    lines = ["", "the strongest path back; each line is read by the one before it:"]
-    for step in strongest_path(traced, root):
-        writer = reader_of(traced.components, step.row)
-        through = "" if step.head < 0 else f" through head {step.reader.layer}.{step.head}"
-        line = f"{writer_at(writer, texts)}{through}: {step.value:+.4f} of {step.pre:.4f}"
+def describe_path(traced, texts, path, n_heads=2):
+    """Each step back, and what removing the feature that is read does to the one that reads it."""
+    lines = ["", "the strongest path back; each line is what contributes most to the one before:"]
+    for step in path:
+        writer = traced.components.place(step.row)
+        line = f"{name_at(writer, texts)}: {step.value:+.4f} of {step.pre:.4f}"
+        for head, value in list(step.by_head.items())[:n_heads]:
+            line += f", {value:+.2f} of it through head {step.reader.layer}.{head}"
         if writer.kind in FEATURES:
             row = traced.tokens.new_tensor([step.row])
             drop = float(ablation_effects(traced, row, step.reader))
@@ -351,7 +361,7 @@ def describe_qk(traced, texts, layer, head, query, key):
     lines = ["", f"why head {layer}.{head} looks from {query} at {key} {texts[key]!r}: its score "
              f"is {why.score:+.2f} above the mean over other keys; the strongest pairs:"]
     for a, b, value in strongest_pairs(why, 6):
-        lines.append(f"{value:+8.3f}   {writer_name(*a)}  x  {writer_name(*b)}")
+        lines.append(f"{value:+8.3f}   {a.name()}  x  {b.name()}")
     return lines
 
 

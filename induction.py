@@ -44,7 +44,8 @@ from direct import direct_logits, token_directions, token_effects
 from model import span
 from sae import ablate, check_feature
 from sparse import active_entries
-from study import StudyConfig, begin, finish, held_out_rows, parse_feature, reported
+from study import (StudyConfig, begin, finish, held_out_rows, parse_feature, parse_heads,
+                   reported)
 
 LENGTHS = range(10)             # prefix lengths of the paired protocol
 SHORTEST_ROW = 2 * max(LENGTHS) + 3     # tokens: BOS, two of the longest prefix, key and query
@@ -241,13 +242,14 @@ def attention_and_logits(model, matrices, base, tokens, k, q):  # (b,T), (B,T), 
 
 
 def pick_heads(attention):                      # (n,lengths,layers,H) -> two of (layer, head)
-    """The short-prefix head attends most after 1 matching token. The long-prefix head is the one,
-    of the others, whose attention grows most from 1 token to 9."""
+    """The head that attends most after 1 matching token; and, of the others, the one whose
+    attention grows most from 1 token to 9. In GPT-2 Small they are to be a short-prefix and a
+    long-prefix head; in another model they need not."""
     mean = attention.mean(0)
-    short = argmax_head(mean[1])
+    first = argmax_head(mean[1])
     rise = mean[max(LENGTHS)] - mean[1]
-    rise[short] = -np.inf
-    return short, argmax_head(rise)
+    rise[first] = -np.inf
+    return first, argmax_head(rise)
 
 
 def argmax_head(scores):                                    # (layers,H) -> (layer, head)
@@ -467,7 +469,8 @@ def name_next(tokens, classes, entries, d_sae):             # (B,T) x 2 -> (d_sa
     """Each feature's X; -1 where no token of its entries came before.
 
     Each entry gives its activation to every token that followed an earlier copy of its own token,
-    once to each, however often it followed. X is the token that is given most.
+    once to each, however often it followed; special tokens, of class -1, are left out. X is the
+    token that is given most.
     """
     T = tokens.shape[1]
     owner, position = [], []            # of each token that followed: its entry, and where it is
@@ -480,6 +483,8 @@ def name_next(tokens, classes, entries, d_sae):             # (B,T) x 2 -> (d_sa
         owner.append(part[i])
         position.append(earlier + 1)
     owner, position = torch.cat(owner), torch.cat(position)
+    is_text = classes[entries.row[owner], position] >= 0    # and no special token
+    owner, position = owner[is_text], position[is_text]
     followed = tokens[entries.row[owner], position]
     # each pair (entry, token) once; as one number, since `unique` is slow on rows
     n_tokens = int(tokens.max()) + 1
@@ -716,6 +721,8 @@ class InductionConfig(StudyConfig):
     feature: str = field("", "the feature to draw, as layer.feature; empty: the first one found")
     n_sequences: int = field(400, "random sequences for each prefix length (the paper: 400)")
     n_examples: int = field(300, "places in real text where a token is replaced, per condition")
+    heads: str = field("", "heads whose attention is measured where a token is replaced, such as "
+                       "5.1,5.5; empty: the two that prefix lengths pick")
     n_rows: int = field(2048, "rows of real text")
 
 
@@ -729,13 +736,14 @@ def main():
     study = begin(config, "induction")
     if layer is not None:
         check_feature(study.saes, layer, feature)
+    heads = parse_heads(config.heads, study.model) if config.heads else None
     rows = held_out_rows(study, config.n_rows)
     token_class = fuzzy_classes(study.tokenizer).to(study.device)
 
     report_heads(study, compute_head_scores(study, rows, token_class))
 
     if study.n_ctx >= SHORTEST_ROW:
-        study_prefixes(study, rows, token_class)
+        study_prefixes(study, rows, token_class, heads)
     else:
         print(f"\nprefixes of {max(LENGTHS)} tokens take rows of {SHORTEST_ROW} tokens; this "
               f"model has {study.n_ctx}, so that they are left out")
@@ -757,14 +765,16 @@ def compute_head_scores(study, rows, token_class):          # -> {text: {score: 
     return scores
 
 
-def study_prefixes(study, rows, token_class):
-    """The heads by prefix length, and the intervention on the two that are picked."""
+def study_prefixes(study, rows, token_class, heads):
+    """The heads by prefix length, and the intervention on those named, or on the two that are
+    picked."""
     config = study.config
     progress = Progress(config.n_sequences, "sequences")
     curves = prefix_curves(study.model, study.tokenizer.bos, token_class, config.n_sequences,
                            config.seed, progress)
-    heads = pick_heads(curves.attention)
-    report_prefixes(study, curves, *heads)
+    picked = pick_heads(curves.attention)
+    report_prefixes(study, curves, *picked)
+    heads = heads or picked
     report_interventions(study, compute_interventions(study, rows, token_class, heads), heads)
 
 
@@ -849,7 +859,7 @@ def report_heads(study, scores):
     plot_heads(plain, study.folder / "heads.png")
 
 
-def report_prefixes(study, curves, short, long):
+def report_prefixes(study, curves, first, grows):
     """Attention by prefix length, for the two heads picked and the strongest others."""
     longest = max(LENGTHS)
     statistics = {}
@@ -857,7 +867,7 @@ def report_prefixes(study, curves, short, long):
         statistics[name], statistics[f"{name}_ci"] = mean_with_ci(values)
     rise, rise_ci = mean_with_ci(curves.attention[:, longest] - curves.attention[:, 1])
     result = {"n_sequences": study.config.n_sequences, "prefix_lengths": list(LENGTHS),
-              "short_head": f"{short[0]}.{short[1]}", "long_head": f"{long[0]}.{long[1]}",
+              "most_after_one": f"{first[0]}.{first[1]}", "grows_most": f"{grows[0]}.{grows[1]}",
               **statistics, "rise": rise, "rise_ci": rise_ci}
     write_json(study.folder / "prefix.json", result)
     plot_prefixes(result, study.folder / "prefix.png")
@@ -868,12 +878,12 @@ def report_prefixes(study, curves, short, long):
     print(f"\nattention to the token after the prefix, by prefix length; "
           f"{study.config.n_sequences} random sequences, the same for all lengths")
     print("head " + "".join(f"{length:6d}" for length in LENGTHS) + "   rise from 1 to 9")
-    roles = {short: "  short-prefix head", long: "  long-prefix head"}
-    for layer, h in dict.fromkeys([short, long, *others]):
+    picked = {first: "  most after one", grows: "  grows most"}
+    for layer, h in dict.fromkeys([first, grows, *others]):
         low, high = rise_ci
         print(f"{layer}.{h:<3}" + "".join(f"{a:6.2f}" for a in mean[:, layer, h])
               + "   " + format_ci(rise[layer][h], [low[layer][h], high[layer][h]], "+.2f")
-              + roles.get((layer, h), ""))
+              + picked.get((layer, h), ""))
     reported(study, "5.1 below 0.3 for short prefixes, over 0.7 for long ones; 5.5 already 0.7 for "
              "short")
 

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution import KINDS, decompose, qk, trace_prompt, writer_name
+from attribution import Place, qk, read_terms, trace_prompt
 from data.errors import UserError, run
 from data.figures import (plot_ablations, plot_circuit, plot_effects, plot_side_and_position,
                           plot_signal)
@@ -382,16 +382,15 @@ def writers_by_role(model, saes, transcoders, layer, feature, batch, rows_of, f,
         for row in rows.tolist():
             tokens = batch.tokens[row, :int(batch.pos["end"][row]) + 1]
             traced = trace_prompt(model, saes, tokens, transcoders)
-            terms = decompose(traced, layer, int(batch.pos[place][row]), feature)
-            c = traced.components
-            kind, written_in, position, j = (column.tolist() for column in
-                                             (c.kind, c.layer, c.position, c.feature))
-            for n, value in zip(terms.component.tolist(), terms.value.tolist()):
-                key = ("constant", "")
-                if n >= 0:
-                    key = (role_of_position(position[n], batch.pos, row),
-                           writer_name(KINDS[kind[n]], written_in[n], j[n]))
-                add(shares[order], key, value / total)
+            reader = Place("feature", layer, int(batch.pos[place][row]), feature)
+            terms = read_terms(traced, reader)
+            written, values = terms.over_heads()
+            for n, value in zip(written.tolist(), values.tolist()):
+                writer = traced.components.place(n)
+                role = role_of_position(writer.position, batch.pos, row)
+                add(shares[order], (role, writer.name()), value / total)
+            constants = float(terms.value[terms.component < 0].sum())
+            add(shares[order], ("constant", ""), constants / total)
     return shares
 
 
@@ -459,7 +458,7 @@ def why_io(model, saes, transcoders, layer, head, batch, n=24):
         score += why.score / n
         for a, values in zip(why.query, why.pairs.tolist()):
             for b, value in zip(why.key, values):
-                add(sums, (writer_name(*a), writer_name(*b)), value / n)
+                add(sums, (a.name(), b.name()), value / n)
     pairs = [(*pair, value) for pair, value in sums.items()]
     return score, sorted(pairs, key=lambda pair: -abs(pair[2]))
 
@@ -857,8 +856,8 @@ def report_circuit(ioi, result):
         "in logits, and no roles, since the two are not told apart"))
 
     print("direct logit attribution of IO and of S is less that of the mean name\n"
-          "head   directly to IO      to S   patched at the end: directly   in all   patched at S2   "
-          "looks at")
+          "head   directly to IO      to S   patched at the end: directly   in all   "
+          "patched at S2   looks at")
     effects = result["effects"]
     dla_io = result["circuit"].dla_io.mean(0)
     dla_s = result["circuit"].dla_s.mean(0)

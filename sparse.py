@@ -14,7 +14,7 @@ The candidates of a batch are a list, row by row: entry j is feature cols[j] of 
 the entries of input b begin at crow[b]. Values, decoder and gradients are float32.
 
 `sparse_step` takes features to be active as `SAE.activate` says, by a formula of its own for lists.
-If `SAE.activate` is changed, `knows_activation` notices, and train.py takes the dense step.
+If that, or the loss, is changed, train.py notices on the first batch, and takes the dense step.
 `encode_sparse` calls `SAE.activate`, and holds for every activation that keeps to its rules.
 
 Shapes: B batch, d_in, d_sae; nnz candidates.

@@ -112,6 +112,18 @@ def parse_feature(text):
     return int(layer), int(feature)
 
 
+def parse_heads(text, model):                               # "5.1,11.2" -> [(5, 1), (11, 2)]
+    """Heads by layer and number. Raises UserError for one that is not there."""
+    heads = []
+    for name in text.split(","):
+        layer, _, head = name.partition(".")
+        if not (layer.isdecimal() and head.isdecimal()) or int(layer) >= model.config.n_layers \
+                or int(head) >= model.config.n_heads:
+            raise UserError(f"--heads: this model has no head {name!r}; one is written 5.1.")
+        heads.append((int(layer), int(head)))
+    return heads
+
+
 def reported(study, text):
     """Print what others report, beside results of the same model and of no other."""
     if study.config.model in ("gpt2", PUBLISHED["gpt2"]):

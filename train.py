@@ -50,7 +50,8 @@ from data.figures import plot_training
 from data.files import (atomic, check_writable, claim, parse_json, run_folder, sole_writer,
                         write_json)
 from data.flags import field, parse_flags
-from data.machine import deferred_interrupt, keep_freed_memory, pick_device, pick_dtype
+from data.machine import (deferred_interrupt, float32_products, keep_freed_memory, pick_device,
+                          pick_dtype)
 from data.progress import Progress
 from data.sae_files import MLP, Z_CAT
 from data.stats import bootstrap, format_ci
@@ -60,7 +61,7 @@ from data.weights import digest
 from model import load_model
 from sae import (SAE, Transcoder, dense_step, load_saes, load_transcoders, normalise_decoder,
                  project_decoder_gradient, resample, splice, splice_mlp)
-from sparse import knows_activation, sparse_step
+from sparse import sparse_step
 
 # Reports call a feature dead if it fired on none of the last 1,000,000 training activations.
 # (Resampling asks something else: whether it fired at all since the last resampling.)
@@ -252,7 +253,8 @@ class Learner:
     last_fired: Tensor      # (d_sae,) training activations seen up to each feature's last firing
     l0: float               # active features per input in the last step: decides whether the next
                             # one is sparse, and so is saved too
-    use_sparse_step: bool = True
+    use_sparse_step: bool = False       # `choose_step` decides on the first batch
+    products: str = "highest"           # of the dense step: `float32_products`
     on_device: Tensor | None = None     # (3,) of the last step: mse, sparsity, active entries of f
     mse: float = math.nan               # on the host; `read_back` sets it, sparsity and l0
     sparsity: float = math.nan
@@ -282,7 +284,8 @@ def train_step(learner, site, step, config, team=Team()):
     sparse_or_dense_step = learner.step_function()
 
     # the gradients are derived by hand, without autograd: LossAndGradients in sae.py
-    result = sparse_or_dense_step(sae, z, learner.l1 * l1_scale, target)
+    with float32_products(learner.products):
+        result = sparse_or_dense_step(sae, z, learner.l1 * l1_scale, target)
     team.sum_step(result, len(z) / config.batch_size)   # in place: from shares to the whole batch
     project_decoder_gradient(sae, result.gradients["W_dec"])
     adam_step(learner, result.gradients, lr)
@@ -343,7 +346,6 @@ def run_steps(config, buffer, learners, first_step, folder, team):
     kind = "transcoder" if config.reads == MLP else "SAE"
     print(f"{len(learners)} x {kind} {buffer.widths[0]} -> {d_sae}, {config.n_activations:,} "
           f"activations", flush=True)
-    choose_sparse_step(learners, buffer.device)
     progress = Progress(config.n_activations, "tokens")
     log = TrainingLog(folder, config, first_step, team)
     started = time.monotonic()
@@ -351,6 +353,8 @@ def run_steps(config, buffer, learners, first_step, folder, team):
     with deferred_interrupt() as interrupted, keep_freed_memory():
         for step, batches in buffer.batches(first_step):
             for layer, learner in learners.items():
+                if step == first_step:
+                    choose_step(learner, layer, batches[layer])
                 train_step(learner, batches[layer], step, config, team)
             n_done = step + 1
             read_back(learners, n_done, config.batch_size)
@@ -447,15 +451,36 @@ def warn_of_runaways(learners, n_done, config):
                   f"another --out.", flush=True)
 
 
-def choose_sparse_step(learners, device):
-    """The sparse step is for the CPU, and has a formula of its own for `SAE.activate`. Where that
-    is another function now, fall back to the dense step, which assumes only that each entry of f is
-    that of pre, or 0. (What else `SAE.activate` asks is for sparse.py's encoding.)"""
-    for layer, learner in learners.items():
-        learner.use_sparse_step = device.type == "cpu" and knows_activation(learner.sae)
-        if not learner.use_sparse_step and device.type == "cpu":
-            print(f"layer {layer}: SAE.activate is another function than the sparse step knows; "
-                  f"taking the dense step, which is slower.", flush=True)
+def choose_step(learner, layer, site, n=256):
+    """Take a faster step where, on some inputs of the first batch, it gives what the dense step in
+    float32 gives: on the CPU the sparse step, on a GPU products in TF32.
+
+    So a change of `SAE.activate`, `SAE.encode` or `dense_step` is trained with, though sparse.py
+    knows nothing of it.
+    """
+    sae = learner.sae
+    z, target = learner.in_its_units(tuple(part[:n] for part in site))
+    exact = dense_step(sae, z, learner.l1, target)
+    if z.device.type != "cpu":
+        with float32_products("high"):
+            in_tf32 = dense_step(sae, z, learner.l1, target)
+        learner.products = "high" if agree(in_tf32, exact) else "highest"
+        return
+    learner.use_sparse_step = agree(sparse_step(sae, z, learner.l1, target), exact)
+    if not learner.use_sparse_step:
+        print(f"layer {layer}: the sparse step does not give what dense_step gives: is it of "
+              f"another activation, or another loss? Taking the dense step, which is slower.",
+              flush=True)
+
+
+def agree(result, exact, tolerance=0.01):                   # LossAndGradients x 2 -> bool
+    """Whether loss and gradients are the same but for rounding, and for a feature now and then that
+    rounding makes active."""
+    if result.gradients.keys() != exact.gradients.keys():
+        return False
+    pairs = [(result.mse, exact.mse), (result.sparsity, exact.sparsity)]
+    pairs += [(result.gradients[name], of_exact) for name, of_exact in exact.gradients.items()]
+    return all(bool((a - b).norm() <= tolerance * b.norm()) for a, b in pairs)
 
 
 # ---- activations ----

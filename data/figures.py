@@ -87,12 +87,12 @@ def plot_prefixes(result, path):
         mean = np.array(result[name])                       # (lengths,layers,H)
         low, high = np.array(result[f"{name}_ci"])
         ax.plot(lengths, mean.reshape(len(lengths), -1), color="#c8c8c8", linewidth=0.8)
-        for kind, colour in zip(("short", "long"), COLOURS):
-            layer, h = map(int, result[f"{kind}_head"].split("."))
+        for kind, colour in zip(("most_after_one", "grows_most"), COLOURS):
+            layer, h = map(int, result[kind].split("."))
             ax.fill_between(lengths, low[:, layer, h], high[:, layer, h], color=colour, alpha=0.25,
                             linewidth=0)
             ax.plot(lengths, mean[:, layer, h], "o-", color=colour, markersize=4,
-                    label=f"{layer}.{h}, {kind} prefix")
+                    label=f"{layer}.{h}, {kind.replace('_', ' ')}")
         ax.set(xlabel="tokens that match (prefix length)", ylabel=label)
     axes[0].set_ylim(0, 1)
     axes[0].legend()

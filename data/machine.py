@@ -44,6 +44,18 @@ def fast_bfloat16(device):
 
 
 @contextlib.contextmanager
+def float32_products(precision):
+    """A block in which float32 matrices are multiplied exactly ("highest"), or by TF32, which keeps
+    10 bits, where a GPU has it ("high")."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
 def keep_freed_memory():
     """A block, or a function that this decorates, in which freed tensors stay with the process.
 

@@ -179,13 +179,16 @@ def about_own(path):
         about = parse_json(header) if header else None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); make it again.") from error
+    if about is not None and not isinstance(about, dict):
+        raise UserError(f"{path}: its header is not what this project writes; make it again.")
+    if unknown := sorted((about or {}).keys() - set(ABOUT)):
+        raise UserError(f"{path}: its header says {unknown[0]}, which is not in data.sae_files.ABOUT "
+                        f"and would be lost; add it there, with what it means to SAE.load.")
     config = path.with_name("config.json")
     if about is None and config.is_file():
         about = read_json(config)
-    if about is None:
-        return {}
     if not isinstance(about, dict):
-        raise UserError(f"{path}: its header is not what this project writes; make it again.")
+        return {}
     return {name: about[name] for name in ABOUT if name in about}
 
 

@@ -91,6 +91,10 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:      # the package raises nothing narrower
             raise UserError(f"{path} is not a tokenizer ({error}); fetch it again.") from error
         self.encoding.encode_special_tokens = True              # "<bos>" in a text is ordinary text
+        if self.decode(self.encode(" a")) == "a":
+            raise UserError(f"{path} puts a space before a text, or takes it away, so that a word "
+                            f"alone is not the word in a sentence; such tokenizers are not "
+                            f"supported.")
         added = self.encoding.get_added_tokens_decoder()
         self.bos = bos
         self.special = {i for i, token in added.items() if token.special} | {bos}
@@ -148,8 +152,8 @@ def load_tokenizer(name_or_dir):
 
 def says_all(vocabulary, name_or_dir):
     """Whether vocab.json is all that there is to a model's tokenizer: not if a tokenizer.json
-    beside it adds tokens that text can give, or is there and vocab.json is of another kind than
-    GPT-2's.
+    beside it adds tokens that text can give, or cuts text in another way, or is there and
+    vocab.json is of another kind than GPT-2's.
 
     Raises UserError for added tokens that stand in added_tokens.json alone.
     """
@@ -163,8 +167,18 @@ def says_all(vocabulary, name_or_dir):
         read_vocabulary(vocabulary)
     except UserError:
         return False
-    added = read_json(path).get("added_tokens") or []
-    return all(isinstance(one, dict) and one.get("special") for one in added)
+    settings = read_json(path)
+    added = settings.get("added_tokens") or []
+    return splits_as_gpt2(settings) and all(isinstance(one, dict) and one.get("special")
+                                            for one in added)
+
+
+def splits_as_gpt2(settings):
+    """Whether a tokenizer.json cuts text into words as GPT-2 does, before it merges bytes. Others
+    have a regex of their own."""
+    cut = settings.get("pre_tokenizer")
+    return (isinstance(cut, dict) and cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+            and not cut.get("add_prefix_space", True))
 
 
 def download_gpt2():

@@ -80,8 +80,8 @@ COMMANDS = {
     "gemma-train": f"train.py {GEMMA} --d-sae 4096 --n-tokens 1024000 --n-eval-rows 64 --lr 3.4e-3",
     "gemma-train-17": f"train.py {GEMMA} --d-sae 4096 --n-tokens 1024000 --n-eval-rows 64 "
                       "--layers 17",
-    "gemma-mlp": f"train.py {GEMMA} --reads mlp --layers 3,11,12 --d-sae 8192,4096,4096 "
-                 "--l1 0.03,0.05,0.05 --n-tokens 1024000 --batch-size 1024 --n-eval-rows 64",
+    "gemma-mlp": f"train.py {GEMMA} --reads mlp --layers 3,11,12 --d-sae 4096 --l1 0.05 "
+                 "--n-tokens 409600 --batch-size 1024 --n-eval-rows 64",
     "gemma-features": f"features.py {GEMMA} --n-tokens 100000",
     "gemma-heads": f"heads.py {GEMMA} --n-tokens 100000",
     "gemma-induction": f"induction.py {GEMMA} --layers 5,11 --n-rows 1024",

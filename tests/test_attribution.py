@@ -133,7 +133,7 @@ def test_children_sum_to_the_pre_activation(traced):
     for layer in run.saes:
         pre = pre_activations(run, layer)
         for position, i in [*active_nodes(run, layer), (1, 0), (6, 5)]:
-            found = A.decompose(run, layer, position, i)
+            found = A.read_terms(run, A.Place("feature", layer, position, i))
             size = max(float(found.value.abs().max()), 1.0)
             assert abs(found.pre - float(pre[position, i])) < exact * size, \
                 f"{layer}.{i} at {position}"
@@ -143,7 +143,7 @@ def test_every_node_of_an_unpruned_tree_is_the_sum_of_its_children(traced):
     run, exact = traced
     layer = 1 if run.transcoders else min(2, max(run.saes))
     position, i = [node for node in active_nodes(run, layer) if node[0] <= 3][-1]
-    root = A.attribution_tree(run, layer, position, i, share=0, depth=10, breadth=None)
+    root = A.trace(run, A.Place("feature", layer, position, i), share=0, depth=10, breadth=None)
     seen = []
 
     def check(node):
@@ -155,7 +155,7 @@ def test_every_node_of_an_unpruned_tree_is_the_sum_of_its_children(traced):
             for child in node.children:
                 check(child)
         else:
-            assert node.feature < 0, "a feature was not taken apart"
+            assert node.place.feature < 0, "a feature was not taken apart"
 
     check(root)
     assert len(seen) > 20
@@ -165,15 +165,19 @@ def test_what_is_pruned_is_added_up(traced):
     run, exact = traced
     layer = max(run.saes)
     position, i = active_nodes(run, layer)[-1]
-    root = A.trace(run.model, run.saes, run.tokens, layer, position, i, share=0.05, depth=2,
-                   breadth=4, transcoders=run.transcoders)
+    root = A.trace(run, A.Place("feature", layer, position, i), share=0.05, depth=2, breadth=4)
     for node in [root, *(child for child in root.children if child.children)]:
         size = max(1.0, max(abs(child.value) for child in node.children))
         assert len(node.children) <= 4 and abs(node.children[-1].value) >= 0.05 * abs(root.value)
-        everything = A.decompose(run, node.layer, node.position, node.feature, node.kind).value
+        everything = A.read_terms(run, node.place).value
         assert node.n_pruned + len(node.children) == int((everything != 0).sum())
         total = sum(child.value for child in node.children) + node.pruned
         assert abs(total - node.value) < exact * size * 10
+        ends = A.expand(run, node._replace(children=()), A.read_terms(run, node.place), 0, 1, None)
+        errors = [child.value for child in ends.children
+                  if child.place.kind in ("error", "MLP error")
+                  or child.place.kind in ("attention", "MLP") and child.place.position > 0]
+        assert abs(sum(errors) - node.unexplained) < exact * size * 10
     grandchildren = [node for child in root.children for node in child.children]
     assert not any(node.children for node in grandchildren), \
         "depth 2"
@@ -209,9 +213,9 @@ def test_what_is_equal_at_all_keys_cancels_in_a_contrast(tiny):
     run = A.trace_prompt(tiny, {}, PROMPT)
     for layer in range(4):
         score, contrast = (A.qk(run, layer, 1, 5, 2, against) for against in (None, "others"))
-        column = score.key.index(("constant", -1, -1))
+        column = score.key.index(A.NOBODY)
         assert score.pairs[:, column].abs().max() > 0.01
-        assert contrast.pairs[:, contrast.key.index(("constant", -1, -1))].abs().max() < 1e-4
+        assert contrast.pairs[:, contrast.key.index(A.NOBODY)].abs().max() < 1e-4
 
 
 def test_layers_without_an_sae_and_bos_are_whole(folder):
@@ -220,7 +224,7 @@ def test_layers_without_an_sae_and_bos_are_whole(folder):
     layer = max(run.saes)
     position, i = active_nodes(run, layer)[0]
     pre = pre_activations(run, layer)
-    assert abs(A.decompose(run, layer, position, i).pre - float(pre[position, i])) < 1e-10
+    assert abs(A.read_terms(run, A.Place("feature", layer, position, i)).pre - float(pre[position, i])) < 1e-10
     whole = run.components.kind == A.ATTENTION
     assert ((run.components.layer == 0) | (run.components.position == 0))[whole].all()
     assert all((f[0] == 0).all() for f in run.f.values()), "SAEs do not see BOS"
@@ -261,12 +265,10 @@ def test_one_edge_is_what_the_node_loses_when_the_upstream_feature_is_not_writte
     for layer in range(1, model.config.n_layers):
         kept, sae = run.cache[layer], run.saes[layer]
         for position, i in active_nodes(run, layer)[-2:]:
-            found = A.decompose(run, layer, position, i)
-            reader = A.Reader("feature", layer, position, i)
+            found = A.read_terms(run, A.Place("feature", layer, position, i))
+            reader = A.Place("feature", layer, position, i)
             for part in A.upstream_features(run, reader)[0].tolist():
-                l, k, j = (int(column[part])
-                           for column in (run.components.layer, run.components.position,
-                                          run.components.feature))
+                _, l, k, j, _ = run.components.place(part)
                 z = (run.f[l][k, j] * run.saes[l].W_dec[j])[None]
                 scales = {name: one[:, k:k + 1] for name, one in run.cache[l].scales.items()}
                 written = write_out(model, l, z, scales) - write_out(model, l, 0 * z, scales)
@@ -311,18 +313,18 @@ def test_all_paths_through_a_feature_sum_to_its_effect_with_everything_else_froz
     position, i = [node for node in active_nodes(run, layer) if node[0] == 3][-1]
     given = {l: torch.zeros_like(f, requires_grad=True) for l, f in run.f.items()}
     root = frozen_root(run, layer, position, i, given)
-    assert abs(float(root.detach()) - A.decompose(run, layer, position, i).pre) < 1e-9
+    assert abs(float(root.detach()) - A.read_terms(run, A.Place("feature", layer, position, i)).pre) < 1e-9
     gradients = torch.autograd.grad(root, [given[l] for l in range(layer)])
     paths = {}
 
     def walk(node):
         for child in node.children:
-            if child.feature >= 0:
-                key = (child.layer, child.position, child.feature)
+            if child.place.feature >= 0:
+                key = (child.place.layer, child.place.position, child.place.feature)
                 paths[key] = paths.get(key, 0.0) + child.value
                 walk(child)
 
-    walk(A.attribution_tree(run, layer, position, i, share=0, depth=10, breadth=None))
+    walk(A.trace(run, A.Place("feature", layer, position, i), share=0, depth=10, breadth=None))
     assert len(paths) > 5
     for (l, k, j), total in paths.items():
         # linear: the gradient times what is removed
@@ -337,10 +339,9 @@ def test_removing_features_one_by_one_equals_editing_by_hand(folder):
     position, i = active_nodes(run, layer)[-1]
     rows = (run.components.kind == A.FEATURE) & (run.components.layer < layer)
     chosen = rows.nonzero()[:, 0][::3]
-    found = A.ablation_effects(run, chosen, A.Reader("feature", layer, position, i))
+    found = A.ablation_effects(run, chosen, A.Place("feature", layer, position, i))
     for n, part in enumerate(chosen.tolist()):
-        l, k, j = (int(column[part]) for column in (run.components.layer, run.components.position,
-                                                                  run.components.feature))
+        _, l, k, j, _ = run.components.place(part)
 
         def without(z):
             z = z.clone()
@@ -350,7 +351,7 @@ def test_removing_features_one_by_one_equals_editing_by_hand(folder):
         _, cache = model(PROMPT[None], edit_z={l: without}, keep=(layer,))
         sae = run.saes[layer]
         pre = (cache[layer].z_cat[0, position] - sae.b_dec) @ sae.W_enc[:, i] + sae.b_enc[i]
-        fell = A.decompose(run, layer, position, i).pre - float(pre)
+        fell = A.read_terms(run, A.Place("feature", layer, position, i)).pre - float(pre)
         assert abs(fell - float(found[n])) < 1e-10
 
 
@@ -417,22 +418,23 @@ def test_the_hand_wired_induction_circuit_is_found(induction):
         "DFA: head 1.1, from where the token 2 stands"
     assert D.head_weights(saes[1].W_dec, 2)[2].tolist() == [0.0, 1.0]
 
-    next_token = A.trace(model, saes, tokens, 1, 6, 2)
+    next_token = A.trace(run, A.Place("feature", 1, 6, 2))
     top = next_token.children[0]
-    assert (top.kind, top.position, top.head) == ("embedding", 2, 1), \
+    assert (top.place.kind, top.place.position, top.head) == ("embedding", 2, 1), \
         "what was copied is the token at 2"
 
-    what_was_before = A.trace(model, saes, tokens, 1, 6, V + 1)
+    what_was_before = A.trace(run, A.Place("feature", 1, 6, V + 1))
     top = what_was_before.children[0]
-    assert (top.kind, top.layer, top.position, top.feature, top.head) == ("feature", 0, 2, 1, 1), \
+    assert (top.place, top.head) == (A.Place("feature", 0, 2, 1), 1), \
         "the previous-token head's feature at the source"
     below = top.children[0]
-    assert (below.kind, below.position, below.head) == ("embedding", 1, 0), \
+    assert (below.place.kind, below.place.position, below.head) == ("embedding", 1, 0), \
         "which read the token at 1"
 
     why = A.qk(run, 1, 1, 6, 2, "others")
     a, b = divmod(int(why.pairs.argmax()), len(why.key))
-    assert why.query[a] == ("embedding", -1, -1) and why.key[b] == ("feature", 0, 1), \
+    assert why.query[a] == A.Place("embedding", -1, -1), "the token here is 1"
+    assert why.key[b] == A.Place("feature", 0, -1, 1), \
         "it looks at 2 as the token here is 1 and the feature there says that 1 came before"
     assert float(why.pairs[a, b]) > 0.5 * why.score
 
@@ -461,14 +463,14 @@ def test_a_feature_that_is_not_active_is_taken_apart_too(traced):
     run, exact = traced
     layer = max(run.saes)
     position, i = (run.f[layer][1:] == 0).nonzero()[0].tolist()
-    root = A.attribution_tree(run, layer, position + 1, i, share=0, depth=1, breadth=None)
+    root = A.trace(run, A.Place("feature", layer, position + 1, i), share=0, depth=1, breadth=None)
     total = sum(child.value for child in root.children)
     assert abs(total - root.value) < exact * max(1, abs(root.value))
     # now exactly at 0, or a rounding from it
     run.saes[layer].b_enc[i] -= root.value
-    root = A.attribution_tree(run, layer, position + 1, i)
+    root = A.trace(run, A.Place("feature", layer, position + 1, i))
     assert abs(root.value) < 1e-3
-    assert all(abs(x) < float("inf") for x in (root.error, root.mlp, root.pruned))
+    assert all(abs(x) < float("inf") for x in (root.unexplained, root.pruned))
 
 
 def test_a_model_of_another_type_than_its_saes_is_named(folder):
@@ -537,4 +539,4 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words)
 def test_a_layer_without_an_sae_is_named(tiny):
     saes = {0: S.SAE.load(ROOT / "data" / "tiny" / "L0")}
     with pytest.raises(UserError, match="layer 1 has no SAE; there are SAEs for layers 0"):
-        A.trace(tiny, saes, torch.arange(5), 1, 3, 0)
+        A.trace(A.trace_prompt(tiny, saes, torch.arange(5)), A.Place("feature", 1, 3, 0))

@@ -121,8 +121,8 @@ def folder(tmp_path_factory):
 def write_tokenizer(folder, texts):
     """A tokenizer.json with an added token and a special one, and the config.json beside it."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    made.decoder = tokenizers.decoders.Metaspace()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+    made.decoder = tokenizers.decoders.Metaspace(prepend_scheme="never")
     made.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=150, special_tokens=["<bos>", "<unk>"], show_progress=False))
     made.add_tokens(["<speaker>"])

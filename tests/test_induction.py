@@ -372,6 +372,8 @@ def test_a_feature_is_named_after_the_token_with_the_most_activation():
     # feature 0: after an earlier 1 came 4 (from both 1s: 2.0) and 5 (1.0); after an earlier 2 came
     # 6 (1.5)
     assert I.name_next(tokens, tokens, entries, 3).tolist() == [4, -1, -1]
+    special = torch.where(tokens == 4, -1, tokens)          # if 4 were BOS
+    assert I.name_next(tokens, special, entries, 3).tolist() == [6, -1, -1]
 
 
 # ---- the program ----
@@ -388,7 +390,7 @@ def test_the_program_writes_tables_json_and_figures(tmp_path):
     assert np.array(prefix["attention"]).shape == (10, 4, 4) and prefix["n_sequences"] == 6
     drawn = json.loads((folder / "features.json").read_text())["drawn"]
     assert (drawn["layer"], drawn["feature"]) == (3, 1187) and (folder / "feature.png").is_file()
-    assert "short-prefix head" in done.stdout
+    assert "most after one" in done.stdout and "grows most" in done.stdout
 
 
 def test_places_show_the_token_at_which_the_feature_is_active():
@@ -409,6 +411,7 @@ def test_places_show_the_token_at_which_the_feature_is_active():
 @pytest.mark.parametrize("flags, words", [
     (("--feature", "two"), "--feature is written layer.feature"),
     (("--feature", "9.1"), "layer 9 has no SAE"),
+    (("--heads", "3.2,9.1"), "this model has no head '9.1'"),
     (("--feature", "2.99999"), "features 0 to"),
     (("--n-sequences", "1"), "--n-sequences must be 2 or more"),
     (("--corpus", "no-such-file.txt"), "no-such-file.txt"),

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import attribution as A
+import direct as D
 import model as models
 import sae as S
 from data.errors import UserError
@@ -30,8 +31,8 @@ def readers(run):
     n_layers = run.model.config.n_layers
     attention = [i for position, i in active_nodes(run, layer) if position == last][0]
     mlp = [i for position, i in active_mlp(run, layer) if position == last][0]
-    return [A.Reader("feature", layer, last, attention), A.Reader("MLP feature", layer, last, mlp),
-            A.Reader("logit", n_layers, last, 7), A.Reader("logit", n_layers, last, 7, 4)]
+    return [A.Place("feature", layer, last, attention), A.Place("MLP feature", layer, last, mlp),
+            A.Place("logit", n_layers, last, 7), A.Place("logit", n_layers, last, 7, 4)]
 
 
 # ---- sums ----
@@ -68,21 +69,22 @@ def path_totals(node, found):
         if child.children:
             path_totals(child, found)
         else:
-            key = (child.kind, child.layer, child.position)
-            key = "constant" if child.kind == "constant" else key
+            place = child.place
+            key = (place.kind, place.layer, place.position)
+            key = "constant" if place == A.NOBODY else key
             found[key] = found.get(key, 0.0) + child.value
     return found
 
 
 def test_one_sweep_gives_what_the_whole_tree_gives(run):
     for reader in readers(run)[:2]:
-        tree = A.tree_of(run, reader, share=0, depth=20, breadth=None)
+        tree = A.trace(run, reader, share=0, depth=20, breadth=None)
         expected = path_totals(tree, {})
-        leaves = A.sweep(run, reader)
+        leaves = A.totals(run, reader)
         assert abs(sum(expected.values()) - tree.value) < 1e-9 * max(1, abs(tree.value))
         assert abs(float(leaves.constants.sum()) - expected.pop("constant")) < 1e-9
         found = {}
-        for n in leaves.is_leaf.nonzero()[:, 0].tolist():
+        for n in (~run.components.is_feature()).nonzero()[:, 0].tolist():
             key = (A.KINDS[run.components.kind[n]], int(run.components.layer[n]),
                    int(run.components.position[n]))
             found[key] = float(leaves.contribution[n])
@@ -92,11 +94,13 @@ def test_one_sweep_gives_what_the_whole_tree_gives(run):
 
 def test_leaves_sum_to_the_root(run):
     for reader in readers(run):
-        leaves = A.sweep(run, reader)
-        total = float(leaves.contribution[leaves.is_leaf].sum() + leaves.constants.sum())
+        leaves = A.totals(run, reader)
+        is_leaf = ~run.components.is_feature()
+        total = float(leaves.contribution[is_leaf].sum() + leaves.constants.sum())
         assert abs(total - A.read_terms(run, reader).pre) < 1e-9
-        kinds = {A.KINDS[kind] for kind in run.components.kind[leaves.unexplained].tolist()}
-        assert kinds == {"error", "MLP error"}, "all layers have SAEs and transcoders; BOS is known"
+        found = A.ends(run, reader)
+        assert abs(sum(net for net, size in found.values()) - total) < 1e-9
+        assert found["outputs not taken apart"] == (0, 0), "all layers have SAEs and transcoders"
 
 
 def test_what_is_not_explained_shrinks_when_mlps_are_taken_apart(run):
@@ -104,18 +108,18 @@ def test_what_is_not_explained_shrinks_when_mlps_are_taken_apart(run):
     without = A.trace_prompt(run.model, run.saes, run.tokens)
     reader = readers(run)[0]
     for traced in (run, without):
-        leaves = A.sweep(traced, reader)
+        leaves = A.totals(traced, reader)
         sizes = {}
-        for n in leaves.is_leaf.nonzero()[:, 0].tolist():
+        for n in (~traced.components.is_feature()).nonzero()[:, 0].tolist():
             size = float(leaves.contribution[n].abs())
             kind = A.KINDS[traced.components.kind[n]]
             is_bos = int(traced.components.position[n]) == 0
             says_nothing = "error" in kind or (kind in ("MLP", "attention") and not is_bos)
             sizes[says_nothing] = sizes.get(says_nothing, 0.0) + size
         everything = sum(sizes.values()) + float(leaves.constants.abs().sum())
-        found = A.unexplained(traced, reader)
-        assert found.share == pytest.approx(sizes[True] / everything)
-        assert found.of_root == pytest.approx(sizes[True] / abs(A.read_terms(traced, reader).pre))
+        found = A.ends(traced, reader)
+        assert A.unexplained(found) == pytest.approx(sizes[True] / everything)
+        assert sum(size for net, size in found.values()) == pytest.approx(everything)
 
 
 # ---- interventions ----
@@ -173,14 +177,14 @@ def test_all_paths_through_a_feature_are_its_gradient_with_everything_else_froze
 
         def walk(node):
             for child in node.children:
-                if child.kind in A.FEATURES:
-                    key = (child.kind, child.layer, child.position, child.feature)
+                if child.place.kind in A.FEATURES:
+                    key = child.place[:4]
                     paths[key] = paths.get(key, 0.0) + child.value
                     walk(child)
 
-        walk(A.tree_of(run, reader, share=0, depth=20, breadth=None))
+        walk(A.trace(run, reader, share=0, depth=20, breadth=None))
         assert {kind for kind, *_ in paths} == set(A.FEATURES) and len(paths) > 5
-        of_sweep = A.sweep(run, reader).contribution
+        of_sweep = A.totals(run, reader).contribution
         rows = {(A.KINDS[kind], l, k, j): n for n, (kind, l, k, j) in
                 enumerate(zip(*(column.tolist() for column in run.components[:4])))}
         for (kind, l, k, j), total in paths.items():
@@ -197,9 +201,7 @@ def test_removing_features_equals_editing_by_hand(run):
         upstream = upstream[:6]
         found = A.ablation_effects(run, upstream, reader)
         for n, row in enumerate(upstream.tolist()):
-            kind = A.KINDS[run.components.kind[row]]
-            l, k, j = (int(column[row]) for column in
-                       (run.components.layer, run.components.position, run.components.feature))
+            kind, l, k, j, _ = run.components.place(row)
             edit_z, edit_mlp = {}, {}
             if kind == "feature":
                 def without(z):
@@ -234,13 +236,13 @@ def test_removing_features_equals_editing_by_hand(run):
 
 def test_readers_that_are_not_there_are_named(run):
     with pytest.raises(UserError, match="layer 0 has no transcoder; .* for layers none"):
-        A.trace(run.model, run.saes, run.tokens, 0, 2, 0, kind="MLP feature")
+        A.trace(run._replace(transcoders={}), A.Place("MLP feature", 0, 2, 0))
     with pytest.raises(UserError, match="feature 5 .* this transcoder has features 0 to 4"):
-        A.attribution_tree(run, 1, 2, 5, kind="MLP feature")
+        A.trace(run, A.Place("MLP feature", 1, 2, 5))
     with pytest.raises(UserError, match="less itself"):
-        A.logit_tree(run, 2, 3, 3)
+        A.trace(run, A.Place("logit", 2, 2, 3, 3))
     with pytest.raises(UserError, match="token 999"):
-        A.logit_tree(run, 2, 999)
+        A.trace(run, A.Place("logit", 2, 2, 999))
 
 
 # ---- a circuit whose answer is known ----
@@ -295,20 +297,22 @@ def test_the_hand_wired_circuit_through_an_mlp_is_found(bigram):
     assert int(model(tokens[None])[0][0, -1].argmax()) == 7, "it does what it was wired for"
     run = A.trace_prompt(model, saes, tokens, transcoders)
     assert run.f_mlp[0][3].gt(0).tolist() == [True, False]
-    tree = A.logit_tree(run, 3, 7, against=8)
+    reader = A.Place("logit", 1, 3, 7, against=8)
+    tree = A.trace(run, reader)
     top = tree.children[0]
-    assert (top.kind, top.layer, top.position, top.feature) == ("MLP feature", 0, 3, 0)
+    assert top.place == A.Place("MLP feature", 0, 3, 0)
     assert top.value > 0.8 * tree.value
-    below = {(child.kind, child.position, child.feature) for child in top.children[:3]}
-    assert below >= {("embedding", 3, -1), ("feature", 3, 3)}, "the token, and what came before it"
-    came_before = next(child for child in top.children if child.kind == "feature")
+    below = {child.place for child in top.children[:3]}
+    assert below >= {A.Place("embedding", -1, 3), A.Place("feature", 0, 3, 3)}, \
+        "the token, and what came before it"
+    came_before = next(child for child in top.children if child.place.kind == "feature")
     source = came_before.children[0]
-    assert (source.kind, source.position, source.head) == ("embedding", 2, 0)
+    assert (source.place, source.head) == (A.Place("embedding", -1, 2), 0)
     whole = A.trace_prompt(model, saes, tokens)
-    assert A.logit_tree(whole, 3, 7, against=8).children[0].kind == "MLP"
-    reader = A.Reader("logit", 1, 3, 7, 8)
-    assert A.unexplained(run, reader).share < 0.1
-    assert A.unexplained(whole, reader).share > 2 * A.unexplained(run, reader).share
+    assert A.trace(whole, reader).children[0].place.kind == "MLP"
+    share = A.unexplained(A.ends(run, reader))
+    assert share < 0.1
+    assert A.unexplained(A.ends(whole, reader)) > 2 * share
     upstream, _ = A.upstream_features(run, reader)
     fall = A.ablation_effects(run, upstream[:1], reader)
     assert float(fall) > 0.9 * tree.value, "without it, nothing is left of the difference"
@@ -320,7 +324,7 @@ def test_the_strongest_path_takes_the_largest_step_each_time(run):
     layer = run.model.config.n_layers - 1
     last = len(run.tokens) - 1
     feature = int(run.f[layer][last].argmax())
-    for root in (A.Reader("feature", layer, last, feature), A.Reader("logit", layer + 1, last, 3)):
+    for root in (A.Place("feature", layer, last, feature), A.Place("logit", layer + 1, last, 3)):
         path = A.strongest_path(run, root)
         reader = root
         for step in path:
@@ -329,33 +333,39 @@ def test_the_strongest_path_takes_the_largest_step_each_time(run):
             by_row = {}
             for head, row, value in zip(terms.head.tolist(), terms.component.tolist(),
                                         terms.value.tolist()):
-                kind = A.KINDS[int(components.kind[row])]
-                if row >= 0 and kind in (*A.FEATURES, "embedding"):
+                if row >= 0:
                     by_row.setdefault(row, {})[head] = value
-            totals = {row: sum(heads.values()) for row, heads in by_row.items()}
+            total = {row: sum(heads.values()) for row, heads in by_row.items()}
             assert step.pre == pytest.approx(float(terms.value.sum()), abs=1e-10)
-            assert step.row == max(totals, key=totals.get)
-            assert step.value == pytest.approx(totals[step.row], abs=1e-10)
-            heads = by_row[step.row]
-            assert step.head == max(heads, key=heads.get)
-            reader = A.reader_of(components, step.row)
-        assert not path or reader.kind in (*A.FEATURES, "embedding")
-        if reader.kind in A.FEATURES:
-            rows, values = A.over_heads(A.read_terms(run, reader))
-            named = components.is_feature()[rows] | (components.kind[rows] == A.EMBEDDING)
-            assert (values[named] <= 0).all(), "it ended where nothing more contributes"
+            assert step.row == max(total, key=total.get)
+            assert step.value == pytest.approx(total[step.row], abs=1e-10)
+            assert step.value > 0
+            heads = {head: value for head, value in by_row[step.row].items() if head >= 0}
+            assert step.by_head == heads
+            sizes = [abs(value) for value in step.by_head.values()]
+            assert sizes == sorted(sizes, reverse=True)
+            reader = components.place(step.row)
+        if path and reader.kind in A.FEATURES:
+            _, values = A.read_terms(run, reader).over_heads()
+            assert (values <= 0).all(), "it ended where nothing more contributes"
 
 
 def test_the_path_of_the_hand_wired_circuit(bigram):
     """From the logit to the neuron that was wired for it, and to a token that it reads."""
     model, saes, transcoders = bigram
     run = A.trace_prompt(model, saes, torch.tensor([0, 9, 3, 4]), transcoders)
-    path = A.strongest_path(run, A.Reader("logit", 1, 3, 7, 8))
-    read = [A.reader_of(run.components, step.row) for step in path]
-    assert (read[0].kind, read[0].feature, read[0].position) == ("MLP feature", 0, 3)
+    reader = A.Place("logit", 1, 3, 7, 8)
+    read = [run.components.place(step.row) for step in A.strongest_path(run, reader)]
+    assert read[0] == A.Place("MLP feature", 0, 3, 0)
     assert read[-1].kind == "embedding"
-    # without transcoders nothing but tokens has a name there
+    # without transcoders it ends at the MLP, which is not taken apart
     run = A.trace_prompt(model, saes, torch.tensor([0, 9, 3, 4]))
-    names = [A.reader_of(run.components, step.row).kind
-             for step in A.strongest_path(run, A.Reader("logit", 1, 3, 7, 8))]
-    assert "MLP feature" not in names
+    read = [run.components.place(step.row) for step in A.strongest_path(run, reader)]
+    assert read == [A.Place("MLP", 0, 3)]
+
+
+def test_the_bias_of_a_transcoder_feature_is_its_own(run):
+    """b_dec is no part of what a transcoder reads: at an input of 0 the pre-activation is b_enc."""
+    for layer, transcoder in run.transcoders.items():
+        at_zero = transcoder.pre_activations(torch.zeros(1, transcoder.d_in, dtype=torch.float64))
+        torch.testing.assert_close(D.feature_bias(transcoder), at_zero[0])

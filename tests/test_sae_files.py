@@ -276,6 +276,15 @@ def test_the_saes_that_ship_say_what_they_are_of(tiny, capsys):
     assert capsys.readouterr().out == "", "nothing to doubt"
 
 
+def test_what_a_header_says_is_known_or_refused(tmp_path):
+    """Else an SAE of another activation would come back as a ReLU."""
+    sae = S.SAE(8, 12)
+    sae.about["activation"] = "soft"
+    sae.save(tmp_path / "sae.safetensors")
+    with pytest.raises(UserError, match="its header says activation"):
+        S.SAE.load(tmp_path / "sae.safetensors")
+
+
 def test_a_file_that_is_copied_still_says_it(of_tiny, tiny, capsys):
     assert S.load_saes(of_tiny, tiny)[2].about["weights"] == digest(tiny)
     (of_tiny / "L2" / "config.json").write_text('{"layer": 1}')

@@ -127,8 +127,8 @@ def gemma_folder(tmp_path):
     tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    made.decoder = tokenizers.decoders.Metaspace()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+    made.decoder = tokenizers.decoders.Metaspace(prepend_scheme="never")
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special)
     made.train_from_iterator(DOCUMENTS, trainer)
@@ -190,6 +190,40 @@ def test_special_tokens_first_are_read_from_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="vocab.json is not a GPT-2 vocabulary"):
         data.load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_in_gpt2s_order_with_another_regex_is_read_from_tokenizer_json(tmp_path):
+    """As Qwen's and others': digits one by one. Its vocab.json alone would be read with GPT-2's
+    regex."""
+    tokenizers = pytest.importorskip("tokenizers")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 4095}))
+    theirs = tokenizers.ByteLevelBPETokenizer(str(tmp_path / "vocab.json"),
+                                              str(tmp_path / "merges.txt"))
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    assert type(data.load_tokenizer(tmp_path)) is tokens.Tokenizer, "GPT-2's own"
+    cut = tokenizers.pre_tokenizers
+    theirs.pre_tokenizer = cut.Sequence([cut.Digits(individual_digits=True),
+                                         cut.ByteLevel(add_prefix_space=False)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    text = "in 1024 tokens"
+    found = data.load_tokenizer(tmp_path).encode(text)
+    assert found == theirs.encode(text).ids
+    (tmp_path / "tokenizer.json").unlink()
+    assert found != data.load_tokenizer(tmp_path).encode(text), "this text should tell them apart"
+
+
+def test_a_tokenizer_that_puts_a_space_before_a_text_is_refused(gemma_folder):
+    """As Llama's: " Mary" alone would be other tokens than " Mary" in a sentence."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = str(gemma_folder / "tokenizer.json")
+    made = tokenizers.Tokenizer.from_file(path)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.save(path)
+    with pytest.raises(UserError, match="puts a space before a text"):
+        data.load_tokenizer(gemma_folder)
 
 
 def test_added_tokens_of_a_gpt2_are_not_lost(tmp_path):

@@ -51,8 +51,8 @@ def by_loop(sae, z):                                        # (d_in,) -> {featur
 def test_training_says_that_it_took_the_dense_step(trained):
     _, printed, _ = trained
     for layer in (1, 2):
-        assert f"layer {layer}: SAE.activate is another function" in printed
-    assert printed.count("taking the dense step") == 2
+        assert f"layer {layer}: the sparse step does not give what dense_step gives" in printed
+    assert printed.count("Taking the dense step") == 2
 
 
 def test_it_trains_topk_and_not_relu(trained, tiny):

@@ -389,6 +389,42 @@ def test_train_runs_in_a_thread(finished, tmp_path):
         assert (tmp_path / "tiny" / file).read_bytes() == (finished[0] / file).read_bytes()
 
 
+def test_a_change_of_the_loss_in_dense_step_is_what_trains(tmp_path, monkeypatch, capsys):
+    """sparse.py knows nothing of it, and is not asked."""
+    calls = []
+
+    def with_weight_decay(sae, z, l1, target):
+        calls.append(len(z))
+        result = S.dense_step(sae, z, l1, target)
+        result.gradients["W_enc"] += 0.5 * sae.W_enc
+        return result
+
+    monkeypatch.setattr(T, "dense_step", with_weight_decay)
+    run_short(tmp_path, layers=(0,))
+    assert "layer 0: the sparse step does not give what dense_step gives" in capsys.readouterr().out
+    assert calls.count(256) == 1 + 46, "once to compare, then at every step"
+
+
+def test_on_a_gpu_products_are_in_tf32_where_that_agrees():
+    """No GPU here: a device that says it is one, and steps that are off by as much as they say."""
+    z = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+
+    def chosen(error_in_tf32):
+        def step(sae, z, l1, target):
+            off = error_in_tf32 if torch.get_float32_matmul_precision() == "high" else 0.0
+            one = torch.ones(())
+            return S.LossAndGradients(one, one, None, {"W_enc": torch.full((3, 4), 2 + 2 * off)})
+
+        learner = SimpleNamespace(sae=None, l1=0.1, in_its_units=lambda site: (z, z))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(T, "dense_step", step)
+            T.choose_step(learner, 0, ())
+        assert torch.get_float32_matmul_precision() == "highest", "put back"
+        return learner.products
+
+    assert chosen(0.001) == "high" and chosen(0.1) == "highest" and chosen(math.nan) == "highest"
+
+
 def test_training_curves_of_the_sparse_and_the_dense_step_overlay(tmp_path, monkeypatch):
     """The same run by one step throughout; both count what resampling needs. Nothing is resampled:
     a draw turns the last bit of an error into another feature."""

@@ -627,7 +627,7 @@ def test_11_one_step_of_recursive_attribution():
 def check_decomposition(run, layer, q, i):
     saes = run.saes
     kept, m, sae = run.cache[layer], run.matrices[layer], saes[layer]
-    found = attribution.decompose(run, layer, q, i)
+    found = attribution.read_terms(run, attribution.Place("feature", layer, q, i))
     got = {(int(h), int(p)): float(value)
            for h, p, value in zip(found.head, found.component, found.value)}
     assert isinstance(found.pre, float), "pre is a float"

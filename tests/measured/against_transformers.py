@@ -33,6 +33,7 @@ from data.prompts import draw_prompts, names_of_one_token, other_giver, tokenise
 from data.stories import HELD_OUT_NAMES  # noqa: E402
 from data.tokens import fuzzy_classes, set_n_tokens  # noqa: E402
 from model import load_model  # noqa: E402
+from study import parse_heads  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -178,18 +179,6 @@ def compare_patches(ours, theirs, tokenizer, heads, n, seed):       # -> [[head,
 
 
 # ---- the program ----
-
-
-def parse_heads(text, model):                               # "5.1,11.2" -> [(5, 1), (11, 2)]
-    """Heads by layer and number. Raises UserError for one that is not there."""
-    heads = []
-    for name in text.split(","):
-        layer, _, head = name.partition(".")
-        if not (layer.isdecimal() and head.isdecimal()) or int(layer) >= model.config.n_layers \
-                or int(head) >= model.config.n_heads:
-            raise UserError(f"--heads: this model has no head {name!r}; one is written 5.1.")
-        heads.append((int(layer), int(head)))
-    return heads
 
 
 def main():

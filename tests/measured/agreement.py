@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from attribution import (FEATURE, Reader, ablation_effects, sweep, trace_prompt,  # noqa: E402
+from attribution import (FEATURE, Place, ablation_effects, totals, trace_prompt,  # noqa: E402
                          upstream_features)
 from data.errors import UserError, run  # noqa: E402
 from data.files import write_json  # noqa: E402
@@ -98,7 +98,7 @@ def ablation_agreement(model, saes, transcoders, rows, n_roots=100, n_strong=10,
         if not len(active):
             continue
         root = int(active[rng.integers(len(active))])
-        reader = Reader("feature", layer, position, root)
+        reader = Place("feature", layer, position, root)
         upstream, in_one_step = upstream_features(traced, reader)
         if len(upstream) < n_strong + n_random:
             continue
@@ -107,7 +107,7 @@ def ablation_agreement(model, saes, transcoders, rows, n_roots=100, n_strong=10,
         removed = upstream[chosen]
         fall = ablation_effects(traced, removed, reader)
         attributed = {"one step": in_one_step[chosen],
-                      "all paths through attention": sweep(traced, reader).contribution[removed]}
+                      "all paths through attention": totals(traced, reader).contribution[removed]}
         if transcoders:
             attributed["all paths, through MLPs too"] = through_mlps(
                 traced, transcoders, reader, removed)
@@ -126,7 +126,7 @@ def through_mlps(traced, transcoders, reader, removed):     # (n,) -> (n,)
     """What is attributed to attention features over all paths, when MLPs are taken apart as well.
     removed: rows of traced.components, which has the same attention features in the same order."""
     whole = trace_prompt(traced.model, traced.saes, traced.tokens, transcoders)
-    contribution = sweep(whole, reader).contribution[whole.components.kind == FEATURE]
+    contribution = totals(whole, reader).contribution[whole.components.kind == FEATURE]
     rank = (traced.components.kind == FEATURE).cumsum(0) - 1
     return contribution[rank[removed]]
 
