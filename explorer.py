@@ -345,8 +345,10 @@ def describe_path(traced, texts, path, n_heads=2):
     for step in path:
         writer = traced.components.place(step.row)
         line = f"{name_at(writer, texts)}: {step.value:+.4f} of {step.pre:.4f}"
-        for head, value in list(step.by_head.items())[:n_heads]:
-            line += f", {value:+.2f} of it through head {step.reader.layer}.{head}"
+        heads = [f"{step.reader.layer}.{head} {value:+.2f}"
+                 for head, value in list(step.by_head.items())[:n_heads]]
+        if heads:
+            line += f" (heads {', '.join(heads)})"
         if writer.kind in FEATURES:
             row = traced.tokens.new_tensor([step.row])
             drop = float(ablation_effects(traced, row, step.reader))

@@ -184,9 +184,13 @@ class Within(NamedTuple):
 class Transformer(nn.Module):
     """A stack of blocks with the seam at z_cat.
 
-    A subclass has `blocks`, and says how the residual stream begins (`embed_parts`) and ends
-    (`unembed`, `final_scale`, `logit_directions`). `head_matrices` and `rotate` take its attention
-    apart for attribution.py.
+    A subclass has `blocks`, each with `heads` (attention up to z_cat) and `after_heads` (the rest
+    of the layer, and the scales by which its norms divide), and says how the residual stream begins
+    (`embed_parts`, whose names are kinds in attribution.py) and ends (`unembed`, `final_scale`,
+    `logit_directions`, `logit_constants`). For attribution.py it takes itself apart:
+    `head_matrices`, `rotate` and `mlp_directions`, with the norm's gain in them. Its config has
+    n_layers, n_heads, n_kv_heads, d_head, d_model, n_ctx, d_vocab and score_scale, and `windows`
+    where some layers see only so far.
     """
 
     def __init__(self, config):

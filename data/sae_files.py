@@ -182,8 +182,9 @@ def about_own(path):
     if about is not None and not isinstance(about, dict):
         raise UserError(f"{path}: its header is not what this project writes; make it again.")
     if unknown := sorted((about or {}).keys() - set(ABOUT)):
-        raise UserError(f"{path}: its header says {unknown[0]}, which is not in data.sae_files.ABOUT "
-                        f"and would be lost; add it there, with what it means to SAE.load.")
+        raise UserError(f"{path}: its header says {unknown[0]}, which is not in "
+                        f"data.sae_files.ABOUT and would be lost; add it there, and its meaning "
+                        f"to SAE.load.")
     config = path.with_name("config.json")
     if about is None and config.is_file():
         about = read_json(config)

@@ -12,10 +12,11 @@ docs/outputs/<name>.txt, under the time and the memory it took. docs/sources.jso
 numbers of a page come from:
 
     blocks      for each ```text block of a page, in order, an output and lines of it:
-                '"ABBA" +2; "head "' is the line that starts with ABBA and the two after it, "..."
-                and so on
+                '"ABBA" +2; "head" to "roles"; "end"' is the line that starts with ABBA and the two
+                after it, "...", those from head to roles, "..." and the line end
     sections    for each heading, outputs in which the numbers of its text have to stand, rounded
-                as they may be; and settings, numbers that nothing measured
+                as they may be, with their sign where one is written; rows of a table may have
+                outputs of their own, by how they begin; and settings, numbers that nothing measured
 
 Numbers in `code` and whole numbers up to twelve are not looked at, nor are sections without an
 entry.
@@ -162,19 +163,24 @@ def copy_pictures(name):
 
 
 def excerpt(name, ranges):
-    """Lines of an output: '"text" +n; ...' -> each line that starts with the text, and n more."""
+    """Lines of an output: '"text" +n; ...' -> each line that starts with the text, and n more, or
+    those up to the line that starts with another text: '"text" to "other"; ...'."""
     lines = output(name)
     shown = []
     last = -1
-    for start, more in re.findall(r'"(.*?)"(?: \+(\d+))?', ranges):
-        after = range(last + 1, len(lines))
-        first = next((i for i in after if lines[i].startswith(start)), None)
-        if first is None:
-            raise UserError(f"no line of docs/outputs/{name}.txt, after those before, starts with "
-                            f"{start!r}, which a page asks for.")
+
+    def find(start, after):
+        for i in range(after, len(lines)):
+            if lines[i].startswith(start):
+                return i
+        raise UserError(f"no line of docs/outputs/{name}.txt, after those before, starts with "
+                        f"{start!r}, which a page asks for.")
+
+    for start, more, end in re.findall(r'"(.*?)"(?: \+(\d+)| to "(.*?)")?', ranges):
+        first = find(start, last + 1)
         if shown and first > last + 1:
             shown.append("...")
-        last = min(first + int(more or 0), len(lines) - 1)
+        last = find(end, first) if end else min(first + int(more or 0), len(lines) - 1)
         shown += lines[first:last + 1]
     return "\n".join(shown)
 
@@ -198,18 +204,28 @@ def filled(page, blocks):
 
 
 def unsupported(page, sections):
-    """(line, number) for every number that is in no output named for its section."""
+    """(line, number) for every number that is in no output named for its section, and for every
+    setting that the section does not need."""
     found = []
     for section in re.split(r"(?m)^(?=## )", page):
         title = re.match(r"## (.*)", section)
         source = sections.get(title[1] if title else "")
         if source is None:
             continue
-        known = {number for name in source["outputs"] for number in numbers_of(name)}
+        needed = set()
         for line in NOT_PROSE.sub("", section).splitlines():
+            own = [names for start, names in source.get("rows", {}).items()
+                   if line.startswith(f"| {start}")]
+            known = {number for name in (own[0] if own else source["outputs"])
+                     for number in numbers_of(name)}
             for number in NUMBER.findall(line):
-                if not stands(number, known) and number.strip("+") not in source["settings"]:
+                if stands(number, known):
+                    continue
+                needed.add(number.strip("+"))
+                if number.strip("+") not in source["settings"]:
                     found.append((line.strip(), number))
+        found += [(f"{title[1] if title else 'the top'}: a setting that nothing needs", setting)
+                  for setting in source["settings"] if setting not in needed]
     return found
 
 
@@ -234,8 +250,8 @@ def leaves(value):
 
 
 def parsed(number):
-    """"-12.5%" -> 0.125 and a step of its last digit, 0.001."""
-    text = number.lstrip("+-").replace(",", "").rstrip("%")
+    """"-12.5%" -> -0.125 and a step of its last digit, 0.001."""
+    text = number.replace(",", "").rstrip("%")
     decimals = text.partition(".")[2]
     if "." in decimals:                                                 # 2.13.0 is no number
         return 0.0, 0.0
@@ -244,14 +260,15 @@ def parsed(number):
 
 
 def stands(number, known):
-    """Whether some known number, rounded to as many digits, is this one; signs are the prose's
-    affair."""
+    """Whether some known number, rounded to as many digits, is this one. Without a sign it may be
+    of either: "falls by 3.4"."""
     value, step = parsed(number)
-    if step == 0 or (step == 1 and value <= 12):
+    if step == 0 or (step == 1 and abs(value) <= 12):
         return True
+    has_sign = number[0] in "+-"
     written = "%" if number.endswith("%") else ""
-    return any(abs(abs(other) - value) <= 0.5001 * step for other, how in known
-               if how in (written, "any"))
+    return any(abs((other if has_sign else abs(other)) - value) <= 0.5001 * step
+               for other, how in known if how in (written, "any"))
 
 
 # ---- pages of code ----
@@ -289,6 +306,26 @@ def main():
     stale = [path for path in PAGES if not update(path, write=not is_check)]
     if is_check and stale:
         raise UserError("the pages are not what the outputs say; run python -m docs.results.")
+    if is_check:
+        check_outputs()
+
+
+def check_outputs():
+    """Raise UserError unless every command has its output, of that very command, and a page that
+    uses it."""
+    stored = {path.stem for path in OUTPUTS.glob("*.txt")}
+    used = set()
+    for source in read_json(SOURCES).values():
+        for section in source["sections"].values():
+            used |= set(section["outputs"]).union(*section.get("rows", {}).values())
+    for name in stored - COMMANDS.keys():
+        raise UserError(f"docs/outputs/{name}.txt is of no command in docs/results.py; remove it.")
+    for name, command in COMMANDS.items():
+        if output(name)[0] != f"python {command}":
+            raise UserError(f"docs/outputs/{name}.txt is of another command; run "
+                            f"python -m docs.results {name}.")
+        if name not in used:
+            raise UserError(f"no page uses docs/outputs/{name}.txt.")
 
 
 def run_one(name):

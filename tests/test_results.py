@@ -28,14 +28,15 @@ def test_pages_are_what_the_outputs_say(path):
     assert "<!--" not in page, "a page carries no bookkeeping"
 
 
-def test_every_command_has_its_output_and_every_output_is_used():
-    named = {name for source in SOURCES.values() for section in source["sections"].values()
-             for name in section["outputs"]}
-    assert {path.stem for path in results.OUTPUTS.glob("*.txt")} == set(results.COMMANDS)
-    assert set(results.COMMANDS) <= named
-    for name in results.COMMANDS:
-        assert results.output(name)[0] == f"python {results.COMMANDS[name]}", \
-            f"{name}: another command's"
+def test_every_command_has_its_output_and_every_output_is_used(monkeypatch):
+    results.check_outputs()
+    monkeypatch.setitem(results.COMMANDS, "ioi", "ioi.py --other")
+    with pytest.raises(UserError, match="ioi.txt is of another command"):
+        results.check_outputs()
+    monkeypatch.setitem(results.COMMANDS, "ioi2", "ioi.py")
+    monkeypatch.delitem(results.COMMANDS, "ioi")
+    with pytest.raises(UserError, match="ioi.txt is of no command"):
+        results.check_outputs()
 
 
 def test_a_number_that_drifted_is_noticed():
@@ -54,17 +55,21 @@ def test_a_number_that_drifted_is_noticed():
 
 def test_numbers_stand_for_what_they_round():
     known = {(0.8476, "%"), (3.14159, ""), (1234.0, ""), (0.0305, "any")}
-    for number in ("85%", "84.8%", "-84.8%", "3.14", "+3.1", "1,234", "3.1%", "0.031", "7",
+    for number in ("85%", "84.8%", "+84.8%", "3.14", "+3.1", "1,234", "3.1%", "0.031", "7",
                    "2.13.0"):
         assert results.stands(number, known), number
-    for number in ("84.9%", "3.15", "1,235", "0.9", "17", "0.848", "314%"):
+    for number in ("84.9%", "3.15", "1,235", "0.9", "17", "0.848", "314%", "-84.8%", "-3.14"):
         assert not results.stands(number, known), number
+    assert results.stands("3.1", {(-3.14, "")}), "falls by 3.1"
 
 
 def test_excerpts_are_lines_in_order(monkeypatch):
     monkeypatch.setattr(results, "output", lambda name: ["a 1", "b 2", "c 3", "d 4", "b 5"])
     assert results.excerpt("x", '"a"; "c" +1') == "a 1\n...\nc 3\nd 4"
     assert results.excerpt("x", '"a" +1; "b"') == "a 1\nb 2\n...\nb 5"
+    assert results.excerpt("x", '"b" to "d"') == "b 2\nc 3\nd 4"
+    with pytest.raises(UserError, match="starts with 'e'"):
+        results.excerpt("x", '"a" to "e"')
     with pytest.raises(UserError, match="starts with 'e'"):
         results.excerpt("x", '"e"')
 

@@ -2,18 +2,20 @@
 those above it deleted."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import test_small
 from conftest import ROOT
 
 GROUND = sorted(ROOT.glob("data/**/*.py"))
 RESULTS = ROOT / "docs" / "results.py"      # a student's copy lacks it, and has files of its own
 # may use what is above; nobody imports it
 PROGRAM = ROOT / "data" / "tiny" / "make.py"
-STUDIES = {"train", "features", "heads", "induction", "ioi"}
 OPTIONAL = {"tokenizers", "huggingface_hub"}
 RUNTIME = {"torch", "numpy", "tiktoken", "safetensors", "matplotlib"}
 
@@ -27,6 +29,7 @@ ALLOWED = {
     "induction": {"direct", "model", "sae", "sparse", "study"},
     "ioi": {"attribution", "direct", "model", "sae", "study"}}
 TOP = sorted(path.stem for path in ROOT.glob("*.py") if path.stem in ALLOWED or RESULTS.is_file())
+PROGRAMS = [name for name in TOP if "\ndef main():" in (ROOT / f"{name}.py").read_text("utf8")]
 SOURCES = [*(ROOT / f"{name}.py" for name in TOP), *GROUND]
 
 
@@ -44,6 +47,8 @@ def imported(path):
 
 def test_the_top_level_is_the_files_that_the_readme_names():
     assert set(TOP) == set(ALLOWED)
+    page = (ROOT / "README.md").read_text(encoding="utf8")
+    assert set(re.findall(r"(?m)^(\w+)\.py  ", page)) == set(TOP) or not RESULTS.is_file()
 
 
 @pytest.mark.parametrize("name", TOP)
@@ -72,7 +77,11 @@ def test_running_takes_five_packages():
                 f"{path.name} imports {module}"
 
 
-@pytest.mark.parametrize("name", ["train", "explorer", "features", "heads", "induction", "ioi"])
+def test_every_program_is_tried_on_small_models():
+    assert test_small.PROGRAMS.keys() == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_each_program_starts_and_says_in_one_sentence_what_is_wrong(name):
     started = subprocess.run([sys.executable, f"{name}.py", "--frobnicate"], cwd=ROOT, text=True,
                              capture_output=True)

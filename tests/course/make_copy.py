@@ -25,10 +25,11 @@ from data.errors import UserError, run  # noqa: E402
 
 COPIED = ("*.py", "*.txt", "*.ini", "LICENSE", "data/**/*", "docs/*.md", "docs/*.ipynb",
           "docs/pictures/*", "tests/**/*")
-# The first three have the answers, or read them; the fourth is of the project's own pages.
+# The first four have the answers, or read them; the fifth is of the project's own pages.
 NOT_COPIED = ("tests/course/make_copy.py", "tests/measured/test_course.py",
-              "tests/measured/student_answers.py", "tests/test_results.py",
-              "tests/course/COPY.md", "tests/course/EXERCISES.md", "docs/TEACHING.md")
+              "tests/measured/student_answers.py", "tests/test_answers.py",
+              "tests/test_results.py", "tests/course/COPY.md", "tests/course/EXERCISES.md",
+              "docs/TEACHING.md")
 PAGES = {"tests/course/COPY.md": "README.md", "tests/course/EXERCISES.md": "EXERCISES.md"}
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import data  # noqa: E402
 import induction  # noqa: E402
 import ioi  # noqa: E402
-from data.errors import UserError, run  # noqa: E402
+from data.errors import run  # noqa: E402
 from data.files import check_writable, run_folder, write_json  # noqa: E402
 from data.flags import field, parse_flags  # noqa: E402
 from data.prompts import draw_prompts, names_of_one_token, other_giver, tokenise  # noqa: E402

@@ -342,9 +342,9 @@ RIGHT = [(1, 'is_plain = positions is None and (window is None or window >= n_ke
   'own_bias = feature_bias(sae)[feature, None]                         # (1,)',
   'own_bias = (sae.b_enc[feature] - sae.b_dec @ sae.W_enc[:, feature])[None]'),
  (11,
-  'value = moved * (direction @ components.vector[seen].T)             # (H,S)',
+  'brought = attention / scale * (direction @ components.vector[seen].T)   # (H,S)',
   'v = torch.einsum("sm,hmd->hsd", components.vector[seen], m.W_V)\n'
-  '    value = moved * torch.einsum("hsd,hd->hs", v, w)'),
+  '    brought = attention / scale * torch.einsum("hsd,hd->hs", v, w)'),
  (12, 'lengths = classes.new_zeros(B, T, T)', 'lengths = torch.zeros(B, T, T)'),
  (12,
   '    B, T = classes.shape\n'
