@@ -413,7 +413,7 @@ def summary(described, tokenizer):          # what `describe_choice` returns -> 
         return "no features that are active often enough"
     shares = [f"{share:.0%} {relation}"
               for share, relation in zip(described["relations"], RELATIONS) if share >= 0.05]
-    elsewhere = 1 - sum(described["relations"])
+    elsewhere = round(1 - sum(described["relations"]), 2) + 0.0   # and not -0%
     groups = []
     for group in described["groups"][:3]:
         share, what = max(zip(group["relations"], RELATIONS))
