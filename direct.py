@@ -1,8 +1,8 @@
 """Direct attribution: which heads and source tokens an SAE feature reads from, and what heads and
 features do to the logits (the paper, section 2).
 
-Most functions are one formula. Every sum is exact, with the attention pattern and the norms' scales
-taken as they are.
+Every sum is exact, with the attention pattern and the norms' scales taken as they are. (A scale is
+what a norm divides by: the root mean square of its input, or the standard deviation.)
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
@@ -53,7 +53,8 @@ def values_minus_bias(model, layer, v):                     # (B,k,H,d_head) -> 
 
 @torch.no_grad()
 def constant_part(model, layer, sae):                       # -> (d_sae,)
-    """Add this to the sum of DFA of `values_minus_bias`, and you get the pre-activation."""
+    """Add this to the sum of DFA of `values_minus_bias`, and you get the pre-activation: the
+    feature's bias, and what the values' common part gives wherever a head looks."""
     return feature_bias(sae) + model.value_bias(layer) @ sae.W_enc
 
 
@@ -74,14 +75,13 @@ def dfa_at_positions(pattern, v, w_enc, q):     # (H,q,k), (k,H,d_head), (m,D), 
 # direct logit attribution.
 
 
-def head_logits(z_cat, matrices, scaled_direction, scale=1.0):  # (...,D), _, (...,d_model)
-    """What each head of a layer, having gathered z_cat, writes along a direction -> (...,H).
+def head_logits(z_cat, matrices, scaled_direction):         # (...,D), _, (...,d_model) -> (...,H)
+    """What each head of a layer, having gathered z_cat, writes along a direction.
 
-    scaled_direction: with the final norm's scale in it, as above. scale: the layer's
-    scales["attn_out"], where there is one.
+    scaled_direction: as above, divided by scales["attn_out"] too where the layer has one.
     """
     z = z_cat.unflatten(-1, matrices.b_V.shape)                         # (...,H,d_head)
-    return torch.einsum("...hd,hdm,...m->...h", z, matrices.W_O, scaled_direction / scale)
+    return torch.einsum("...hd,hdm,...m->...h", z, matrices.W_O, scaled_direction)
 
 
 @torch.no_grad()
@@ -95,14 +95,15 @@ def direct_logits(model, matrices, caches, position, direction, look=lambda kept
     attention.
     """
     row = torch.arange(len(position), device=position.device)
-    gathered = []
+    gathered = []                                           # z_cat and scale of every layer
     for _, kept in caches:
         look(kept)
         scale = kept.scales["attn_out"][row, position] if "attn_out" in kept.scales else 1.0
         gathered.append((kept.z_cat[row, position], scale))
-    final = kept.resid_post[row, position]                  # kept: of the last layer
+    of_last_layer = kept
+    final = of_last_layer.resid_post[row, position]
     scaled_direction = direction / model.final_scale(final)
-    by_layer = [head_logits(z, matrices[layer], scaled_direction, scale)
+    by_layer = [head_logits(z, matrices[layer], scaled_direction / scale)
                 for layer, (z, scale) in enumerate(gathered)]
     return torch.stack(by_layer, 1)
 

@@ -75,8 +75,8 @@ def choose_root(traced, tokenizer, config):                 # -> Place
     if position == -1:
         position = len(traced.tokens) - 1
     if config.logit:
-        token = one_token(tokenizer, config.logit, "--logit")
-        against = one_token(tokenizer, config.against, "--against") if config.against else -1
+        token = tokenizer.single(config.logit, "--logit")
+        against = tokenizer.single(config.against, "--against") if config.against else -1
         root = Place("logit", traced.model.config.n_layers, position, token, against)
         check_place(traced, root)
         return root
@@ -93,15 +93,6 @@ def choose_root(traced, tokenizer, config):                 # -> Place
     root = Place(kind, layer, position, feature)
     check_place(traced, root)
     return root
-
-
-def one_token(tokenizer, text, flag):
-    """The token of a text. Raises UserError if it is none, or several."""
-    ids = tokenizer.encode(text)
-    if len(ids) != 1:
-        raise UserError(f"{flag} {text!r} is {len(ids)} tokens of this model, and one is needed; "
-                        f"mind the space before a word.")
-    return ids[0]
 
 
 def layers_with_dashboards(folder, layers):

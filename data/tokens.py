@@ -53,12 +53,13 @@ class Tokenizer:
             return "".join(self.encoding.decode([i]) if 0 <= i < self.n_vocab else UNKNOWN
                            for i in ids)
 
-    def single(self, text):
-        """The id of a text that must be exactly one token. Raises UserError if it is more."""
+    def single(self, text, flag=""):
+        """The id of a text that must be exactly one token. Raises UserError if it is not. flag: the
+        option that asked for it."""
         ids = self.encode(text)
         if len(ids) != 1:
-            raise UserError(f"{text!r} is {len(ids)} tokens in this model's vocabulary, and one is "
-                            f"needed; choose another word.")
+            raise UserError(f"{flag} {text!r} is {len(ids)} tokens of this model, and one is "
+                            f"needed; choose another word, and mind the space before it.".strip())
         return ids[0]
 
 

@@ -101,7 +101,7 @@ def test_head_logits_are_what_the_stream_loses_without_the_head(traced):
     direction = model.logit_directions(torch.tensor(3)) / model.final_scale(final)
     for layer, kept in run.cache.items():
         scale = kept.scales["attn_out"][0, last] if "attn_out" in kept.scales else 1.0
-        found = D.head_logits(kept.z_cat[0, last], run.matrices[layer], direction, scale)
+        found = D.head_logits(kept.z_cat[0, last], run.matrices[layer], direction / scale)
         # heads and bias together are what the layer adds to the stream, and that along the
         # direction
         total = found.sum() + run.matrices[layer].b_O @ direction
@@ -110,7 +110,7 @@ def test_head_logits_are_what_the_stream_loses_without_the_head(traced):
         for h in range(model.config.n_heads):
             alone = kept.z_cat[0, last].unflatten(-1, (model.config.n_heads, -1)).clone()
             alone[torch.arange(len(alone)) != h] = 0
-            again = D.head_logits(alone.flatten(), run.matrices[layer], direction, scale)
+            again = D.head_logits(alone.flatten(), run.matrices[layer], direction / scale)
             assert (again[h] - found[h]).abs() < exact
 
 
