@@ -415,7 +415,7 @@ def test_on_a_gpu_products_are_in_tf32_where_that_agrees():
             one = torch.ones(())
             return S.LossAndGradients(one, one, None, {"W_enc": torch.full((3, 4), 2 + 2 * off)})
 
-        learner = SimpleNamespace(sae=None, l1=0.1, in_its_units=lambda site: (z, z))
+        learner = SimpleNamespace(sae=S.SAE(3, 4), l1=0.1, in_its_units=lambda site: (z, z))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(T, "dense_step", step)
             T.choose_step(learner, 0, ())
