@@ -96,7 +96,7 @@ def plot_prefixes(result, path):
         ax.set(xlabel="tokens that match (prefix length)", ylabel=label)
     axes[0].set_ylim(0, 1)
     axes[0].legend()
-    fig.suptitle("Prefix length on random tokens (Fig. 4a, 19)", fontsize=10)
+    fig.suptitle("Prefix length on random tokens (the paper's Fig. 4a, 19)", fontsize=10)
     save(fig, path)
 
 
@@ -118,7 +118,7 @@ def plot_intervention(results, heads, path):
         if measured:
             ax.legend(fontsize=8, ncols=len(measured))
     axes[0].set_ylabel("attention from query to key")
-    fig.suptitle("One token of held-out text replaced (Fig. 4b)", fontsize=10)
+    fig.suptitle("One token of held-out text replaced (the paper's Fig. 4b)", fontsize=10)
     save(fig, path)
 
 
@@ -144,7 +144,7 @@ def plot_feature(f, proxy, title, path):
     axes[0].set_title("specificity", fontsize=9)
     axes[1].set_title("expected value", fontsize=9)
     axes[0].legend(fontsize=8)
-    fig.suptitle(as_text(f"Feature {title} (Fig. 2)"), fontsize=10)
+    fig.suptitle(as_text(f"Feature {title} (the paper's Fig. 2)"), fontsize=10)
     save(fig, path)
 
 
@@ -183,24 +183,29 @@ def plot_circuit(roles, at_end, at_S2, path):
 
     roles: {role: [(layer, head)]}, "no role" among them; at_end, at_S2: (layers,H).
     """
-    n_layers = len(at_end)
-    fig, ax = figure(9, 1.4 + 0.75 * min(n_layers, 8))
-    spots = {column: [] for column in range(5)}             # (x, y) of each head
+    in_cell = {}                                            # {(layer, column): [(head, role)]}
     for role, heads in roles.items():
-        column = COLUMN_OF_ROLE[role]
         for layer, h in heads:
-            n_beside = sum(int(y + 0.01) == layer for _, y in spots[column])
-            x = column + 0.36 * (n_beside % 2)
-            y = layer + 0.9 * (n_beside // 2) / (1 + len(heads) // 2)
+            in_cell.setdefault((layer, COLUMN_OF_ROLE[role]), []).append((h, role))
+    layers = sorted({layer for layer, _ in in_cell})
+    first_line = {}         # of each layer; two heads of a role fit side by side on a line
+    n_lines = 0
+    for layer in layers:
+        first_line[layer] = n_lines
+        n_lines += max((len(cell) + 1) // 2 for (of, _), cell in in_cell.items() if of == layer)
+
+    fig, ax = figure(9, 1.6 + 0.36 * max(n_lines, 4))
+    for (layer, column), cell in in_cell.items():
+        for i, (h, role) in enumerate(cell):
             effect = at_S2[layer, h] if column == 1 else at_end[layer, h]
             label = f"{layer}.{h}" + (f"  {effect:+.0%}" if column else "")
             box = {"boxstyle": "round", "color": (*COLOURS, "#777777")[column],
                    "alpha": 0.6 if "negative" in role else 1.0}
-            ax.annotate(label, (x, y), ha="center", va="center", fontsize=8, color="white",
-                        bbox=box)
-            spots[column].append((x, y))
-    ax.set_xticks(np.arange(5) + 0.18, COLUMN_TITLES, fontsize=8)
-    ax.set(ylabel="layer", xlim=(-0.4, 4.8), ylim=(-0.6, n_layers - 0.2), yticks=range(n_layers))
+            ax.annotate(label, (column + 0.4 * (i % 2), first_line[layer] + i // 2), ha="center",
+                        va="center", fontsize=8, color="white", bbox=box)
+    ax.set_xticks(np.arange(5) + 0.2, COLUMN_TITLES, fontsize=8)
+    ax.set_yticks(list(first_line.values()), layers)
+    ax.set(ylabel="layer", xlim=(-0.4, 4.8), ylim=(-0.7, max(n_lines, 1) - 0.3))
     ax.set_title("Heads by role, and what patching each does to the logit difference", fontsize=10)
     save(fig, path)
 
@@ -226,8 +231,8 @@ def plot_ablations(places, path):
         ax.set_title(f"removed at {place}", fontsize=10)
     axes[0].set_ylabel("change of the logit difference")
     axes[0].legend(fontsize=8)
-    fig.suptitle("Features of the IOI circuit (Fig. 16); lines: 95% interval of the mean over all "
-                 "prompts", fontsize=10)
+    fig.suptitle("Features of the IOI circuit (the paper's Fig. 16); lines: 95% interval of the "
+                 "mean over all prompts", fontsize=10)
     save(fig, path)
 
 
@@ -250,7 +255,7 @@ def plot_signal(sources, baselines, layers, path):
                   fontsize=8)
     ax.set_ylabel("logit difference, less clean")
     ax.set_title(f"z_cat of layers {' and '.join(map(str, layers))} at S2 from another prompt "
-                 f"(Fig. 5, 14)", fontsize=10)
+                 f"(the paper's Fig. 5, 14)", fontsize=10)
     ax.margins(y=0.2)
     handles, labels = ax.get_legend_handles_labels()
     once = dict(zip(labels, handles))
