@@ -5,17 +5,18 @@ In reading order: the residual stream as a sum of components; what a reader read
 tree of such steps; the strongest path; totals over all paths; removing features; QK, why a head
 looks where it looks. explorer.py is the program that prints and draws all this for a prompt.
 
-Words. A *component* is a vector that was written to the residual stream, and a *place* says by what
-and where: kind, layer, position, feature. A *reader* is a place that is taken apart, a feature or a
-logit. What it reads is a sum of *terms*: one for each component that reaches it, head by head, and
-constants, which nobody wrote.
+Words. A *component* is a vector that was written to the residual stream; its *place* says by what
+writer and where: kind, layer, position, feature. A *reader* is a feature or a logit that is taken
+apart. What it reads is a sum of *terms*: one for each component that reaches it, head by head, and
+constants, which nobody wrote. A *leaf* is a component that is no feature, where paths back end.
 
 What is frozen. Three things are taken as they are in this prompt: attention patterns, the scales by
 which norms divide, and which features are active. (Scales, because a norm undoes most of what makes
-its input larger: followed through it, the terms could not sum to what is read.) What is left is
-linear, and every sum is exact. That is an identity, true of any SAE, since its error is one of the
-components. It is not what removing a feature does: then the frozen things change as well.
-`ablation_effects` removes features, nothing frozen, and looks.
+its input larger: followed through it, the terms could not sum to what is read.) So are the leaves:
+nothing is followed through an SAE's error, an output without SAE, or BOS. What is left is linear,
+and every sum is exact. That is an identity, true of any SAE, since its error is one of the
+components. It is not what removing a feature does: then all that comes later is another.
+`ablation_effects` removes features, runs the model anew, and looks.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
@@ -38,8 +39,8 @@ from sae import ablate, ablate_mlp, check_feature
 #                 (z_cat - z_hat) @ W_O; in Gemma 2 and 3 divided by scales["attn_out"]
 #     MLP         its features f_j * W_dec[j], bias b_dec, and the transcoder's error y - y_hat
 #
-# What has no SAE or transcoder is one component, and so is everything at BOS, which they do not
-# see.
+# An output without SAE or transcoder is one component, and so is each at BOS, where features are
+# set to 0.
 
 # "feature", "bias", "error" and "attention" are those of attention layers. "constant" is never a
 # component: it labels terms that nobody wrote to the stream, such as biases of values and of a
@@ -99,7 +100,7 @@ class Components(NamedTuple):
         return (self.kind == ERROR) | (self.kind == MLP_ERROR)
 
     def is_whole(self):
-        """Outputs that are not taken apart, but for those at BOS, the same in every prompt."""
+        """Outputs without SAE or transcoder, but for those at BOS, the same in every prompt."""
         return ((self.kind == ATTENTION) | (self.kind == MLP)) & (self.position > 0)
 
 
@@ -117,6 +118,11 @@ class TracedPrompt(NamedTuple):
                             # reads; n_before[n_layers]: all
     n_mid: list             # n_mid[layer]: how many are in the stream that its MLP reads
     matrices: list          # each layer's head_matrices
+
+    def activation(self, place):
+        """How active a feature is at its position."""
+        f = self.f if place.kind == "feature" else self.f_mlp
+        return float(f[place.layer][place.position, place.feature])
 
 
 @torch.no_grad()
@@ -384,12 +390,13 @@ def check_place(traced, place):
 # ---- recursive attribution: the tree ----
 #
 # The circuit is a graph; the tree unrolls it. A feature that two heads read, or that is reached by
-# two ways, stands in it twice, with what it contributes by either way. At every node
+# two ways, stands in it twice, with what it contributes by either way. At every node that is taken
+# apart
 #
 #     value = the values of its children + pruned
 #
-# and, with nothing pruned, a child's value is its term of the node times the node's value over the
-# node's pre-activation.
+# A child's value is its term times C, how often the node's pre-activation counts in the root: 1 at
+# the root, and below it value / f.
 
 
 class Node(NamedTuple):
@@ -418,16 +425,14 @@ def trace(traced, place, share=0.02, depth=3, breadth=8):   # -> Node
     check_place(traced, place)
     terms = read_terms(traced, place)
     root = Node(place, head=-1, value=terms.pre)
-    return expand(traced, root, terms, share * abs(root.value), depth, breadth)
+    return expand(traced, root, terms, 1.0, share * abs(root.value), depth, breadth)
 
 
-def expand(traced, node, terms, least, depth, breadth):     # -> the node with its children
-    """The children of a node, from what it reads. `least`: what a child that is shown contributes
-    at least."""
+def expand(traced, node, terms, C, least, depth, breadth):  # -> the node with its children
+    """The children of a node, from what it reads. C: as above. least: what a child that is shown
+    contributes at least."""
     components = traced.components
-    # what it reads, in units of the root; of the root itself they are the same
-    factor = 1.0 if node.value == terms.pre else ratio(node.value, terms.pre)
-    values = terms.value * factor
+    values = terms.value * C
     size = values.abs()
     by_size = size.argsort(descending=True, stable=True)
     is_large = (size >= least) & (values != 0)
@@ -442,7 +447,8 @@ def expand(traced, node, terms, least, depth, breadth):     # -> the node with i
         child = Node(place, int(terms.head[i]), float(values[i]))
         if place.kind in FEATURES and depth > 1:
             below = read_terms(traced, place)
-            child = expand(traced, child, below, least, depth - 1, breadth)
+            C_below = child.value / traced.activation(place)
+            child = expand(traced, child, below, C_below, least, depth - 1, breadth)
         children.append(child)
 
     is_unexplained = (components.is_error() | components.is_whole())[terms.component]
@@ -470,8 +476,9 @@ class Step(NamedTuple):
 
 
 def strongest_path(traced, place):                          # -> [Step]
-    """From a reader back: at every step the component that contributes most to what the step before
-    reads. It goes on while that is a feature, and ends at a token, or at what is not taken apart.
+    """From a reader back: at every step the component with the largest contribution above 0, over
+    all heads, to what the step before found. Constants do not compete. It goes on while that is a
+    feature, and ends at a leaf, or where nothing is above 0.
 
     The best step each time: the best whole path may be another.
     """
@@ -552,8 +559,8 @@ def writers(traced):                                        # -> [(kind, layer, 
 
 
 def back_through_mlp(traced, layer, C, gradient):           # (T,d_sae), (T,d_model)
-    """The gradient of the stream before an MLP whose features' pre-activations count C times
-    (T,d_model), and what their constants contribute (m,)."""
+    """d root / d stream before an MLP (T,d_model), from that after it and from C, how often each
+    feature's pre-activation counts; and what their constants contribute (m,)."""
     transcoder = traced.transcoders[layer]
     directions, constants = traced.model.mlp_directions(layer, transcoder.W_enc)
     scale = traced.cache[layer].scales["mlp_in"][0]                     # (T,1)
@@ -606,8 +613,8 @@ def ablation_effects(traced, upstream, reader):             # (n,), Place -> (n,
     """Drop in what a reader reads when each upstream feature (a row of Components) is ablated where
     it was written.
 
-    The error of its SAE or transcoder is kept, and everything after the ablation is computed anew:
-    nothing is frozen.
+    The error of its SAE or transcoder is kept there, and everything later is computed anew: nothing
+    is frozen.
     """
     chosen = traced.components.pick(upstream)
     n = len(upstream)
@@ -662,8 +669,9 @@ def read_anew(traced, reader, tokens, edit_z, edit_mlp):    # (B,T) -> (B,)
 
 class QK(NamedTuple):
     """A score, or a difference of scores, as a sum over pairs of writers."""
-    query: list             # (a,) Places at the query
-    key: list               # (b,) Places at the keys; each writer once, its position left out (-1)
+    # Places with position -1: each writer once, wherever it wrote
+    query: list             # (a,) at the query
+    key: list               # (b,) at the keys
     pairs: Tensor           # (a,b) contributions; they sum to score
     score: float            # before soft cap, mask and softmax
 

@@ -1,8 +1,9 @@
 """Direct attribution: which heads and source tokens an SAE feature reads from, and what heads and
 features do to the logits (the paper, section 2).
 
-Every sum is exact, with the attention pattern and the norms' scales taken as they are. (A scale is
-what a norm divides by: the root mean square of its input, or the standard deviation.)
+Every sum is exact, with the attention pattern and the norms' scales taken as they are, but for
+`token_effects`, which leaves scales out. (A scale is what a norm divides by: the root mean square
+of its input, or the standard deviation.)
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
@@ -80,7 +81,7 @@ def head_logits(z_cat, matrices, scaled_direction):         # (...,D), _, (...,d
 
     scaled_direction: as above, divided by scales["attn_out"] too where the layer has one.
     """
-    z = z_cat.unflatten(-1, matrices.b_V.shape)                         # (...,H,d_head)
+    z = z_cat.unflatten(-1, matrices.b_V.shape)             # (...,H,d_head), as b_V is (H,d_head)
     return torch.einsum("...hd,hdm,...m->...h", z, matrices.W_O, scaled_direction)
 
 
@@ -89,22 +90,21 @@ def direct_logits(model, matrices, caches, position, direction, look=lambda kept
     """Direct logit attribution of every head at one position of each row -> (B,layers,H).
 
     matrices: every layer's HeadMatrices. caches: every layer's (layer, LayerCache), of
-    model.layer_caches or model.rerun_caches. position (B,): in them. direction (B,d_model): of
-    model.logit_directions, or a difference of two; the final norm's scale is put in here. look:
+    model.layer_caches or model.rerun_caches. position (B,): as they count. direction (B,d_model):
+    of model.logit_directions, or a difference of two; the final norm's scale is put in here. look:
     called with each layer's LayerCache, for what else a caller wants of this pass, such as
     attention.
     """
     row = torch.arange(len(position), device=position.device)
-    gathered = []                                           # z_cat and scale of every layer
-    for _, kept in caches:
+    gathered = []                                           # of every layer
+    for layer, kept in caches:
         look(kept)
         scale = kept.scales["attn_out"][row, position] if "attn_out" in kept.scales else 1.0
-        gathered.append((kept.z_cat[row, position], scale))
-    of_last_layer = kept
-    final = of_last_layer.resid_post[row, position]
+        gathered.append((matrices[layer], kept.z_cat[row, position], scale))
+        final = kept.resid_post[row, position]              # of the last layer, in the end
     scaled_direction = direction / model.final_scale(final)
-    by_layer = [head_logits(z, matrices[layer], scaled_direction / scale)
-                for layer, (z, scale) in enumerate(gathered)]
+    by_layer = [head_logits(z, of_layer, scaled_direction / scale)
+                for of_layer, z, scale in gathered]
     return torch.stack(by_layer, 1)
 
 

@@ -74,14 +74,21 @@ def choose_root(traced, tokenizer, config):                 # -> Place
     position = config.position
     if position == -1:
         position = len(traced.tokens) - 1
+    if config.logit and config.feature:
+        raise UserError("--logit and --feature ask for two things at once; give one.")
     if config.logit:
         token = tokenizer.single(config.logit, "--logit")
         against = tokenizer.single(config.against, "--against") if config.against else -1
         root = Place("logit", traced.model.config.n_layers, position, token, against)
         check_place(traced, root)
         return root
+    if config.against:
+        raise UserError("--against is for --logit: name the token whose logit it is less than.")
     kind = "MLP feature" if config.feature.startswith("mlp.") else "feature"
     layer, feature = parse_feature(config.feature.removeprefix("mlp."))
+    if feature is None and config.feature:
+        raise UserError(f"--feature {config.feature} names no feature; one of a transcoder is "
+                        f"written mlp.0.271.")
     if feature is None:
         layer = max(traced.saes) if config.layer == -1 else config.layer
         check_place(traced, Place("feature", layer, position, feature=0))
@@ -111,20 +118,20 @@ def explorer_data(traced, texts, tokenizer, root, n_features=15, breadth=12):
             for position in range(1, len(texts)):
                 strongest = f[position].argsort(descending=True)[:n_features].tolist()
                 there = [Place(kind, layer, position, i) for i in strongest if f[position, i] > 0]
-                listed.append([layer, kind, position, [key(one) for one in there]])
+                listed.append([layer, kind, position, [page_name(one) for one in there]])
                 to_expand += there
 
     nodes = {}
     edges = {}
     while to_expand:
         place = to_expand.pop()
-        if key(place) in nodes:
+        if page_name(place) in nodes:
             continue
         # Each feature is the root of a tree of one level; the page multiplies shares along a path.
         terms = read_terms(traced, place)
-        node = expand(traced, Node(place, head=-1, value=terms.pre), terms, least=0.0, depth=1,
-                      breadth=breadth)
-        nodes[key(place)] = node_data(traced, texts, tokenizer, node, terms)
+        node = expand(traced, Node(place, head=-1, value=terms.pre), terms, C=1.0, least=0.0,
+                      depth=1, breadth=breadth)
+        nodes[page_name(place)] = node_data(traced, texts, tokenizer, node, terms)
         for child in node.children:
             if child.place.kind in FEATURES:
                 to_expand.append(child.place)
@@ -133,10 +140,10 @@ def explorer_data(traced, texts, tokenizer, root, n_features=15, breadth=12):
                 edges[edge] = edge_data(traced, place.layer, child.head, place.position,
                                         child.place.position)
     return {"tokens": texts, "listed": sorted(listed), "nodes": nodes, "qk": edges,
-            "start": key(root)}
+            "start": page_name(root)}
 
 
-def key(place):
+def page_name(place):
     """What the page calls a place."""
     return f"{place.kind} {place.layer}.{place.feature} at {place.position}"
 
@@ -154,7 +161,7 @@ def node_data(traced, texts, tokenizer, node, terms):       # -> dict
     is_constant = terms.component < 0
     children = []
     for child in node.children:
-        name = key(child.place) if child.place.kind in FEATURES else None
+        name = page_name(child.place) if child.place.kind in FEATURES else None
         children.append({"label": name_at(child.place, texts), "via": via(node, child),
                          "name": name, "edge": edge_key(node, child), "value": child.value})
     found = {"kind": place.kind, "title": reader_name(place, texts, tokenizer),
@@ -164,19 +171,13 @@ def node_data(traced, texts, tokenizer, node, terms):       # -> dict
     if place.kind == "logit":
         return found
     found |= {"layer": place.layer, "feature": place.feature,
-              "label": f"{place.layer}.{place.feature}", "f": activation(traced, place)}
+              "label": f"{place.layer}.{place.feature}", "f": traced.activation(place)}
     if place.kind == "MLP feature":
         return found
     n_heads = traced.model.config.n_heads
     by_head = [float(terms.value[(terms.head == h) & ~is_constant].sum()) for h in range(n_heads)]
     weights = head_weights(traced.saes[place.layer].W_dec[place.feature], n_heads)
     return found | {"heads": by_head, "weights": weights.tolist()}
-
-
-def activation(traced, place):
-    """How active a feature is at its position."""
-    activations = traced.f if place.kind == "feature" else traced.f_mlp
-    return float(activations[place.layer][place.position, place.feature])
 
 
 def edge_data(traced, layer, head, query, key, n_pairs=6):
@@ -222,8 +223,8 @@ def reader_name(place, texts, tokenizer):
 
 def describe(traced, texts, tokenizer, root, config):       # -> lines
     """What is taken apart, in tables: what else is active there; its heads, sources and tree; what
-    removing the features below it does; its strongest path back; and why the head that brings most
-    on that path looks there."""
+    removing the features below it does; its strongest path back; and why the first head on that
+    path looks there."""
     position = root.position
     lines = [" ".join(f"{i}:{text!r}" for i, text in enumerate(texts)), ""]
     for kind, activations in (("", traced.f), ("MLP ", traced.f_mlp)):
@@ -255,7 +256,7 @@ def describe_value(traced, root):
     value = read_terms(traced, root).pre
     if root.kind == "logit":
         return f"{value:+.4f}"
-    return f"pre-activation {value:.4f}, activation {activation(traced, root):.4f}"
+    return f"pre-activation {value:.4f}, activation {traced.activation(root):.4f}"
 
 
 def by_source(traced, root):                                # -> (H,k)
@@ -286,8 +287,8 @@ def describe_dfa(traced, texts, root):
 
 
 def describe_children(texts, node, total, indent="  "):
-    """The tree below a node as indented lines. Numbers are shares of the root, `total`; what a line
-    of smaller ones says is unexplained counts the children shown too."""
+    """The tree below a node as indented lines, in shares of the root, `total`. Unexplained is over
+    all children, shown or not."""
     lines = []
     for child in node.children:
         share = ratio(child.value, total)
@@ -331,7 +332,10 @@ def describe_ablations(traced, texts, root, n=3):
 
 
 def describe_path(traced, texts, path, n_heads=2):
-    """Each step back, and what removing the feature that is read does to the one that reads it."""
+    """Each step back, in units of the one that reads, and what removing the feature that is read
+    does to that one."""
+    if not path:
+        return []
     lines = ["", "the strongest path back; each line is what contributes most to the one before:"]
     for step in path:
         writer = traced.components.place(step.row)

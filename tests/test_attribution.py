@@ -173,7 +173,8 @@ def test_what_is_pruned_is_added_up(traced):
         assert node.n_pruned + len(node.children) == int((everything != 0).sum())
         total = sum(child.value for child in node.children) + node.pruned
         assert abs(total - node.value) < exact * size * 10
-        ends = A.expand(run, node._replace(children=()), A.read_terms(run, node.place), 0, 1, None)
+        ends = A.expand(run, node._replace(children=()), A.read_terms(run, node.place),
+                        node.value / A.read_terms(run, node.place).pre, 0, 1, None)
         errors = [child.value for child in ends.children
                   if child.place.kind in ("error", "MLP error")
                   or child.place.kind in ("attention", "MLP") and child.place.position > 0]
@@ -527,6 +528,9 @@ def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
     (["hello", "--position", "-5"], "position -5"),
     (["hello", "--feature", "-9"], "layer.feature"),
     (["hello", "--feature", "mlp.9.1"], "layer 9 is out of range"),
+    (["hello", "--feature", "mlp."], "--feature mlp. names no feature"),
+    (["hello", "--against", "a"], "--against is for --logit"),
+    (["hello", "--logit", "a", "--feature", "3.1"], "two things at once"),
     (["hello", "--logit", " two words"], "--logit ' two words' is 3 tokens"),
     (["hello", "--logit", "a", "--against", "a"], "less itself is 0"),
 ], ids=str)
