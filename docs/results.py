@@ -85,7 +85,8 @@ COMMANDS = {
                  "--n-tokens 409600 --batch-size 1024 --n-eval-rows 64",
     "gemma-features": f"features.py {GEMMA} --n-tokens 100000",
     "gemma-heads": f"heads.py {GEMMA} --n-tokens 100000",
-    "gemma-induction": f"induction.py {GEMMA} --layers 5,11 --n-rows 1024",
+    "gemma-induction": f"induction.py {GEMMA} --layers 5,11 --n-rows 1024 "
+                       "--heads 5.1,5.2,11.2",
     "gemma-ioi": f"ioi.py {GEMMA}",
     "gemma-explorer": f"explorer.py {GEMMA} --logit ' Mary' --against ' John'",
     "gemma-against": f"tests/measured/against_transformers.py {GEMMA} "
