@@ -103,20 +103,22 @@ def plot_prefixes(result, path):
 def plot_intervention(results, heads, path):
     """Fig. 4b: attention before and after, for each choice of examples and condition."""
     conditions = ["prefix cut\n(k-2)", "other token\n(k+2)", "prefix was 1\n(k-2)"]
-    fig, axes = figure(11, 3.6, panels=len(results), sharey=True)
+    fig, axes = figure(3.7 * len(results), 3.6, panels=len(results), sharey=True)
     for ax, (choice, by_condition) in zip(axes, results.items()):
         measured = [head for head in heads if any(head in r for r in by_condition.values())]
+        apart = max(1.0, 0.44 * len(measured) + 0.3)        # from one condition to the next
         for i, head in enumerate(measured):
             beside = (i - (len(measured) - 1) / 2) * 0.44
-            colour = COLOURS[heads.index(head)]
+            colour = COLOURS[heads.index(head) % len(COLOURS)]
             for j, result in enumerate(by_condition.values()):
                 if head in result:
-                    draw_before_and_after(ax, j + beside, result[head], colour,
+                    draw_before_and_after(ax, j * apart + beside, result[head], colour,
                                           label=head if j == 0 else None)
-        ax.set_xticks(range(3), conditions, fontsize=8)
-        ax.set(title=f"examples {choice}", ylim=(0, 1), xlim=(-0.6, 2.6))
+        ax.set_xticks(np.arange(3) * apart, conditions, fontsize=8)
+        ax.set(ylim=(0, 1), xlim=(-0.6 * apart, 2.6 * apart))
+        ax.set_title(f"examples {choice}", fontsize=10)
         if measured:
-            ax.legend(fontsize=8, ncols=len(measured))
+            ax.legend(fontsize=7, ncols=min(len(measured), 2))
     axes[0].set_ylabel("attention from query to key")
     fig.suptitle("One token of held-out text replaced (the paper's Fig. 4b)", fontsize=10)
     save(fig, path)
