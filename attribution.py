@@ -42,19 +42,17 @@ from sae import ablate, ablate_mlp, check_feature
 # An output without SAE or transcoder is one component, and so is each at BOS, where features are
 # set to 0.
 
-# "feature", "bias", "error" and "attention" are those of attention layers. "constant" is never a
-# component: it labels terms that nobody wrote to the stream, such as biases of values and of a
-# feature.
+# "feature", "bias", "error" and "attention" are those of attention layers.
 KINDS = ("embedding", "position", "feature", "bias", "error", "attention", "MLP feature",
-         "MLP bias", "MLP error", "MLP", "constant")
-(EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP_FEATURE, MLP_BIAS, MLP_ERROR, MLP,
- CONSTANT) = range(len(KINDS))
+         "MLP bias", "MLP error", "MLP")
+(EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP_FEATURE, MLP_BIAS, MLP_ERROR,
+ MLP) = range(len(KINDS))
 FEATURES = ("feature", "MLP feature")       # the kinds that are taken apart
 
 
 class Place(NamedTuple):
     """Something in the circuit, as a writer or as a reader."""
-    kind: str               # one of KINDS, or "logit"
+    kind: str               # one of KINDS, "logit" or "constant"
     layer: int              # -1 for embeddings and constants; of a logit: the number of layers
     position: int           # -1 for constants
     feature: int = -1       # of a logit: the token
@@ -71,6 +69,7 @@ class Place(NamedTuple):
                 "logit": f"logit of token {self.feature}"}[self.kind]
 
 
+# who "wrote" constants, such as the biases of values and of a feature, which are in no component
 NOBODY = Place("constant", layer=-1, position=-1)
 
 

@@ -855,22 +855,8 @@ def report_circuit(ioi, result):
         f"parts of the difference, {unit:.2f}" if result["told_apart"] else
         "in logits, and no roles, since the two are not told apart"))
 
-    print("direct logit attribution of IO and of S is less that of the mean name\n"
-          "head   directly to IO      to S   patched at the end: directly   in all   "
-          "patched at S2   looks at")
     effects = result["effects"]
-    dla_io = result["circuit"].dla_io.mean(0)
-    dla_s = result["circuit"].dla_s.mean(0)
-    size = sum(np.abs(effect) for effect in effects.values())
-    for i in np.argsort(-size, axis=None)[:12]:
-        head = divmod(int(i), study.model.config.n_heads)
-        looks = ", ".join(f"{pair} {weight[head]:.2f}"
-                          for pair, weight in result["attention"].items()
-                          if weight[head] >= LOOKS_AT)
-        name = f"{head[0]}.{head[1]}"
-        print(f"{name:6} {dla_io[head]:+14.2f} {dla_s[head]:+9.2f} "
-              f"{effects['direct'][head]:+30{spec}} {effects['at_end'][head]:+8{spec}} "
-              f"{effects['at_S2'][head]:+15{spec}}   {looks}".rstrip())
+    print_heads(result, spec)
     roles = result["roles"] | {"no role": without_role(result["roles"], effects)}
     for role, heads in roles.items():
         print(f"{role:20} " + (" ".join(f"{layer}.{h}" for layer, h in heads) or "none"))
@@ -888,11 +874,32 @@ def report_circuit(ioi, result):
         "layers_at_S2": [effect * unit for effect in result["layer_effects"]],
         **{name: mean_with_ci(getattr(result["circuit"], name))
            for name in ("dla", "dla_io", "dla_s", *effects)}})
-    plot_effects({"direct logit attribution": dla_io - dla_s,
+    plot_effects({"direct logit attribution": result["circuit"].dla.mean(0),
                   "patched at the end, directly": effects["direct"],
                   "patched at the end": effects["at_end"],
                   "patched at S2": effects["at_S2"]}, of_what, study.folder / "heads.png")
     plot_circuit(roles, effects["at_end"], effects["at_S2"], study.folder / "circuit.png")
+
+
+def print_heads(result, spec, n=12):
+    """The heads with the largest effects: direct logits, patching, and what they look at. spec: the
+    format of an effect."""
+    print("direct logit attribution of IO and of S is less that of the mean name\n"
+          "head   directly to IO      to S   patched at the end: directly   in all   "
+          "patched at S2   looks at")
+    effects = result["effects"]
+    dla_io = result["circuit"].dla_io.mean(0)
+    dla_s = result["circuit"].dla_s.mean(0)
+    size = sum(np.abs(effect) for effect in effects.values())
+    for i in np.argsort(-size, axis=None)[:n]:
+        head = divmod(int(i), dla_io.shape[1])
+        looks = ", ".join(f"{pair} {weight[head]:.2f}"
+                          for pair, weight in result["attention"].items()
+                          if weight[head] >= LOOKS_AT)
+        name = f"{head[0]}.{head[1]}"
+        print(f"{name:6} {dla_io[head]:+14.2f} {dla_s[head]:+9.2f} "
+              f"{effects['direct'][head]:+30{spec}} {effects['at_end'][head]:+8{spec}} "
+              f"{effects['at_S2'][head]:+15{spec}}   {looks}".rstrip())
 
 
 def report_saes(ioi, result):
