@@ -297,7 +297,7 @@ def describe_children(texts, node, total, indent="  "):
     if node.n_pruned:
         says_nothing = ratio(node.unexplained, total)
         lines.append(f"{indent}{ratio(node.pruned, total):+7.1%}  {node.n_pruned} smaller ones "
-                     f"(unexplained, of all that is read here: {says_nothing:+.1%})")
+                     f"(of all that is read here, {says_nothing:+.1%} is unexplained)")
     return lines
 
 
