@@ -97,12 +97,12 @@ class TrainConfig:
     passes: int = field(1, "how often a text that ends is read in training")
     held_out_share: float = field(HELD_OUT_SHARE, "of the documents of a text of yours, for the "
                                   "metrics")
-    n_tokens: int = field(2_500_000, "training activations per layer (paper: about 2e9)")
-    batch_size: int = field(2048, "activations per step (paper: 4096)")
-    warmup: int = field(100, "steps from 0.1 to 1 x lr, at the start and after each resampling; at "
+    n_tokens: int = field(1_700_000, "training activations per layer (paper: about 2e9)")
+    batch_size: int = field(1024, "activations per step (paper: 4096)")
+    warmup: int = field(50, "steps from 0.1 to 1 x lr, at the start and after each resampling; at "
                         "the start l1 rises too, linearly from 0 (paper: 1000)")
-    decay: float = field(0.2, "last part of the run in which lr falls to 0 (paper: 0)")
-    resample_every: int = field(250, "steps between resamplings of dead features, none in the last "
+    decay: float = field(0.4, "last part of the run in which lr falls to 0 (paper: 0)")
+    resample_every: int = field(350, "steps between resamplings of dead features, none in the last "
                                 "half of the run (paper: 25000)")
     resample_times: int = field(4, "resamplings at most (paper: 4)")
     n_ctx: int = field(128, "tokens per row, BOS included (paper: 128)")
@@ -167,6 +167,15 @@ def preset(config):
             "normalise": False, "lr": 1.2e-3, "n_tokens": 2_000_000_000, "batch_size": 4096,
             "warmup": 1000, "decay": 0.0, "resample_every": 25_000, "resample_times": 4,
             "n_ctx": 128, "corpus": "c4"}
+
+
+def warn_of_preset(config, model):
+    """Say that l1 and sizes of --preset paper were found on GPT-2 Small, where the model is
+    another."""
+    gpt2_small = "GPT2 of 12 layers, 12 heads of 64, d_model 768"
+    if config.preset == "paper" and model.architecture() != gpt2_small:
+        print(f"--preset paper has the paper's layers, l1 and features for a {gpt2_small}; this is a "
+              f"{model.architecture()}: choose your own.", flush=True)
 
 
 def default_lr(d_in):
@@ -276,7 +285,8 @@ class Learner:
 
 def train_step(learner, site, step, config, team=Team()):
     """One step of one layer's SAE or transcoder, in place. site: the batch, as ActivationBuffer
-    gives it; under torchrun (data/team.py) this process's share of it."""
+    gives it; under torchrun (data/team.py) this process's share of it. A loop of your own calls
+    `choose_step` before its first step: without it every step is the dense one."""
     sae = learner.sae
     z, target = learner.in_its_units(site)
     lr = learning_rate(step, config)
@@ -318,6 +328,7 @@ def train(config):                                          # -> {layer: metrics
     if config.lr == 0:
         config = dataclasses.replace(config, lr=default_lr(site_widths(model, config.reads)[0]))
     check(config, model, layers, folder, team)
+    warn_of_preset(config, model)
     held_out = next(data.rows(config.corpus, tokenizer, "held-out", T=config.n_ctx,
                               n=config.n_eval_rows,
                               held_out_share=config.held_out_share)).to(device)     # (R,T)
@@ -513,8 +524,8 @@ class ActivationBuffer:
         self.widths = site_widths(model, config.reads)
         self.per_row = config.n_ctx - 1                     # activations
         # The fewest blocks that fit the memory, and all of them equally long. By default 131,072
-        # activations of tiny's four layers fit, enough for 64 steps; 1,220 steps are then 20 blocks
-        # of 61 steps; they take 984 rows each, and 40 activations of a block are left over.
+        # activations of tiny's four layers fit, enough for 128 steps; 1,660 steps are then 13
+        # blocks of 128 steps, 1,033 rows each, and 119 activations of a block are left over.
         bytes_each = 4 * sum(self.widths) * len(layers)
         fit_memory = config.block_mib * 2**20 // bytes_each             # activations
         n_blocks = math.ceil(config.n_steps / max(1, fit_memory // config.batch_size))
@@ -889,21 +900,27 @@ def evaluate_layer(model, sae, mean, layer, x, tokens, q):  # (D,), (R,T,d_model
     the reconstruction, by 0 and by the mean -> {name: (R,...)}; likewise a transcoder and what the
     MLP writes. x is the clean stream before the layer."""
     block = model.blocks[layer]
-    z_cat = block.heads(x, with_pattern=False).z_cat
-    by_vector = {"ce_zero": replace_with(torch.zeros_like(mean)), "ce_mean": replace_with(mean)}
+    z_cat = block.heads(x, with_pattern=False).z_cat        # an edit changes nothing before it
+
+    def ce_of(edited_z_cat, edit_mlp=None):
+        after = block.after_heads(x, edited_z_cat, edit_mlp=edit_mlp)
+        to_the_end = range(layer + 1, model.config.n_layers)
+        last, _ = model.run_layers(x + after.attn_out + after.mlp_out, layers=to_the_end)
+        return row_ce(model.unembed(at_positions(last, q)), tokens, q)
+
+    by_zero = replace_with(torch.zeros_like(mean))
+    by_mean = replace_with(mean)
     if sae.reads == MLP:
         clean = block.after_heads(x, z_cat)
         result = reconstruction_stats(sae, clean.mlp_in[:, 1:], clean.mlp_out[:, 1:])
-        edits = {"ce_sae": {"edit_mlp": {layer: splice_mlp(sae)}}}
-        edits |= {name: {"edit_mlp": {layer: of_output(edit)}} for name, edit in by_vector.items()}
+        result["ce_sae"] = ce_of(z_cat, splice_mlp(sae))
+        result["ce_zero"] = ce_of(z_cat, of_output(by_zero))
+        result["ce_mean"] = ce_of(z_cat, of_output(by_mean))
     else:
         result = reconstruction_stats(sae, z_cat[:, 1:], z_cat[:, 1:])
-        edits = {"ce_sae": {"edit_z": {layer: splice(sae)}}}
-        edits |= {name: {"edit_z": {layer: edit}} for name, edit in by_vector.items()}
-    to_the_end = range(layer, model.config.n_layers)
-    for name, edit in edits.items():
-        after, _ = model.run_layers(x, layers=to_the_end, **edit)
-        result[name] = row_ce(model.unembed(at_positions(after, q)), tokens, q)
+        result["ce_sae"] = ce_of(splice(sae)(z_cat))
+        result["ce_zero"] = ce_of(by_zero(z_cat))
+        result["ce_mean"] = ce_of(by_mean(z_cat))
     return result
 
 

@@ -24,10 +24,11 @@ entry.
 docs/WALKTHROUGH.md is a program with text between: its code is run, and what it prints put below.
 Figures that the commands draw are copied over those of the pages, docs/pictures/<name>-*.png.
 
-The commands write to out/ as they do when run by hand. benchmark takes
-tests/requirements-peers.txt, and gpt2-size the random model that docs/SPEED.md makes, with GPT-2's
-tokenizer. Those of docs/GEMMA.md, gemma-train and so on, take the model and the text that it names,
-and hours: they are run when asked for by name.
+The commands write to out/ as they do when run by hand. benchmark takes the environments of other
+libraries that it names, and gpt2-size the random model that docs/SPEED.md makes, with GPT-2's
+tokenizer. Those whose names begin with gemma-, gpu- or benchmark- take more than that: the model
+and the text of docs/GEMMA.md, and hours; a GPU; a processor with bfloat16. They are run when asked
+for by name.
 """
 
 import contextlib
@@ -59,9 +60,11 @@ WALKS = {"walkthrough": ROOT / "docs" / "WALKTHROUGH.md",
 PAGES = (ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "GEMMA.md",
          ROOT / "docs" / "SPEED.md")
 SOURCES = ROOT / "docs" / "sources.json"
-PEERS = "tests/requirements-peers.txt"
+# what the benchmark says where other libraries are missing
+NO_PEERS = "the other rows take two environments"
 
 GEMMA = "--model published/gemma-3-270m --corpus published/english"
+SCHEDULE = "--warmup 100 --decay 0.2 --resample-every 250"
 COMMANDS = {
     "train": "train.py",
     "explorer": "explorer.py --saes data/tiny --feature 2.1228 --no-mlp",
@@ -75,13 +78,22 @@ COMMANDS = {
     "spaces": "tests/measured/spaces.py",
     "topk": "tests/measured/topk.py",
     "kills": "tests/test_kill.py 20",
-    "gpt2-size": "train.py --model out/random-gpt2 --layers 5 --d-sae 24576 --l1 1 --no-normalise "
-                 "--lr 1.2e-3 --batch-size 4096 --n-tokens 163840 --n-eval-rows 8",
+    "gpt2-size": "train.py --model out/random-gpt2 --warmup 100 --decay 0.2 --layers 5 "
+                 "--d-sae 24576 --l1 1 --no-normalise --lr 1.2e-3 --batch-size 4096 "
+                 "--n-tokens 163840 --n-eval-rows 8",
     "benchmark": "tests/measured/benchmark.py",
-    "gemma-train": f"train.py {GEMMA} --d-sae 4096 --n-tokens 1024000 --n-eval-rows 64 --lr 3.4e-3",
-    "gemma-train-17": f"train.py {GEMMA} --d-sae 4096 --n-tokens 1024000 --n-eval-rows 64 "
-                      "--layers 17",
-    "gemma-mlp": f"train.py {GEMMA} --reads mlp --layers 3,11,12 --d-sae 4096 --l1 0.05 "
+    "benchmark-bfloat16": "tests/measured/benchmark.py",
+    "gpu-train": f"train.py {SCHEDULE} --batch-size 2048 --n-tokens 2.5e6",
+    "gpu-preset": "train.py --preset paper --model out/random-gpt2 --corpus published/english "
+                  "--n-tokens 1e6 --block-mib 16384 --n-eval-rows 16",
+    "gpu-preset-5": "train.py --preset paper --model out/random-gpt2 --corpus published/english "
+                    "--layers 5 --n-tokens 6e6 --passes 2 --block-mib 4096 --n-eval-rows 64",
+    "gpu-benchmark": "tests/measured/benchmark.py --device cuda",
+    "gemma-train": f"train.py {GEMMA} {SCHEDULE} --batch-size 2048 --d-sae 4096 "
+                   "--n-tokens 1024000 --n-eval-rows 64 --lr 3.4e-3",
+    "gemma-train-17": f"train.py {GEMMA} {SCHEDULE} --batch-size 2048 --d-sae 4096 "
+                      "--n-tokens 1024000 --n-eval-rows 64 --layers 17",
+    "gemma-mlp": f"train.py {GEMMA} {SCHEDULE} --reads mlp --layers 3,11,12 --d-sae 4096 --l1 0.05 "
                  "--n-tokens 409600 --batch-size 1024 --n-eval-rows 64",
     "gemma-features": f"features.py {GEMMA} --n-tokens 100000",
     "gemma-heads": f"heads.py {GEMMA} --n-tokens 100000",
@@ -120,8 +132,9 @@ def measure(name):
             last_line = (errors.read().strip().splitlines() or ["it said nothing"])[-1]
             raise UserError(f"python {COMMANDS[name]} failed, and nothing of it is kept: "
                             f"{last_line}")
-    if PEERS in printed:
-        raise UserError(f"{name} compares with other libraries: pip install -r {PEERS} first.")
+    if NO_PEERS in printed:
+        raise UserError(f"{name} compares with other libraries; tests/measured/benchmark.py says "
+                        f"how they are installed.")
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     peak = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     head = [f"python {COMMANDS[name]}",
@@ -301,7 +314,8 @@ def main():
     if is_check and len(asked) > 1:
         raise UserError("--check runs nothing; give it alone.")
     if not is_check:
-        ours = [name for name in COMMANDS if not name.startswith("gemma-")]
+        ours = [name for name in COMMANDS
+                if not name.startswith(("gemma-", "gpu-", "benchmark-"))]
         for name in asked or [*ours, *WALKS]:
             run_one(name)
     stale = [path for path in PAGES if not update(path, write=not is_check)]

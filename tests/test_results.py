@@ -124,7 +124,8 @@ def pictures_of(cell):
 def assert_prints(got, expected):
     """Words to the letter, numbers to two per cent: other processors round otherwise."""
     number = r"[+-]?\d+(?:\.\d+)?"
-    assert re.sub(number, "#", got) == re.sub(number, "#", expected)
+    # 9.9 has more blanks before it than 10.1
+    assert re.sub(f" *{number}", "#", got) == re.sub(f" *{number}", "#", expected)
     for a, b in zip(re.findall(number, got), re.findall(number, expected)):
         assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.02), f"{a}, and it says {b}"
 

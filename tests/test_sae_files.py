@@ -339,7 +339,7 @@ def test_site_and_layer_of_published_saes_are_checked(tmp_path, tiny):
 
 def run_saelens(script, tmp_path):
     """sae-lens in a process of its own: it brings its own versions and takes seconds to import."""
-    pytest.importorskip("sae_lens", reason="tests/requirements-peers.txt is not installed")
+    pytest.importorskip("sae_lens", reason="tests/requirements-sae-lens.txt is not installed")
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr[-2000:]

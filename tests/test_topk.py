@@ -35,7 +35,8 @@ def trained(edited, tmp_path_factory):
     """A short training -> its folder, what it printed."""
     folder = tmp_path_factory.mktemp("topk")
     config = train.TrainConfig(layers=(1, 2), d_sae=128, n_tokens=20_000, batch_size=256, lr=2.4e-3,
-                               warmup=10, n_eval_rows=8, block_mib=8, out=str(folder))
+                               warmup=10, n_eval_rows=8, block_mib=8, device="cpu",
+                               out=str(folder))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.train(config)
     return folder / "tiny", printed.getvalue(), config

@@ -400,13 +400,14 @@ def test_a_change_of_the_loss_in_dense_step_is_what_trains(tmp_path, monkeypatch
         return result
 
     monkeypatch.setattr(T, "dense_step", with_weight_decay)
-    run_short(tmp_path, layers=(0,))
+    run_short(tmp_path, layers=(0,), device="cpu")
     assert "layer 0: the sparse step does not give what dense_step gives" in capsys.readouterr().out
     assert calls.count(256) == 1 + 46, "once to compare, then at every step"
 
 
 def test_on_a_gpu_products_are_in_tf32_where_that_agrees():
-    """No GPU here: a device that says it is one, and steps that are off by as much as they say."""
+    """Also where there is none: a device that says it is one, and steps that are off by as much as
+    they say."""
     z = SimpleNamespace(device=SimpleNamespace(type="cuda"))
 
     def chosen(error_in_tf32):
@@ -650,7 +651,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     """At the same number of threads: the model's bfloat16 products depend on it."""
     flags = (
         "--layers 0,2 --d-sae 128 --n-tokens 12000 --batch-size 256 --warmup 10 --resample-every 10 "
-        "--n-eval-rows 8 --block-mib 8 --out").split()
+        "--n-eval-rows 8 --block-mib 8 --device cpu --out").split()
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     for folder, start in (("one", []), ("two", torchrun)):
         done = subprocess.run([sys.executable, *start, "train.py", *flags, tmp_path / folder],

@@ -257,4 +257,5 @@ def test_what_goes_in_and_what_comes_out_stay_together(tiny):
                                 torch.device("cpu"))
     sites = [site for _, (site,) in ((step, batch.values()) for step, batch in buffer.batches(0))]
     for x, y in (*sites, buffer.sample(1)):
-        torch.testing.assert_close(tiny.blocks[1].mlp(x), y, atol=0.02, rtol=0.02)
+        error = (tiny.blocks[1].mlp(x) - y).norm(dim=-1) / y.norm(dim=-1)
+        assert error.max() < 0.05, "what bfloat16 rounds; of another place it would be above 1"

@@ -144,6 +144,7 @@ def train_sae(z, d_sae=256, l1=0.1, n_steps=600, seed=0):
                                decay=0.3, seed=seed)
     learner = train.make_learner((z.shape[1],), d_sae, l1, config.lr)
     train.initialise(learner, (z,), config.normalise, train.generator(seed, "start"))
+    train.choose_step(learner, 1, (z[:config.batch_size],))
     order = torch.randperm(len(z), generator=train.generator(seed, "order"))
     for step in range(n_steps):
         batch = order[torch.arange(step * 512, (step + 1) * 512) % len(z)]

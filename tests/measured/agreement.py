@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import train  # noqa: E402
 from attribution import (FEATURE, Place, ablation_effects, totals, trace_prompt,  # noqa: E402
                          upstream_features)
 from data.errors import UserError, run  # noqa: E402
@@ -33,6 +33,7 @@ from study import StudyConfig, begin, finish, held_out_rows  # noqa: E402
 @dataclass(frozen=True)
 class AgreementConfig(StudyConfig):
     n_rows: int = field(256, "held-out rows")
+    n_roots: int = field(100, "features below which others are removed")
 
 
 @torch.no_grad()
@@ -146,9 +147,9 @@ def summary_over_roots(columns):                            # (n_roots,4) -> dic
 
 @torch.no_grad()
 def replacement(model, saes, transcoders, rows):            # (R,T) -> {name: (mean, interval)}
-    """Cross-entropy of predictions from positions 1 to T-2 with every z_cat, every MLP's output, or
-    both, as SAEs and transcoders make them; and with both set to 0. Position 0 keeps its own.
-    Intervals over rows."""
+    """Cross-entropy, at the positions of train.evaluate, with every z_cat that has an SAE, every
+    MLP's output that has a transcoder, or both, as these make them; and with both set to 0.
+    Position 0 keeps its own. Intervals over rows."""
     spliced_z = {layer: splice(sae) for layer, sae in saes.items()}
     spliced_mlp = {layer: splice_mlp(one) for layer, one in transcoders.items()}
 
@@ -159,16 +160,25 @@ def replacement(model, saes, transcoders, rows):            # (R,T) -> {name: (m
     zero_mlp = {layer: lambda mlp_in, mlp_out: zero(mlp_out) for layer in transcoders}
     edits = {"clean": ({}, {}), "SAEs": (spliced_z, {}), "transcoders": ({}, spliced_mlp),
              "both": (spliced_z, spliced_mlp), "both 0": (zero_z, zero_mlp)}
+    at = train.ce_positions(*rows.shape, train.ce_stride(model)).to(rows.device)    # (R,m)
     found = {}
     for name, (edit_z, edit_mlp) in edits.items():
         losses = []
-        for tokens in rows.split(16):
-            logits, _ = model(tokens, edit_z, edit_mlp=edit_mlp)
-            loss = F.cross_entropy(logits[:, 1:-1].float().flatten(0, 1),
-                                   tokens[:, 2:].flatten(), reduction="none")
-            losses.append(loss.view(len(tokens), -1).mean(1).cpu())
+        for tokens, q in zip(rows.split(8), at.split(8)):
+            x, _ = model.run_layers(model.embed(tokens), edit_z, edit_mlp=edit_mlp)
+            logits = model.unembed(train.at_positions(x, q))
+            losses.append(train.row_ce(logits, tokens, q).cpu())
         found[name] = mean_with_ci(torch.cat(losses).double().numpy())
     return found
+
+
+def which(study):
+    """Which layers, where it is not all of them."""
+    n = study.model.config.n_layers
+    if len(study.saes) == len(study.transcoders) == n:
+        return ""
+    return (f" (SAEs of {len(study.saes)} of {n} layers, transcoders of "
+            f"{', '.join(map(str, study.transcoders))})")
 
 
 def main():
@@ -189,7 +199,8 @@ def main():
         print("\nattribution against removal takes SAEs on two layers or more")
     else:
         result["removal"] = removal = ablation_agreement(study.model, study.saes, study.transcoders,
-                                                         rows, seed=config.seed)
+                                                         rows, config.n_roots,
+                                                         seed=config.seed)
         print(f"\nrecursive DFA against removal, nothing frozen: {removal['n_removed']} removals "
               f"below {removal['n_roots']} features of layer {removal['layer']}\n"
               f"{'attribution':29} Spearman                 same sign, strongest ten   "
@@ -201,7 +212,7 @@ def main():
     if study.transcoders:
         result["replacement"] = replacement(study.model, study.saes, study.transcoders, rows)
         print("\ncross-entropy with all z_cat as SAEs make it, all MLP outputs as transcoders make "
-              "them, both, and both 0")
+              "them, both, and both 0" + which(study))
         for name, (mean, interval) in result["replacement"].items():
             print(f"{name:12} {format_ci(mean, interval, '.3f')}")
     write_json(study.folder / "agreement.json", result)

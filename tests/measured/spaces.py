@@ -55,6 +55,7 @@ def started(z, config, key):                            # (N,d_in) -> train.Lear
     """An SAE fitted to the first activations; the key draws its directions."""
     learner = train.make_learner((z.shape[1],), config.d_sae[0], config.l1[0], config.lr, z.device)
     train.initialise(learner, (z,), config.normalise, train.generator(config.seed, "start", key))
+    train.choose_step(learner, key, (z,))
     return learner
 
 
@@ -107,7 +108,8 @@ def main():
     set_n_tokens(model, tokenizer, own.model)
     layers = own.layers or tuple(range(model.config.n_layers))
     model.check_layers(layers)
-    config = replace(train.TrainConfig(), batch_size=1024, lr=2.4e-3, warmup=200, seed=own.seed,
+    config = replace(train.TrainConfig(), batch_size=1024, lr=2.4e-3, warmup=200, decay=0.2,
+                     resample_every=250, seed=own.seed,
                      n_tokens=own.n_tokens, d_sae=(own.d_sae,), l1=(own.l1,), corpus=own.corpus,
                      resample_times=0, n_ctx=min(128, model.config.n_ctx))
     if own.n_tokens < config.batch_size or own.d_sae < 1 or own.n_eval_rows < 2:
