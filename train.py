@@ -174,8 +174,8 @@ def warn_of_preset(config, model):
     another."""
     gpt2_small = "GPT2 of 12 layers, 12 heads of 64, d_model 768"
     if config.preset == "paper" and model.architecture() != gpt2_small:
-        print(f"--preset paper has the paper's layers, l1 and features for a {gpt2_small}; this is a "
-              f"{model.architecture()}: choose your own.", flush=True)
+        print(f"--preset paper: layers, l1 and features are those of a {gpt2_small}, and this is "
+              f"a {model.architecture()}; choose your own.", flush=True)
 
 
 def default_lr(d_in):

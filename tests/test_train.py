@@ -694,3 +694,11 @@ def test_activations_of_low_rank_can_be_started_from(monkeypatch):
     assert sae.W_dec[:, 10:].abs().max() < 1e-4, \
         "directions outside the space that activations fill"
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_the_papers_preset_says_that_it_is_of_another_model(tmp_path, capsys):
+    run_short(tmp_path, preset="paper")
+    assert "are those of a GPT2 of 12 layers" in capsys.readouterr().out
+    small = SimpleNamespace(architecture=lambda: "GPT2 of 12 layers, 12 heads of 64, d_model 768")
+    T.warn_of_preset(T.TrainConfig(preset="paper"), small)
+    assert capsys.readouterr().out == ""
