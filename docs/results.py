@@ -64,6 +64,7 @@ SOURCES = ROOT / "docs" / "sources.json"
 NO_PEERS = "the other rows take two environments"
 
 GEMMA = "--model published/gemma-3-270m --corpus published/english"
+# what train.py did by default when these outputs were made
 SCHEDULE = "--warmup 100 --decay 0.2 --resample-every 250"
 COMMANDS = {
     "train": "train.py",

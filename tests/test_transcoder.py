@@ -258,4 +258,4 @@ def test_what_goes_in_and_what_comes_out_stay_together(tiny):
     sites = [site for _, (site,) in ((step, batch.values()) for step, batch in buffer.batches(0))]
     for x, y in (*sites, buffer.sample(1)):
         error = (tiny.blocks[1].mlp(x) - y).norm(dim=-1) / y.norm(dim=-1)
-        assert error.max() < 0.05, "what bfloat16 rounds; of another place it would be above 1"
+        assert error.max() < 0.03, "what bfloat16 rounds; of another place it would be above 1"

@@ -33,7 +33,6 @@ from study import StudyConfig, begin, finish, held_out_rows  # noqa: E402
 @dataclass(frozen=True)
 class AgreementConfig(StudyConfig):
     n_rows: int = field(256, "held-out rows")
-    n_roots: int = field(100, "features below which others are removed")
 
 
 @torch.no_grad()
@@ -172,8 +171,8 @@ def replacement(model, saes, transcoders, rows):            # (R,T) -> {name: (m
     return found
 
 
-def which(study):
-    """Which layers, where it is not all of them."""
+def layers_replaced(study):
+    """The layers that have SAEs and transcoders, in words; "" if all have both."""
     n = study.model.config.n_layers
     if len(study.saes) == len(study.transcoders) == n:
         return ""
@@ -199,8 +198,7 @@ def main():
         print("\nattribution against removal takes SAEs on two layers or more")
     else:
         result["removal"] = removal = ablation_agreement(study.model, study.saes, study.transcoders,
-                                                         rows, config.n_roots,
-                                                         seed=config.seed)
+                                                         rows, seed=config.seed)
         print(f"\nrecursive DFA against removal, nothing frozen: {removal['n_removed']} removals "
               f"below {removal['n_roots']} features of layer {removal['layer']}\n"
               f"{'attribution':29} Spearman                 same sign, strongest ten   "
@@ -212,7 +210,7 @@ def main():
     if study.transcoders:
         result["replacement"] = replacement(study.model, study.saes, study.transcoders, rows)
         print("\ncross-entropy with all z_cat as SAEs make it, all MLP outputs as transcoders make "
-              "them, both, and both 0" + which(study))
+              "them, both, and both 0" + layers_replaced(study))
         for name, (mean, interval) in result["replacement"].items():
             print(f"{name:12} {format_ci(mean, interval, '.3f')}")
     write_json(study.folder / "agreement.json", result)

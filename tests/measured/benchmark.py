@@ -24,10 +24,13 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.flags import field, parse_flags  # noqa: E402
+from data.machine import fast_bfloat16, keep_freed_memory  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ def python_of(library):
 
 
 def measured(device, work, *args, python=sys.executable):
-    """What work(*args) returns when another process calls it: (seconds, loss, peak in MiB)."""
+    """What work(*args) returns when another process calls it; in most rows (seconds, loss, peak in
+    MiB)."""
     call = json.dumps([device, work.__name__, args])
     done = subprocess.run([python, __file__, "row", call], stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -78,13 +82,11 @@ def timed(work, times, loss=lambda: 0.0):
 
 
 def wait_for_device():
-    import torch
     if DEVICE != "cpu":
         torch.cuda.synchronize()
 
 
 def forget_peak():
-    import torch
     if DEVICE != "cpu":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
@@ -92,12 +94,10 @@ def forget_peak():
 
 
 def memory_now():
-    import torch
     return mebibytes("VmRSS") if DEVICE == "cpu" else torch.cuda.memory_allocated() / 2**20
 
 
 def memory_peak():
-    import torch
     return mebibytes("VmHWM") if DEVICE == "cpu" else torch.cuda.max_memory_allocated() / 2**20
 
 
@@ -118,7 +118,6 @@ L1, LR = 0.05, 3e-4
 
 def planted(d_in, d_sae, batch_size, n_batches=4):
     """W_dec (d_sae,d_in), b_enc, and batches for which about 25 features are active."""
-    import torch
     generator = torch.Generator().manual_seed(0)
     W = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
     batches = []
@@ -157,7 +156,7 @@ def step_of_ours(d_in, d_sae, batch_size, steps):
         train.train_step(learner, (batches[i % len(batches)],), i + 1, config)
         train.read_back({0: learner}, i + 1, batch_size)
 
-    with train.keep_freed_memory():
+    with keep_freed_memory():
         return timed(step, steps, lambda: learner.mse + L1 * learner.sparsity)
 
 
@@ -166,7 +165,6 @@ def step_of_sae_lens(d_in, d_sae, batch_size, steps, products="highest", autocas
     """products: "high" has TF32 for float32, which is not its default. same_algorithm: with what
     our step does and theirs does not (decoder rows of unit norm, their gradient projected), and
     without what theirs does and ours does not (clipping the gradient)."""
-    import torch
     from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -198,7 +196,6 @@ def step_of_sae_lens(d_in, d_sae, batch_size, steps, products="highest", autocas
 
 def encoder_product(d_in, d_sae, batch_size, steps):
     """The one product that a step cannot do without, in bfloat16 where the device has it."""
-    import torch
     kind = torch.bfloat16 if "bfloat16" in kinds(DEVICE) else torch.float32
     x = torch.randn(batch_size, d_in, dtype=kind, device=DEVICE)
     W = torch.randn(d_in, d_sae, dtype=kind, device=DEVICE)
@@ -242,8 +239,6 @@ def compare_steps(config, d_in, d_sae, batch_size):
 
 def curve(dense):
     """The loss of every step of a training on tiny's layer 2, by the one step throughout."""
-    import torch
-
     import data
     import model as models
     import train
@@ -280,16 +275,12 @@ ROWS = {"cpu": 16, "cuda": 64}                  # in one batch; ours has 64 in t
 
 
 def random_tokens():
-    import torch
     generator = torch.Generator().manual_seed(0)
     return torch.randint(50257, (ROWS[DEVICE], 128), generator=generator).to(DEVICE)
 
 
 def kinds(device):
     """Of numbers in products, those that the device has instructions for."""
-    import torch
-
-    from data.machine import fast_bfloat16
     found = ["float32"]
     if device == "cuda":
         found.append("TF32")
@@ -301,7 +292,6 @@ def kinds(device):
 def in_kind(model, kind):
     """A model on the device, its weights in float32 or bfloat16; or in float32 with TF32 for its
     products ("TF32")."""
-    import torch
     if kind == "TF32":
         torch.set_float32_matmul_precision("high")
     return model.to(DEVICE, torch.bfloat16 if kind == "bfloat16" else torch.float32).eval()
@@ -309,10 +299,7 @@ def in_kind(model, kind):
 
 def z_cat_of_ours(kind):
     """bfloat16 is as in train.py: the weights stay in float32, products are in bfloat16."""
-    import torch
-
     import model as models
-    from data.machine import keep_freed_memory
     model = models.GPT2(models.GPT2Config(12, 12, 768, 3072, 50257, 1024)).requires_grad_(False)
     model = in_kind(model, "TF32" if kind == "TF32" else "float32")
     tokens = random_tokens()
@@ -369,7 +356,6 @@ def some_tokenizer(folder):
 
 def z_cat_of_transformer_lens_3(kind, stop):
     """Version 3, which sae-lens installs: its own model."""
-    import torch
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     model = HookedTransformer(HookedTransformerConfig(
         n_layers=12, n_heads=12, d_model=768, d_head=64, d_mlp=3072, d_vocab=50257, n_ctx=1024,
@@ -437,7 +423,6 @@ def dfa_through_the_large_tensor():
 
 
 def attention(B=8, T=128, H=12, d_head=64):
-    import torch
     pattern, v, w = torch.rand(B, H, T, T), torch.randn(B, T, H, d_head), torch.randn(H * d_head)
     return pattern.to(DEVICE), v.to(DEVICE), w.to(DEVICE)
 

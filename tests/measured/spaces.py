@@ -109,7 +109,7 @@ def main():
     layers = own.layers or tuple(range(model.config.n_layers))
     model.check_layers(layers)
     config = replace(train.TrainConfig(), batch_size=1024, lr=2.4e-3, warmup=200, decay=0.2,
-                     resample_every=250, seed=own.seed,
+                     seed=own.seed,
                      n_tokens=own.n_tokens, d_sae=(own.d_sae,), l1=(own.l1,), corpus=own.corpus,
                      resample_times=0, n_ctx=min(128, model.config.n_ctx))
     if own.n_tokens < config.batch_size or own.d_sae < 1 or own.n_eval_rows < 2:
