@@ -66,7 +66,7 @@ from data.flags import field, parse_flags
 from data.progress import Progress
 from data.sae_files import MLP, Z_CAT
 from data.strongest import Collected, Collector, feature_token_mass, rank_in_group
-from data.tokens import fuzzy_classes, text_around
+from data.tokens import fuzzy_classes, is_copy, text_around
 from data.weights import digest
 from direct import (dfa_at_positions, head_weights, token_directions, token_effects,
                     values_minus_bias)
@@ -519,14 +519,6 @@ def after_copy_shares(collected, reads, tokens, classes, seed=0):
     X[feature] = pair[first, 1]
     X_share[feature] = mass[first] / total[feature]
     return share, chance, X, X_share
-
-
-def is_copy(classes, row, q, k):                            # (R,T), (n,), (n,), (n,) -> (n,) bool
-    """Whether the tokens at q and k are copies. Never for BOS, whose class is -1; it stands at
-    position 0 and between documents. A k below 0, where there is no source, is taken as 0: no
-    copy."""
-    own = classes[row, q]
-    return (own >= 0) & (own == classes[row, k.clamp_min(0)])
 
 
 def activation_share(feature, weight, hit, d_sae):          # (n,), (n,), (n,) -> (d_sae,) float64

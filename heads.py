@@ -40,9 +40,9 @@ from data.errors import UserError, run
 from data.figures import plot_census
 from data.files import write_json
 from data.flags import field, parse_flags
-from data.tokens import fuzzy_classes
+from data.tokens import fuzzy_classes, is_copy
 from direct import head_weights
-from features import (MIN_PLACES, CollectionConfig, activation_share, is_copy, load_or_collect,
+from features import (MIN_PLACES, CollectionConfig, activation_share, load_or_collect,
                       share_by_chance)
 from study import begin, finish, reported
 

@@ -39,7 +39,7 @@ from data.flags import field, parse_flags
 from data.progress import Progress
 from data.stats import format_ci, mean_with_ci
 from data.strongest import StrongestPerGroup, feature_token_mass, rank_in_group
-from data.tokens import fuzzy_classes, text_around
+from data.tokens import fuzzy_classes, is_copy, text_around
 from direct import direct_logits, token_directions, token_effects
 from model import span
 from sae import ablate, check_feature
@@ -73,10 +73,15 @@ def prefix_lengths(classes):                                # (B,T) -> (B,q,k)
 def followed_by(tokens, classes, row, q, X):                # (B,T) x 2, (n,) x 3 -> (n,) bool
     """The proxy of Fig. 2: whether the token at q, or its variant in space or case, stood earlier
     in its row with token X after it."""
-    earlier = torch.arange(tokens.shape[1] - 1, device=tokens.device)      # X stands at earlier + 1
-    own_class = classes[row, q][:, None]
-    is_copy = (classes[row, :-1] == own_class) & (own_class >= 0) & (earlier < q[:, None])
-    return (is_copy & (tokens[row, 1:] == X[:, None])).any(-1)          # (n,T-1) -> (n,)
+    was_X = tokens[row, 1:] == X[:, None]                               # (n,T-1)
+    return (earlier_copies(classes, row, q) & was_X).any(-1)
+
+
+def earlier_copies(classes, row, q):                        # (B,T), (n,), (n,) -> (n,T-1) bool
+    """Where in its row copies of the token at q stand before it."""
+    k = torch.arange(classes.shape[1] - 1, device=classes.device)
+    row, q = row[:, None], q[:, None]
+    return is_copy(classes, row, q, k) & (k < q)
 
 
 def followed_everywhere(tokens, classes, X):                # (B,T) x 2, a token -> (B,T-1) bool
@@ -472,14 +477,10 @@ def name_next(tokens, classes, entries, d_sae):             # (B,T) x 2 -> (d_sa
     once to each, however often it followed; special tokens, of class -1, are left out. X is the
     token that is given most.
     """
-    T = tokens.shape[1]
     owner, position = [], []            # of each token that followed: its entry, and where it is
     for part in torch.arange(len(entries.q)).split(2**16):
-        row, q = entries.row[part], entries.q[part]
-        own_class = classes[row, q][:, None]
-        is_copy = (classes[row, :-1] == own_class) & (own_class >= 0)
-        is_copy &= torch.arange(T - 1) < q[:, None]
-        i, earlier = is_copy.nonzero(as_tuple=True)
+        copies = earlier_copies(classes, entries.row[part], entries.q[part])
+        i, earlier = copies.nonzero(as_tuple=True)
         owner.append(part[i])
         position.append(earlier + 1)
     owner, position = torch.cat(owner), torch.cat(position)

@@ -262,6 +262,16 @@ def fuzzy_classes(tokenizer):                                   # -> (n_vocab,)
     return torch.tensor(classes)
 
 
+def is_copy(classes, row, q, k):                                # (R,T), (n,) x 3 -> (n,) bool
+    """Whether the tokens at q and k of a row are copies: of one class (`fuzzy_classes`).
+
+    Never for BOS, of class -1; it stands at position 0 and between documents. A k below 0, where
+    there is no token, is taken as 0: no copy. Any shapes that broadcast.
+    """
+    own = classes[row, q]
+    return (own >= 0) & (own == classes[row, k.clamp_min(0)])
+
+
 def text_around(row, q, tokenizer, n_before=10, n_after=3):     # (T,) -> str
     """Position q of a row with the text around it, its token in angle brackets."""
     def decode(part):
