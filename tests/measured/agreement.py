@@ -3,8 +3,8 @@
     python tests/measured/agreement.py          the shipped model, over held-out text
 
 Three tables, also written to <out>/<model>/agreement/agreement.json: weight-based head attribution
-against DFA by head; recursive DFA against what happens when a feature is removed from the model;
-and what the model loses when SAEs and transcoders do its work.
+against DFA by head; recursive DFA of features and logits against what happens when a feature is
+removed from the model; and what the model loses when SAEs and transcoders do its work.
 
 Shapes: R rows, T positions, H heads, D = H*d_head, d_sae.
 """
@@ -19,8 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import train  # noqa: E402
-from attribution import (FEATURE, Place, ablation_effects, totals, trace_prompt,  # noqa: E402
-                         upstream_features)
+from attribution import (FEATURE, KINDS, Place, ablation_effects, totals,  # noqa: E402
+                         trace_prompt, upstream_features)
 from data.errors import UserError, run  # noqa: E402
 from data.files import write_json  # noqa: E402
 from data.flags import field, parse_flags  # noqa: E402
@@ -33,30 +33,44 @@ from study import StudyConfig, begin, finish, held_out_rows  # noqa: E402
 @dataclass(frozen=True)
 class AgreementConfig(StudyConfig):
     n_rows: int = field(256, "held-out rows")
+    n_roots: int = field(100, "features, and logits, below which features are removed")
+
+
+# ---- weight-based head attribution against DFA by head ----
 
 
 @torch.no_grad()
-def head_agreement(model, sae, layer, rows):                # (R,T) -> dict
+def head_agreement(model, saes, rows):                      # (R,T) -> {layer: dict}
     """Weight-based head attribution against DFA by head, over the features that fire in `rows`.
 
-    DFA by head of a feature is summed over the positions where it fires: z_h . w^h less the
-    constant, which is DFA of direct.values_minus_bias summed over sources. rank: mean over
-    features of Spearman's correlation over heads; top1: how often both name the same head; with
-    intervals over features; None where there is nothing to compare.
+    DFA by head of a feature is summed over the positions where it fires. rank: mean over features
+    of Spearman's correlation over heads; top1: how often both name the same head; with intervals
+    over features; None where there is nothing to compare.
     """
     H = model.config.n_heads
-    weights = head_weights(sae.W_dec, H)
-    by_head = torch.zeros_like(weights)                     # (d_sae,H)
-    n_fired = torch.zeros(sae.d_sae, device=weights.device)
-    W_enc = sae.W_enc.unflatten(0, (H, -1))                 # (H,d_head,d_sae)
+    weights = {layer: head_weights(sae.W_dec, H) for layer, sae in saes.items()}    # (d_sae,H)
+    by_head = {layer: torch.zeros_like(weights[layer]) for layer in saes}
+    n_fired = {layer: torch.zeros_like(weights[layer][:, 0]) for layer in saes}
     for tokens in rows.split(16):
-        z = model.z_cat_at(tokens, [layer])[layer][:, 1:].flatten(0, 1)             # (n,D)
-        active = (sae.encode(z) != 0).to(z.dtype)
-        z = (z - model.value_bias(layer)).unflatten(-1, (H, -1))                    # (n,H,d_head)
-        n_fired += active.sum(0)
-        for h in range(H):
-            by_head[:, h] += (active * (z[:, h] @ W_enc[h])).sum(0)
-    live = n_fired > 0
+        for layer, z in model.z_cat_at(tokens, list(saes)).items():
+            z = z[:, 1:].flatten(0, 1)                                  # (n,D)
+            active = (saes[layer].encode(z) != 0).to(z.dtype)           # (n,d_sae)
+            n_fired[layer] += active.sum(0)
+            by_head[layer] += dfa_where_active(model, layer, saes[layer], z, active)
+    return {layer: compare_heads(weights[layer], by_head[layer], n_fired[layer] > 0)
+            for layer in saes}
+
+
+def dfa_where_active(model, layer, sae, z, active):         # (n,D), (n,d_sae) -> (d_sae,H)
+    """DFA by head, summed over the places where each feature is active: z_h . w^h less the
+    constant, which is DFA of direct.values_minus_bias summed over sources."""
+    n_heads = model.config.n_heads
+    W_enc = sae.W_enc.unflatten(0, (n_heads, -1))           # (H,d_head,d_sae)
+    z = (z - model.value_bias(layer)).unflatten(-1, (n_heads, -1))      # (n,H,d_head)
+    return torch.stack([(active * (z[:, h] @ W_enc[h])).sum(0) for h in range(n_heads)], -1)
+
+
+def compare_heads(weights, by_head, live):                  # (d_sae,H), (d_sae,H), (d_sae,) -> dict
     rank = spearman(weights[live], by_head[live]).numpy()
     same_top = (weights[live].argmax(-1) == by_head[live].argmax(-1)).cpu().double().numpy()
     result = {"n_fired": int(live.sum()), "n_silent": int((~live).sum())}
@@ -68,67 +82,110 @@ def head_agreement(model, sae, layer, rows):                # (R,T) -> dict
     return result
 
 
-@torch.no_grad()
-# -> dict
-def ablation_agreement(model, saes, transcoders, rows, n_roots=100, n_strong=10, n_random=10,
-                       seed=0):
-    """Recursive DFA against removal, nothing frozen.
+# ---- recursive DFA against removal ----
+#
+# Below a root, a feature or a logit at a position drawn at random, features are removed one at a
+# time, each where it fired, and the model is run anew with nothing frozen. How far the root falls
+# is compared with what was attributed to the feature removed.
 
-    For features of the last layer that has an SAE, at positions drawn at random, the n_strong
-    earlier attention features of largest direct attribution and n_random others are removed one at
-    a time, each where it fired, and the model run anew. What is attributed to them: in one step,
-    summed over heads; over all paths through attention features; and over all paths, MLP features
-    too. rank: mean over roots of Spearman's correlation of attribution with the fall of the
-    pre-activation. sign: how often their signs agree among the strong ones. slope: fall per unit
+N_STRONG = 10           # features removed below each root: those of largest one-step attribution,
+N_OTHERS = 10           # and some drawn from the rest
+
+
+def feature_root(traced, position, rng):                    # -> Place or None
+    """An active feature, drawn at random, of the last layer that has an SAE."""
+    layer = max(traced.saes)
+    active = traced.f[layer][position].nonzero()[:, 0]
+    if not len(active):
+        return None
+    return Place("feature", layer, position, int(active[rng.integers(len(active))]))
+
+
+def logit_root(traced, position, rng):                      # -> Place
+    """The logit of the token that comes next in the text, less the mean over all tokens."""
+    n_layers = traced.model.config.n_layers
+    return Place("logit", n_layers, position, int(traced.tokens[position + 1]))
+
+
+ROOTS = {"feature": feature_root, "logit": logit_root}
+REMOVED = {"feature": "attention feature", "MLP feature": "MLP feature"}    # kinds, in words
+
+
+@torch.no_grad()
+# -> {kind removed: {way: dict}}
+def ablation_agreement(model, saes, transcoders, rows, choose_root, n_roots, seed=0):
+    """How well attribution predicts removal, for attention features and, where there are
+    transcoders, MLP features, N_STRONG + N_OTHERS of each below every root.
+
+    What is attributed to them: in one step; over all paths through attention features; and over
+    all paths, MLP features too. rank: mean over roots of Spearman's correlation of attribution with
+    the root's fall. sign: how often their signs agree among the strong ones. slope: fall per unit
     attributed (least squares through 0, over all). Intervals over roots.
     """
     rng = np.random.default_rng(seed)
-    layer = max(saes)
-    measured = {}                                           # {way: [(rank, sign, product, square)]}
+    kinds = list(REMOVED) if transcoders else ["feature"]
+    measured = {kind: {} for kind in kinds}                 # {way: [(rank, sign, product, square)]}
     n_measured = 0
-    while n_measured < n_roots:
-        if not len(rows):
-            raise UserError(f"these rows have only {n_measured} features with "
-                            f"{n_strong + n_random} earlier ones to remove, and {n_roots} are "
-                            f"needed; give more text, or raise --n-rows.")
-        tokens, rows = rows[0], rows[1:]
-        traced = trace_prompt(model, saes, tokens)
-        position = int(rng.integers(min(8, len(tokens) - 1), len(tokens)))
-        active = traced.f[layer][position].nonzero()[:, 0]
-        if not len(active):
+    for tokens in rows:
+        if n_measured == n_roots:
+            break
+        traced = trace_prompt(model, saes, tokens, transcoders)
+        position = int(rng.integers(min(8, len(tokens) - 2), len(tokens) - 1))
+        root = choose_root(traced, position, rng)
+        chosen = root and choose_removed(traced, root, kinds, rng)
+        if not chosen:
             continue
-        root = int(active[rng.integers(len(active))])
-        reader = Place("feature", layer, position, root)
-        upstream, in_one_step = upstream_features(traced, reader)
-        if len(upstream) < n_strong + n_random:
-            continue
-        others = n_strong + rng.choice(len(upstream) - n_strong, n_random, replace=False)
-        chosen = torch.from_numpy(np.concatenate([np.arange(n_strong), others])).to(tokens.device)
-        removed = upstream[chosen]
-        fall = ablation_effects(traced, removed, reader)
-        attributed = {"one step": in_one_step[chosen],
-                      "all paths through attention": totals(traced, reader).contribution[removed]}
-        if transcoders:
-            attributed["all paths, through MLPs too"] = through_mlps(
-                traced, transcoders, reader, removed)
-        for way, values in attributed.items():
-            same_sign = (values.sign() == fall.sign())[:n_strong]
-            measured.setdefault(way, []).append(
-                (float(spearman(values, fall)), float(same_sign.double().mean()),
-                 float((values * fall).sum()), float(values.square().sum())))
         n_measured += 1
-    ways = {way: summary_over_roots(np.array(columns)) for way, columns in measured.items()}
-    return {"layer": layer, "n_roots": n_roots, "n_removed": n_roots * (n_strong + n_random),
-            "ways": ways}
+        everywhere = totals(traced, root).contribution
+        for kind, (removed, in_one_step) in chosen.items():
+            attributed = {"one step": in_one_step}
+            if kind == "feature" and transcoders:
+                attributed["all paths through attention"] = without_mlps(traced, root, removed)
+            attributed["all paths"] = everywhere[removed]
+            fall = ablation_effects(traced, removed, root)
+            for way, values in attributed.items():
+                measured[kind].setdefault(way, []).append(compare(values, fall))
+    if n_measured < n_roots:
+        raise UserError(f"these rows have only {n_measured} places with {N_STRONG + N_OTHERS} "
+                        f"earlier features of each kind to remove, and {n_roots} are needed; give "
+                        f"more text, raise --n-rows, or lower --n-roots.")
+    return {kind: {way: summary_over_roots(np.array(columns)) for way, columns in ways.items()}
+            for kind, ways in measured.items()}
 
 
-def through_mlps(traced, transcoders, reader, removed):     # (n,) -> (n,)
-    """What is attributed to attention features over all paths, when MLPs are taken apart as well.
-    removed: rows of traced.components, which has the same attention features in the same order."""
-    whole = trace_prompt(traced.model, traced.saes, traced.tokens, transcoders)
-    contribution = totals(whole, reader).contribution[whole.components.kind == FEATURE]
+def choose_removed(traced, root, kinds, rng):               # -> {kind: ((n,), (n,))} or None
+    """Which features of each kind are removed, as rows of traced.components, and what one step
+    attributes to them, strong ones first; None where a kind has too few."""
+    upstream, in_one_step = upstream_features(traced, root)
+    chosen = {}
+    for kind in kinds:
+        is_kind = traced.components.kind[upstream] == KINDS.index(kind)
+        rows, values = upstream[is_kind], in_one_step[is_kind]
+        if len(rows) < N_STRONG + N_OTHERS:
+            return None
+        others = N_STRONG + rng.choice(len(rows) - N_STRONG, N_OTHERS, replace=False)
+        index = torch.from_numpy(np.concatenate([np.arange(N_STRONG), others])).to(rows.device)
+        chosen[kind] = rows[index], values[index]
+    return chosen
+
+
+def without_mlps(traced, root, removed):                    # (n,) -> (n,)
+    """What is attributed to attention features over all paths, when MLPs are not taken apart."""
+    alone = trace_prompt(traced.model, traced.saes, traced.tokens)
+    return totals(alone, root).contribution[same_features(traced, alone, removed)]
+
+
+def same_features(traced, alone, rows):                     # (n,) -> (n,)
+    """Rows of another trace's components that are the same attention features: both traces of a
+    prompt have them in the same order."""
     rank = (traced.components.kind == FEATURE).cumsum(0) - 1
-    return contribution[rank[removed]]
+    return (alone.components.kind == FEATURE).nonzero()[:, 0][rank[rows]]
+
+
+def compare(attributed, fall):                              # (n,), (n,) -> 4 numbers
+    same_sign = (attributed.sign() == fall.sign())[:N_STRONG]
+    return (float(spearman(attributed, fall)), float(same_sign.double().mean()),
+            float((attributed * fall).sum()), float(attributed.square().sum()))
 
 
 def summary_over_roots(columns):                            # (n_roots,4) -> dict
@@ -142,6 +199,9 @@ def summary_over_roots(columns):                            # (n_roots,4) -> dic
         result[name] = float(statistic(np.arange(len(columns))))
         result[f"{name}_ci"] = bootstrap(statistic, len(columns))
     return result
+
+
+# ---- the model with SAEs and transcoders in place ----
 
 
 @torch.no_grad()
@@ -180,39 +240,60 @@ def layers_replaced(study):
             f"{', '.join(map(str, study.transcoders))})")
 
 
+# ---- the report ----
+
+
+def report_heads(found, n_rows):
+    print(f"weight-based head attribution against DFA by head, over features that fire in "
+          f"{n_rows} rows; [95% interval]\nlayer  fired  silent    Spearman over heads       "
+          f"same top head")
+    for layer, r in found.items():
+        rank = format_ci(r["rank"], r["rank_ci"], ".3f")
+        top1 = format_ci(r["top1"], r["top1_ci"], ".1%")
+        print(f"{layer:5d} {r['n_fired']:6d} {r['n_silent']:7d}   {rank:>21}  {top1:>22}")
+
+
+def report_removal(found, layer, n_roots):
+    print(f"\nrecursive DFA against removal, nothing frozen: {n_roots} features of layer {layer}, "
+          f"and {n_roots} logits of the next token;\nof each kind {N_STRONG + N_OTHERS} features "
+          f"below it removed one at a time, the {N_STRONG} strongest in one step and {N_OTHERS} "
+          f"others\n"
+          f"root     removed            attribution                  Spearman                "
+          f"same sign, strongest   fall per unit attributed")
+    for root, kinds in found.items():
+        for kind, ways in kinds.items():
+            for way, r in ways.items():
+                print(f"{root:8} {REMOVED[kind]:18} {way:28} "
+                      f"{format_ci(r['rank'], r['rank_ci'], '.3f'):23} "
+                      f"{format_ci(r['sign'], r['sign_ci'], '.1%'):22} "
+                      f"{format_ci(r['slope'], r['slope_ci'], '.2f')}")
+
+
+def report_replacement(found, what):
+    print("\ncross-entropy with all z_cat as SAEs make it, all MLP outputs as transcoders make "
+          "them, both, and both 0" + what)
+    for name, (mean, interval) in found.items():
+        print(f"{name:12} {format_ci(mean, interval, '.3f')}")
+
+
 def main():
     config = parse_flags(AgreementConfig, __doc__)
     study = begin(config, "agreement")
     rows = held_out_rows(study, config.n_rows)
-    heads = {layer: head_agreement(study.model, sae, layer, rows)
-             for layer, sae in study.saes.items()}
-    print(f"weight-based head attribution against DFA by head, over features that fire in "
-          f"{len(rows)} rows; [95% interval]\nlayer  fired  silent    Spearman over heads       "
-          f"same top head")
-    for layer, r in heads.items():
-        rank = format_ci(r["rank"], r["rank_ci"], ".3f")
-        top1 = format_ci(r["top1"], r["top1_ci"], ".1%")
-        print(f"{layer:5d} {r['n_fired']:6d} {r['n_silent']:7d}   {rank:>21}  {top1:>22}")
+    heads = head_agreement(study.model, study.saes, rows)
+    report_heads(heads, len(rows))
     result = {"heads": {f"L{layer}": r for layer, r in heads.items()}}
     if len(study.saes) < 2:
         print("\nattribution against removal takes SAEs on two layers or more")
     else:
-        result["removal"] = removal = ablation_agreement(study.model, study.saes, study.transcoders,
-                                                         rows, seed=config.seed)
-        print(f"\nrecursive DFA against removal, nothing frozen: {removal['n_removed']} removals "
-              f"below {removal['n_roots']} features of layer {removal['layer']}\n"
-              f"{'attribution':29} Spearman                 same sign, strongest ten   "
-              f"fall per unit attributed")
-        for way, r in removal["ways"].items():
-            print(f"{way:29} {format_ci(r['rank'], r['rank_ci'], '.3f'):24} "
-                  f"{format_ci(r['sign'], r['sign_ci'], '.1%'):26} "
-                  f"{format_ci(r['slope'], r['slope_ci'], '.2f')}")
+        result["removal"] = {
+            root: ablation_agreement(study.model, study.saes, study.transcoders, rows, choose,
+                                     config.n_roots, config.seed)
+            for root, choose in ROOTS.items()}
+        report_removal(result["removal"], max(study.saes), config.n_roots)
     if study.transcoders:
         result["replacement"] = replacement(study.model, study.saes, study.transcoders, rows)
-        print("\ncross-entropy with all z_cat as SAEs make it, all MLP outputs as transcoders make "
-              "them, both, and both 0" + layers_replaced(study))
-        for name, (mean, interval) in result["replacement"].items():
-            print(f"{name:12} {format_ci(mean, interval, '.3f')}")
+        report_replacement(result["replacement"], layers_replaced(study))
     write_json(study.folder / "agreement.json", result)
     finish(study)
 

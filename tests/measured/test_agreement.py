@@ -1,18 +1,22 @@
-"""tests/measured/agreement.py against a loop."""
+"""tests/measured/agreement.py against loops."""
 
+import agreement
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 import direct as A
 import sae as S
-from agreement import head_agreement
+from agreement import ROOTS, ablation_agreement, choose_removed, head_agreement
+from attribution import trace_prompt
+from data.errors import UserError
 
 
 def test_agreement_of_heads_equals_a_loop(tiny):
     saes = {2: S.SAE.load(ROOT / "data" / "tiny" / "L2")}
     rows = torch.randint(4000, (3, 40), generator=torch.Generator().manual_seed(0))
-    found = head_agreement(tiny, saes[2], 2, rows)
+    found = head_agreement(tiny, saes, rows)[2]
     sae, by_feature = saes[2], {}
     _, cache = tiny(rows, keep=(2,))
     f, v = sae.encode(cache[2].z_cat), A.values_minus_bias(tiny, 2, cache[2].v)
@@ -28,3 +32,92 @@ def test_agreement_of_heads_equals_a_loop(tiny):
     assert found["n_fired"] == len(by_feature) and found["n_fired"] + found["n_silent"] == sae.d_sae
     assert found["top1"] == pytest.approx(sum(top1) / len(top1), abs=2 / len(top1))
     assert found["rank_ci"][0] <= found["rank"] <= found["rank_ci"][1]
+
+
+def some_rows(n):
+    return torch.randint(4000, (n, 24), generator=torch.Generator().manual_seed(1))
+
+
+def shipped(tiny):
+    where = ROOT / "data" / "tiny"
+    return S.load_saes(where, tiny), S.load_transcoders(where, tiny)
+
+
+def what_the_root_is(tiny, saes, root, tokens, edit_z, edit_mlp):
+    """By plain runs of the model."""
+    if root.kind == "logit":
+        x, _ = tiny.run_layers(tiny.embed(tokens[None]), edit_z, edit_mlp=edit_mlp)
+        logits = tiny.unembed(x)[0, root.position]
+        return logits[root.feature] - logits.mean()
+    z = tiny.z_cat_at(tokens[None], [root.layer], edit_z, edit_mlp)[root.layer][0, root.position]
+    return saes[root.layer].pre_activations(z)[root.feature]
+
+
+def without(place, vector):
+    """Edits that subtract a feature's vector where it was written."""
+    def edit_z(z):
+        z = z.clone()
+        z[:, place.position] -= vector
+        return z
+    if place.kind == "feature":
+        return {place.layer: edit_z}, {}
+    return {}, {place.layer: lambda mlp_in, mlp_out: edit_z(mlp_out)}
+
+
+@pytest.mark.parametrize("kind", ROOTS)
+def test_falls_are_those_of_plain_runs_and_the_strongest_come_first(tiny, kind, monkeypatch):
+    saes, transcoders = shipped(tiny)
+    chosen, compared = [], []
+    compare = agreement.compare
+
+    def choose(traced, root, kinds, rng):
+        found = choose_removed(traced, root, kinds, rng)
+        chosen.extend((traced, root, of_kind, *found[of_kind]) for of_kind in found or {})
+        return found
+
+    monkeypatch.setattr(agreement, "choose_removed", choose)
+    monkeypatch.setattr(agreement, "compare", lambda attributed, fall: (
+        compared.append((attributed, fall)) or compare(attributed, fall)))
+    found = ablation_agreement(tiny, saes, transcoders, some_rows(4), ROOTS[kind], n_roots=2)
+    assert {of_kind: list(ways) for of_kind, ways in found.items()} == {
+        "feature": ["one step", "all paths through attention", "all paths"],
+        "MLP feature": ["one step", "all paths"]}
+    assert len(chosen) == 4 and len(compared) == 10         # 2 roots, 2 kinds; 3 and 2 ways
+    falls = [compared[i][1] for i in (0, 3, 5, 8)]
+    for (traced, root, of_kind, rows, in_one_step), fall in zip(chosen, falls):
+        assert len(rows.unique()) == len(rows) == 20
+        assert in_one_step[:10].abs().min() >= in_one_step[10:].abs().max()
+        dictionaries, f = {"feature": (saes, traced.f),
+                           "MLP feature": (transcoders, traced.f_mlp)}[of_kind]
+        clean = what_the_root_is(tiny, saes, root, traced.tokens, {}, {})
+        for row, value in list(zip(rows.tolist(), fall.tolist()))[::5]:
+            place = traced.components.place(row)
+            vector = f[place.layer][place.position, place.feature] \
+                * dictionaries[place.layer].W_dec[place.feature]
+            anew = what_the_root_is(tiny, saes, root, traced.tokens, *without(place, vector))
+            assert value == pytest.approx(float(clean - anew), abs=2e-4)
+
+
+def test_the_same_features_in_two_traces(tiny):
+    saes, transcoders = shipped(tiny)
+    tokens = some_rows(1)[0]
+    whole, alone = trace_prompt(tiny, saes, tokens, transcoders), trace_prompt(tiny, saes, tokens)
+    rows = (whole.components.kind == agreement.FEATURE).nonzero()[::7, 0]
+    there = agreement.same_features(whole, alone, rows)
+    for one, other in zip(whole.components.pick(rows), alone.components.pick(there)):
+        assert torch.equal(one, other)
+
+
+def test_slope_and_signs_of_known_answers():
+    attributed = torch.tensor([1.0, -2, 3, -4, 5, -6, 7, -8, 9, -10, 0.5, 0.25])
+    exact = np.array([agreement.compare(attributed, 0.5 * attributed)] * 3)
+    assert agreement.summary_over_roots(exact) == {
+        "rank": 1, "rank_ci": [1, 1], "sign": 1, "sign_ci": [1, 1], "slope": 0.5,
+        "slope_ci": [0.5, 0.5]}
+    turned = agreement.summary_over_roots(np.array([agreement.compare(attributed, -attributed)]))
+    assert (turned["rank"], turned["sign"], turned["slope"]) == (-1, 0, -1)
+
+
+def test_too_few_rows_are_named(tiny):
+    with pytest.raises(UserError, match="only 1 places with 20 earlier features.*--n-roots"):
+        ablation_agreement(tiny, *shipped(tiny), some_rows(1), ROOTS["logit"], n_roots=2)
