@@ -17,7 +17,9 @@ from attribution import (FEATURES, Node, Place, ablation_effects, check_place, e
 from data import pages
 from data.errors import UserError, run
 from data.figures import plot_sources
+from data.files import read_json
 from data.flags import field, parse_flags
+from data.weights import digest
 from direct import constant_part, dfa, head_weights, values_minus_bias
 from study import StudyConfig, begin, parse_feature
 
@@ -102,9 +104,16 @@ def choose_root(traced, tokenizer, config):                 # -> Place
     return root
 
 
-def layers_with_dashboards(folder, layers):
-    """The layers whose dashboards features.py has written, so that the page can link to them."""
-    return [layer for layer in layers if any((folder / f"L{layer}").glob("*.js"))]
+def layers_with_dashboards(folder, dictionaries):           # Path, {layer: SAE} -> [layer]
+    """The layers of which features.py has written dashboards, of these very SAEs or transcoders,
+    so that the page can link to them."""
+    layers = []
+    for layer, sae in dictionaries.items():
+        of_layer = folder / f"L{layer}"
+        if any(of_layer.glob("*.js")) and \
+                read_json(of_layer / "features.json").get("sae") == digest(sae):
+            layers.append(layer)
+    return layers
 
 
 def explorer_data(traced, texts, tokenizer, root, n_features=15, breadth=12):

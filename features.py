@@ -253,7 +253,7 @@ def example_dfa(moved, activations, q):                     # (m,H,k), (m,T), (m
     by_head = moved.gather(2, of_source).transpose(1, 2)                                # (m,8,H)
     # an early q has fewer: topk took some k > q too, whose DFA is 0
     sources = torch.where(sources <= q[:, None], sources, -1)
-    return ExampleDfa(window.half(), sources.short(), by_head, moved.sum(-1))
+    return ExampleDfa(window.bfloat16(), sources.short(), by_head, moved.sum(-1))
 
 
 def cut_rows(model, saes, rows, inputs, context, generator):    # (b,T), {layer: (b,T,d_in)}
@@ -269,7 +269,7 @@ def cut_rows(model, saes, rows, inputs, context, generator):    # (b,T), {layer:
     contexts = [n for n in CONTEXTS if n <= T // 2]
     longest = max(contexts)
     row = torch.arange(len(rows)).repeat_interleave(CUTS_PER_ROW)       # (cuts,)
-    cut = torch.randint(T // 4, T - longest + 1, (len(row),), generator=generator)
+    cut = torch.randint(max(1, T // 4), T - longest + 1, (len(row),), generator=generator)
     row, cut = row.to(rows.device), cut.to(rows.device)
     kept = cut[:, None] + torch.arange(longest, device=rows.device)     # (cuts,longest) positions
     shortened = torch.cat([rows[row, :1], rows[row[:, None], kept]], dim=1)
@@ -333,6 +333,7 @@ def load_or_collect(study):                                 # -> Collection
         return collection
     collection = collect(study)
     save_collection(collection, folder, settings)
+    (folder / "heads.js").unlink(missing_ok=True)           # of heads.py, from other features
     return collection
 
 
@@ -670,7 +671,10 @@ def main():
     report_families(families, study.folder)
     for layer in records:
         write_json(study.folder / f"L{layer}" / "features.json",
-                   {"n_tokens": collection.n_tokens, "features": records[layer]})
+                   {"sae": digest(study.saes[layer]), "n_tokens": collection.n_tokens,
+                    "features": records[layer]})
+    for old in study.folder.glob("L*/*.js"):                # of dashboards, from other features
+        old.unlink()
     if config.pages:
         print("\nwriting the dashboards ...", flush=True)
         write_dashboards(study, collection, records)

@@ -557,10 +557,10 @@ def prepare(study):                                         # -> IOI, a word as 
 def study_circuit(ioi):                                     # -> dict
     """Can the model do the task, which heads do it, and what are their roles?
 
-    "unit" is what effects are divided by: LD_clean - LD_source, or 1 where the two are not told
-    apart. "movers": the two strongest name movers, or for want of them the head whose direct effect
-    is lowest, the most helpful one. "signal_layers": --signal-layers, or the two layers with the
-    largest effect at S2, however small it is, on the first half of the prompts; then
+    "unit" is what effects are divided by: LD_clean - LD_source, or 1 where that is not clearly
+    above 0. "movers": the two strongest name movers, or for want of them the head whose direct
+    effect is lowest, the most helpful one. "signal_layers": --signal-layers, or the two layers with
+    the largest effect at S2, however small it is, on the first half of the prompts; then
     "signal_rows" are those of the second half.
     """
     model = ioi.model
@@ -815,10 +815,22 @@ def side_and_position(ioi, layers):                         # -> {cell or effect
     return {cell: ci(values) for cell, values in cells.items()}
 
 
+def sees_both_names(ioi, layer):
+    """Whether a layer's window reaches from the end to IO and S1 in every prompt."""
+    pos = ioi.batch.pos
+    window = (getattr(ioi.model.config, "windows", None) or {layer: None})[layer]
+    farthest = max(int((pos["end"] - pos[name]).max()) for name in ("IO", "S1"))
+    return window is None or farthest < window
+
+
 def study_qk(ioi, movers):                                  # -> {head: {"score", "pairs"}}
     """Why the name movers look at IO and not at S1."""
     why = {}
     for layer, head in movers:
+        if not sees_both_names(ioi, layer):
+            print(f"note: the window of layer {layer} ends before the names; why head "
+                  f"{layer}.{head} looks where it looks is left out")
+            continue
         score, pairs = why_io(ioi.model, ioi.saes, ioi.transcoders, layer, head, ioi.batch)
         why[f"{layer}.{head}"] = {"score": score, "pairs": pairs[:20]}
     return why
@@ -853,11 +865,13 @@ def report_circuit(ioi, result):
         print("this model does not do the task; what follows describes its heads all the same")
     print(f"with the other name at S2: {mean_text(source_ld)}; effects: " + (
         f"parts of the difference, {unit:.2f}" if result["told_apart"] else
-        "in logits, and no roles, since the two are not told apart"))
+        "in logits, and no roles, since the other name at S2 does not clearly lower it"))
 
     effects = result["effects"]
     print_heads(result, spec)
-    roles = result["roles"] | {"no role": without_role(result["roles"], effects)}
+    roles = dict(result["roles"])
+    if result["told_apart"]:
+        roles["no role"] = without_role(roles, effects)
     for role, heads in roles.items():
         print(f"{role:20} " + (" ".join(f"{layer}.{h}" for layer, h in heads) or "none"))
     print("whole layers patched at S2: " + "  ".join(
@@ -878,7 +892,10 @@ def report_circuit(ioi, result):
                   "patched at the end, directly": effects["direct"],
                   "patched at the end": effects["at_end"],
                   "patched at S2": effects["at_S2"]}, of_what, study.folder / "heads.png")
-    plot_circuit(roles, effects["at_end"], effects["at_S2"], study.folder / "circuit.png")
+    if result["told_apart"]:
+        plot_circuit(roles, effects["at_end"], effects["at_S2"], study.folder / "circuit.png")
+    else:
+        (study.folder / "circuit.png").unlink(missing_ok=True)      # of an earlier run
 
 
 def print_heads(result, spec, n=12):

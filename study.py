@@ -56,6 +56,8 @@ class Study(NamedTuple):
 
 def begin(config, name):                                    # -> Study
     """Load what a study reads, say which SAEs these are, and make its folder."""
+    if not 0 <= config.seed < 2**63:
+        raise UserError("--seed must be between 0 and 2^63 - 1.")
     device = pick_device(config.device)
     model = load_model(config.model, device)
     tokenizer = data.load_tokenizer(config.model)
@@ -93,6 +95,8 @@ def finish(study):
 
 def held_out_rows(study, n_rows, at_least=16, flag="--n-rows"):     # -> (n_rows,T) at most
     """Rows of held-out text. Raises UserError if the text has fewer than a study needs."""
+    if n_rows < 1:
+        raise UserError(f"{flag} must be at least 1, not {n_rows}.")
     rows = next(data.rows(study.config.corpus, study.tokenizer, "held-out", study.n_ctx, n_rows,
                           repeat_share=0.0, held_out_share=study.config.held_out_share))
     if len(rows) < at_least:

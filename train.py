@@ -213,7 +213,7 @@ def check(config, model, layers, folder, team):
         ("--passes", config.passes >= 1, at_least_1),
         ("--resample-every", config.resample_every >= 1, at_least_1),
         ("--warmup", config.warmup >= 1, at_least_1),
-        ("--seed", config.seed >= 0, "must be at least 0."),
+        ("--seed", 0 <= config.seed < 2**63, "must be between 0 and 2^63 - 1."),
         ("--lr", config.lr > 0, "must be above 0."),
         ("--l1", all(weight >= 0 for weight in l1), "must be at least 0."),
         ("--top-k", all(0 <= k <= min(d_sae) for k in top_k),

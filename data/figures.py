@@ -110,10 +110,11 @@ def plot_intervention(results, heads, path):
         for i, head in enumerate(measured):
             beside = (i - (len(measured) - 1) / 2) * 0.44
             colour = COLOURS[heads.index(head) % len(COLOURS)]
+            label = head                                    # once in the legend
             for j, result in enumerate(by_condition.values()):
                 if head in result:
-                    draw_before_and_after(ax, j * apart + beside, result[head], colour,
-                                          label=head if j == 0 else None)
+                    draw_before_and_after(ax, j * apart + beside, result[head], colour, label)
+                    label = None
         ax.set_xticks(np.arange(3) * apart, conditions, fontsize=8)
         ax.set(ylim=(0, 1), xlim=(-0.6 * apart, 2.6 * apart))
         ax.set_title(f"examples {choice}", fontsize=10)
@@ -183,7 +184,8 @@ def plot_circuit(roles, at_end, at_S2, path):
     """Heads by the position at which they act (columns) and layer (rows), with the effect of
     patching them there, later layers computed anew.
 
-    roles: {role: [(layer, head)]}, "no role" among them; at_end, at_S2: (layers,H).
+    roles: {role: [(layer, head)]}, "no role" among them; at_end, at_S2: (layers,H), as parts of a
+    whole.
     """
     in_cell = {}                                            # {(layer, column): [(head, role)]}
     for role, heads in roles.items():

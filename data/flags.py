@@ -2,6 +2,7 @@
 text."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import typing
@@ -81,6 +82,9 @@ def converted(text, kind, flag):
 
 def as_number(text, kind):
     """"1e6" is a whole number, "1.5" is not; infinity and NaN are no numbers here."""
+    if kind is int:
+        with contextlib.suppress(ValueError):
+            return int(text)                                # a float would round a large one
     value = float(text)
     if not math.isfinite(value):
         raise ValueError

@@ -17,10 +17,11 @@ def pick_device(name):
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
-        available.insert(0, "cuda")
+        numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        available = ["cuda", *numbered, *available]
     if name == "auto":
         return torch.device(available[0])
-    if name.split(":")[0] not in available:
+    if name not in available:
         raise UserError(f"--device {name} is not available here; use one of: auto, "
                         f"{', '.join(available)}.")
     return torch.device(name)

@@ -132,7 +132,7 @@ class Collector:
         d_sae = len(self.n)
         self.n += torch.bincount(feature, minlength=d_sae)
         self.mass += torch.bincount(feature, f.double(), minlength=d_sae)
-        self.largest.scatter_reduce_(0, feature, f, "amax")
+        self.largest.scatter_reduce_(0, feature, f.to(self.largest.dtype), "amax")
         cell = feature * N_BINS + bin_of(f)
         self.counts += torch.bincount(cell, minlength=d_sae * N_BINS).view_as(self.counts)
         self.top.add(entries, feature, f)

@@ -38,8 +38,9 @@ def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_
          story_share=STORY_SHARE, passes=1, held_out_share=HELD_OUT_SHARE):
     """An iterator of int64 tensors (n, T) of token ids, each row starting with BOS.
 
-    corpus: "python", which is endless: each pass shuffles the pages anew and has new stories, and
-    repeat_share of its rows hold a passage twice. Or what data/corpus.py reads: "c4", a file, a
+    corpus: "python", repeat_share of whose rows hold a passage twice. To train on it is endless:
+    each pass shuffles the pages anew and has new stories; what is held out is read once, so that
+    nothing is measured twice. Or what data/corpus.py reads: "c4", a file, a
     folder. Then the iterator ends with the text, its last tensor may have fewer rows, and fewer
     than T-1 tokens are left over.
     split: "train" or "held-out"; the two share no file, no story and no document. held_out_share:
@@ -127,11 +128,12 @@ def repeat_a_passage(row, rng, n_vocab, bos):
 
 
 def python_documents(split, seed, story_share=STORY_SHARE):
-    """Endless: pages of the corpus in an order that the seed fixes, with stories between them."""
+    """Pages of the corpus in an order that the seed fixes, with stories between them: endless to
+    train on, one pass of what is held out."""
     all_pages = python_pages()[split]
     story_number = itertools.count()
     characters_owed = 0.0                                       # to stories
-    for epoch in itertools.count():
+    for epoch in itertools.count() if split == "train" else range(1):
         order = list(range(len(all_pages)))
         random.Random(f"{split} pages {seed} {epoch}").shuffle(order)
         for i in order:

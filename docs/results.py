@@ -2,7 +2,7 @@
 drifts.
 
     python -m docs.results              run all that take nothing from elsewhere: about an hour on
-                                        two cores, half of it the benchmark
+                                        two cores
     python -m docs.results ioi train    run some; walkthrough and exercises are two of them, pages
                                         whose code is run piece by piece
     python -m docs.results --check      run none: are the pages what the stored outputs say?
@@ -24,11 +24,11 @@ entry.
 docs/WALKTHROUGH.md is a program with text between: its code is run, and what it prints put below.
 Figures that the commands draw are copied over those of the pages, docs/pictures/<name>-*.png.
 
-The commands write to out/ as they do when run by hand. benchmark takes the environments of other
-libraries that it names, and gpt2-size the random model that docs/SPEED.md makes, with GPT-2's
-tokenizer. Those whose names begin with gemma-, gpu- or benchmark- take more than that: the model
-and the text of docs/GEMMA.md, and hours; a GPU; a processor with bfloat16. They are run when asked
-for by name.
+The commands write to out/ as they do when run by hand. Those that take more are run when asked for
+by name: benchmark and benchmark-bfloat16 the environments of other libraries that they name, and a
+processor without or with bfloat16; gpt2-size the random model that docs/SPEED.md makes, with
+GPT-2's tokenizer; gemma- the model and the text of docs/GEMMA.md, and hours; gpu- a GPU. What was
+run in pieces, or on a machine without this program, has a head written by hand.
 """
 
 import contextlib
@@ -94,6 +94,8 @@ COMMANDS = {
                    "--n-tokens 1024000 --n-eval-rows 64 --lr 3.4e-3",
     "gemma-train-17": f"train.py {GEMMA} {SCHEDULE} --batch-size 2048 --d-sae 4096 "
                       "--n-tokens 1024000 --n-eval-rows 64 --layers 17",
+    "gemma-train-again": f"train.py {GEMMA} {SCHEDULE} --batch-size 2048 --d-sae 4096 "
+                         "--n-tokens 1024000 --n-eval-rows 64 --lr 3.4e-3",
     "gemma-mlp": f"train.py {GEMMA} {SCHEDULE} --reads mlp --layers 3,11,12 --d-sae 4096 --l1 0.05 "
                  "--n-tokens 409600 --batch-size 1024 --n-eval-rows 64",
     "gemma-features": f"features.py {GEMMA} --n-tokens 100000",
@@ -102,9 +104,12 @@ COMMANDS = {
                        "--heads 5.1,5.2,11.2",
     "gemma-ioi": f"ioi.py {GEMMA}",
     "gemma-explorer": f"explorer.py {GEMMA} --logit ' Mary' --against ' John'",
+    "gemma-agreement": f"tests/measured/agreement.py {GEMMA} "
+                       "--layers 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,16,17 --n-rows 64 --n-roots 25",
     "gemma-against": f"tests/measured/against_transformers.py {GEMMA} "
                      "--heads 5.1,5.2,11.2,11.3,12.1",
 }
+ELSEWHERE = ("gemma-", "gpu-", "benchmark", "gpt2-size")    # these take more than is here
 TINY = ("report.json", *(f"{folder}L{layer}/metrics.json" for folder in ("", "mlp/")
                         for layer in range(4)))
 
@@ -120,6 +125,7 @@ NOT_PROSE = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|https?://\S+", re.DOTAL
 def measure(name):
     """Run a command and keep what it prints, its time and its memory. Raises UserError if it
     fails."""
+    check_machine(name)
     command = [sys.executable, *shlex.split(COMMANDS[name])]
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
@@ -143,6 +149,18 @@ def measure(name):
             f"on {machine()}", ""]
     kept = [line.rstrip() for line in printed.splitlines() if not PROGRESS_LINE.match(line)]
     write_text(OUTPUTS / f"{name}.txt", "\n".join(head + kept) + "\n")
+
+
+def check_machine(name):
+    """Raise UserError where an output is of another kind of machine than this."""
+    bfloat16 = fast_bfloat16(torch.device("cpu"))
+    if name.startswith("gpu-") and not torch.cuda.is_available():
+        raise UserError(f"{name} is of a GPU, and there is none.")
+    if name == "benchmark" and bfloat16:
+        raise UserError("benchmark is of a processor without bfloat16; here it is "
+                        "benchmark-bfloat16.")
+    if name == "benchmark-bfloat16" and not bfloat16:
+        raise UserError("benchmark-bfloat16 is of a processor with bfloat16; here it is benchmark.")
 
 
 def machine():
@@ -315,8 +333,7 @@ def main():
     if is_check and len(asked) > 1:
         raise UserError("--check runs nothing; give it alone.")
     if not is_check:
-        ours = [name for name in COMMANDS
-                if not name.startswith(("gemma-", "gpu-", "benchmark-"))]
+        ours = [name for name in COMMANDS if not name.startswith(ELSEWHERE)]
         for name in asked or [*ours, *WALKS]:
             run_one(name)
     stale = [path for path in PAGES if not update(path, write=not is_check)]

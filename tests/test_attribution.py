@@ -13,6 +13,7 @@ import model as models
 import sae as S
 from conftest import ROOT, SHAPES, program
 from data.errors import UserError
+from data.weights import digest
 
 PROMPT = torch.tensor([3, 14, 15, 9, 26, 5, 35])
 EXACT = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -488,9 +489,14 @@ def test_a_model_of_another_type_than_its_saes_is_named(folder):
 
 
 def test_the_program_prints_tables_and_writes_a_page_that_is_safe(tmp_path):
-    for layer, file in ((1, "features.json"), (2, "0.js")):     # layer 1 has no pages, only numbers
-        (tmp_path / "tiny" / "features" / f"L{layer}").mkdir(parents=True)
-        (tmp_path / "tiny" / "features" / f"L{layer}" / file).touch()
+    # layer 1 has no pages, only numbers; those of layer 3 are of another SAE
+    for layer, digest_of, pages in ((1, 1, ()), (2, 2, ("0.js",)), (3, 2, ("0.js",))):
+        of_layer = tmp_path / "tiny" / "features" / f"L{layer}"
+        of_layer.mkdir(parents=True)
+        sae = digest(S.SAE.load(ROOT / "data" / "tiny" / f"L{digest_of}"))
+        (of_layer / "features.json").write_text(json.dumps({"sae": sae}))
+        for page in pages:
+            (of_layer / page).touch()
     done = program("explorer", "A <script>alert('x')</script> & </script> cat", "--out",
                    tmp_path)
     assert done.returncode == 0, done.stderr

@@ -370,3 +370,12 @@ def test_transcoders_that_are_not_there_are_named(tmp_path):
         S.SAE(256, 8).save(tmp_path / "x" / "L0" / "sae.safetensors")
         done = program("features", *flags, "--n-tokens", 4_000, "--out", tmp_path)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_activations_beyond_half_precision_keep_their_shade():
+    """MLP features of large models reach 70,000."""
+    activations = torch.tensor([[1.0, 35_000.0, 70_000.0, 7_000.0]])
+    dfa = F.example_dfa(torch.zeros(1, 1, 4), activations, torch.tensor([2]))
+    here = F.BEFORE
+    shades = 100 * dfa.window[0, here - 1:here + 2].float() / 70_000
+    torch.testing.assert_close(shades, torch.tensor([50.0, 100.0, 10.0]), atol=0.5, rtol=0)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
-from conftest import ROOT
+from conftest import ROOT, program
 from safetensors.torch import save_file
 
+import study
 from data import figures, files, flags, machine, stats
 from data.errors import UserError
 from data.stats import mean_with_ci, spearman, wilson
@@ -38,6 +39,30 @@ def test_flags_come_from_the_dataclass():
     ])
     assert parsed == Flags(1_000_000, 2e-4, (0, 2), (1.0, 0.5), "y", True)
     assert flags.parse_flags(Flags, "", ["--no-half"]) == Flags()
+
+
+def test_a_large_whole_number_is_not_rounded():
+    assert flags.parse_flags(Flags, "", ["--n-steps", str(2**53 + 1)]).n_steps == 2**53 + 1
+
+
+@pytest.mark.parametrize("program_and_flags, words", [
+    ("features --seed -1", "--seed must be between 0"),
+    ("induction --seed 1e20", "--seed must be between 0"),
+    ("train --seed 1e20", "--seed must be between 0"),
+    ("explorer --device cpu:x", "--device cpu:x is not available"),
+    ("explorer --device cuda:99", "--device cuda:99 is not available"),
+])
+def test_numbers_and_devices_that_nothing_takes_get_one_sentence(program_and_flags, words,
+                                                                 tmp_path):
+    name, *argv = program_and_flags.split()
+    done = program(name, *argv, "--out", tmp_path)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(UserError, match="--n-rows must be at least 1, not 0"):
+        study.held_out_rows(None, 0)
 
 
 @pytest.mark.parametrize("argv", [["--n-steps", "1.5"], ["--n-steps", "inf"], ["--lr", "nan"],

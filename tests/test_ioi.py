@@ -493,6 +493,19 @@ def test_a_model_that_cannot_do_the_task_is_said_to_be_so(tmp_path):
                    "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "does not do the task" in done.stdout and "nan" not in done.stdout
+    assert "in logits, and no roles" in done.stdout and "no role  " not in done.stdout
+    assert not list(tmp_path.glob("**/circuit.png")), "it would give logits as percentages"
+
+
+def test_a_window_that_ends_before_the_names_is_noticed():
+    pos = {"end": torch.tensor([14, 16]), "IO": torch.tensor([2, 4]), "S1": torch.tensor([4, 2])}
+    for window, reaches in ((None, True), (15, True), (14, False)):
+        config = SimpleNamespace(windows=(8, window))
+        of_prompts = SimpleNamespace(batch=SimpleNamespace(pos=pos),
+                                     model=SimpleNamespace(config=config))
+        assert ioi.sees_both_names(of_prompts, 1) == reaches
+    of_prompts.model.config = SimpleNamespace()             # a GPT-2 has no windows
+    assert ioi.sees_both_names(of_prompts, 1)
 
 
 @pytest.mark.parametrize("flags, words", [

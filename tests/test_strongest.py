@@ -115,3 +115,11 @@ def test_mass_of_features_and_tokens_by_hand():
                                          torch.tensor([1.0, 2.0, 1.5, 4.0, 1.0]))
     assert pair.tolist() == [[0, 9], [0, 3], [1, 2], [1, 5]]
     assert mass.tolist() == [2.0, 1.0, 4.0, 2.5]
+
+
+def test_a_float64_model_is_collected_as_well():
+    every = random_entries(200, 7)
+    collector = keep.Collector(7, 30)
+    collector.add(every._replace(f=every.f.double()), torch.ones(200))
+    of_3 = every.f[every.feature == 3]
+    assert float(collector.largest[3]) == pytest.approx(float(of_3.max()))

@@ -70,3 +70,11 @@ def test_a_repeated_passage_has_no_bos_in_it_whichever_id_that_is(bos):
         assert bos not in row[1:], "BOS stands inside a row"
         seen |= set(row[1:].tolist())
     assert seen >= set(range(300)) - {bos}, "a token is never drawn"
+
+
+def test_held_out_python_is_read_once():
+    """Or a study that asks for much would count a page twice, and name features on what it
+    measures."""
+    pages = text.python_pages()["held-out"]
+    texts = list(text.python_documents("held-out", seed=0))
+    assert len(texts) == len(set(texts)) and sorted(set(texts) & set(pages)) == sorted(set(pages))

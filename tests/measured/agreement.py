@@ -19,8 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import train  # noqa: E402
-from attribution import (FEATURE, KINDS, Place, ablation_effects, totals,  # noqa: E402
-                         trace_prompt, upstream_features)
+from attribution import (FEATURE, KINDS, MLP_FEATURE, Place, ablation_effects,  # noqa: E402
+                         read_anew, totals, trace_prompt, upstream_features)
 from data.errors import UserError, run  # noqa: E402
 from data.files import write_json  # noqa: E402
 from data.flags import field, parse_flags  # noqa: E402
@@ -84,27 +84,28 @@ def compare_heads(weights, by_head, live):                  # (d_sae,H), (d_sae,
 
 # ---- recursive DFA against removal ----
 #
-# Below a root, a feature or a logit at a position drawn at random, features are removed one at a
-# time, each where it fired, and the model is run anew with nothing frozen. How far the root falls
+# Below a root, a feature or a logit at the end of a text cut at random, features are removed one at
+# a time, each where it fired, and the model is run anew with nothing frozen. How far the root falls
 # is compared with what was attributed to the feature removed.
 
 N_STRONG = 10           # features removed below each root: those of largest one-step attribution,
 N_OTHERS = 10           # and some drawn from the rest
 
 
-def feature_root(traced, position, rng):                    # -> Place or None
-    """An active feature, drawn at random, of the last layer that has an SAE."""
+def feature_root(traced, next_token, rng):                  # -> Place or None
+    """A feature that is active at the last token, drawn at random, of the last layer that has an
+    SAE."""
     layer = max(traced.saes)
-    active = traced.f[layer][position].nonzero()[:, 0]
+    active = traced.f[layer][-1].nonzero()[:, 0]
     if not len(active):
         return None
-    return Place("feature", layer, position, int(active[rng.integers(len(active))]))
+    feature = int(active[rng.integers(len(active))])
+    return Place("feature", layer, len(traced.tokens) - 1, feature)
 
 
-def logit_root(traced, position, rng):                      # -> Place
+def logit_root(traced, next_token, rng):                    # -> Place
     """The logit of the token that comes next in the text, less the mean over all tokens."""
-    n_layers = traced.model.config.n_layers
-    return Place("logit", n_layers, position, int(traced.tokens[position + 1]))
+    return Place("logit", traced.model.config.n_layers, len(traced.tokens) - 1, next_token)
 
 
 ROOTS = {"feature": feature_root, "logit": logit_root}
@@ -118,33 +119,40 @@ def ablation_agreement(model, saes, transcoders, rows, choose_root, n_roots, see
     transcoders, MLP features, N_STRONG + N_OTHERS of each below every root.
 
     What is attributed to them: in one step; over all paths through attention features; and over
-    all paths, MLP features too. rank: mean over roots of Spearman's correlation of attribution with
-    the root's fall. sign: how often their signs agree among the strong ones. slope: fall per unit
-    attributed (least squares through 0, over all). Intervals over roots.
+    all paths, MLP features too. The last is also compared with removal in a model of which more is
+    held (`falls_with_leaves_held`). rank: mean over roots of Spearman's correlation of attribution
+    with the root's fall. sign: how often their signs agree among the strong ones. slope: fall per
+    unit attributed (least squares through 0, over all). Intervals over roots.
     """
     rng = np.random.default_rng(seed)
-    kinds = list(REMOVED) if transcoders else ["feature"]
+    root_layer = max(saes) if choose_root is feature_root else model.config.n_layers
+    has_earlier_mlp = any(layer < root_layer for layer in transcoders)
+    kinds = ["feature", "MLP feature"] if has_earlier_mlp else ["feature"]
     measured = {kind: {} for kind in kinds}                 # {way: [(rank, sign, product, square)]}
     n_measured = 0
     for tokens in rows:
         if n_measured == n_roots:
             break
-        traced = trace_prompt(model, saes, tokens, transcoders)
-        position = int(rng.integers(min(8, len(tokens) - 2), len(tokens) - 1))
-        root = choose_root(traced, position, rng)
+        n_seen = int(rng.integers(min(8, len(tokens) - 2), len(tokens) - 1)) + 1
+        traced = trace_prompt(model, saes, tokens[:n_seen], transcoders)
+        root = choose_root(traced, int(tokens[n_seen]), rng)
         chosen = root and choose_removed(traced, root, kinds, rng)
         if not chosen:
             continue
         n_measured += 1
         everywhere = totals(traced, root).contribution
         for kind, (removed, in_one_step) in chosen.items():
-            attributed = {"one step": in_one_step}
-            if kind == "feature" and transcoders:
-                attributed["all paths through attention"] = without_mlps(traced, root, removed)
-            attributed["all paths"] = everywhere[removed]
             fall = ablation_effects(traced, removed, root)
-            for way, values in attributed.items():
-                measured[kind].setdefault(way, []).append(compare(values, fall))
+            pairs = {"one step": (in_one_step, fall)}
+            if kind == "feature" and transcoders:
+                alone = without_mlps(traced, root, removed)
+                pairs["all paths through attention"] = (alone, fall)
+            pairs["all paths"] = (everywhere[removed], fall)
+            for way, hold_active in (("  leaves held", False), ("  and active features", True)):
+                held = falls_with_leaves_held(traced, removed, root, hold_active)
+                pairs[way] = (everywhere[removed], held)
+            for way, (attributed, fall) in pairs.items():
+                measured[kind].setdefault(way, []).append(compare(attributed, fall))
     if n_measured < n_roots:
         raise UserError(f"these rows have only {n_measured} places with {N_STRONG + N_OTHERS} "
                         f"earlier features of each kind to remove, and {n_roots} are needed; give "
@@ -180,6 +188,49 @@ def same_features(traced, alone, rows):                     # (n,) -> (n,)
     prompt have them in the same order."""
     rank = (traced.components.kind == FEATURE).cumsum(0) - 1
     return (alone.components.kind == FEATURE).nonzero()[:, 0][rank[rows]]
+
+
+def falls_with_leaves_held(traced, removed, root, hold_active):     # (n,) -> (n,)
+    """How far the root falls where only features pass an effect on: errors, and outputs without SAE
+    or transcoder, stay as they were.
+
+    hold_active: features that were active stay linear in what they read, below 0 too, and the
+    others stay at 0. Then all that differs from attribution are attention patterns and norm scales.
+    """
+    gone = traced.components.pick(removed)
+    edit_z = {}
+    edit_mlp = {}
+    for layer in range(root.layer):
+        kept = traced.cache[layer]
+        write = held_output(traced.saes.get(layer), traced.f.get(layer), kept.z_cat[0],
+                            gone, (FEATURE, layer), hold_active)
+        write_mlp = held_output(traced.transcoders.get(layer), traced.f_mlp.get(layer),
+                                kept.mlp_out[0], gone, (MLP_FEATURE, layer), hold_active)
+        edit_z[layer] = write
+        edit_mlp[layer] = lambda mlp_in, mlp_out, write=write_mlp: write(mlp_in)
+    clean = read_anew(traced, root, traced.tokens[None], {}, {})
+    return clean - read_anew(traced, root, traced.tokens.expand(len(removed), -1), edit_z, edit_mlp)
+
+
+def held_output(sae, f, written, gone, writer, hold_active):
+    """What a layer writes from what it reads, in a run in which row i of the batch has lost
+    component i of `gone`.
+
+    f, written: (T,d_sae) and (T,d_out) of the clean run. writer: the kind and layer of its
+    features.
+    """
+    if sae is None:
+        return lambda read: written.expand(len(read), -1, -1)
+    error = written - sae.decode(f)
+    row = ((gone.kind == writer[0]) & (gone.layer == writer[1])).nonzero()[:, 0]
+    removed = (row, gone.position[row], gone.feature[row])
+
+    def write(read):                                        # (n,T,d_in) -> (n,T,d_out)
+        anew = sae.pre_activations(read) * (f != 0) if hold_active else sae.encode(read)
+        anew[:, 0] = 0                                      # BOS
+        anew[removed] = 0
+        return sae.decode(anew) + error
+    return write
 
 
 def compare(attributed, fall):                              # (n,), (n,) -> 4 numbers

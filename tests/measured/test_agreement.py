@@ -9,7 +9,7 @@ from conftest import ROOT
 import direct as A
 import sae as S
 from agreement import ROOTS, ablation_agreement, choose_removed, head_agreement
-from attribution import trace_prompt
+from attribution import Components, trace_prompt
 from data.errors import UserError
 
 
@@ -34,6 +34,9 @@ def test_agreement_of_heads_equals_a_loop(tiny):
     assert found["rank_ci"][0] <= found["rank"] <= found["rank_ci"][1]
 
 
+HELD = ["  leaves held", "  and active features"]
+
+
 def some_rows(n):
     return torch.randint(4000, (n, 24), generator=torch.Generator().manual_seed(1))
 
@@ -45,6 +48,11 @@ def shipped(tiny):
 
 def what_the_root_is(tiny, saes, root, tokens, edit_z, edit_mlp):
     """By plain runs of the model."""
+    with torch.no_grad():
+        return float(root_in_a_plain_run(tiny, saes, root, tokens, edit_z, edit_mlp))
+
+
+def root_in_a_plain_run(tiny, saes, root, tokens, edit_z, edit_mlp):
     if root.kind == "logit":
         x, _ = tiny.run_layers(tiny.embed(tokens[None]), edit_z, edit_mlp=edit_mlp)
         logits = tiny.unembed(x)[0, root.position]
@@ -80,10 +88,10 @@ def test_falls_are_those_of_plain_runs_and_the_strongest_come_first(tiny, kind, 
         compared.append((attributed, fall)) or compare(attributed, fall)))
     found = ablation_agreement(tiny, saes, transcoders, some_rows(4), ROOTS[kind], n_roots=2)
     assert {of_kind: list(ways) for of_kind, ways in found.items()} == {
-        "feature": ["one step", "all paths through attention", "all paths"],
-        "MLP feature": ["one step", "all paths"]}
-    assert len(chosen) == 4 and len(compared) == 10         # 2 roots, 2 kinds; 3 and 2 ways
-    falls = [compared[i][1] for i in (0, 3, 5, 8)]
+        "feature": ["one step", "all paths through attention", "all paths", *HELD],
+        "MLP feature": ["one step", "all paths", *HELD]}
+    assert len(chosen) == 4 and len(compared) == 18         # 2 roots, 2 kinds; 5 and 4 ways
+    falls = [compared[i][1] for i in (0, 5, 9, 14)]
     for (traced, root, of_kind, rows, in_one_step), fall in zip(chosen, falls):
         assert len(rows.unique()) == len(rows) == 20
         assert in_one_step[:10].abs().min() >= in_one_step[10:].abs().max()
@@ -95,7 +103,83 @@ def test_falls_are_those_of_plain_runs_and_the_strongest_come_first(tiny, kind, 
             vector = f[place.layer][place.position, place.feature] \
                 * dictionaries[place.layer].W_dec[place.feature]
             anew = what_the_root_is(tiny, saes, root, traced.tokens, *without(place, vector))
-            assert value == pytest.approx(float(clean - anew), abs=2e-4)
+            assert value == pytest.approx(clean - anew, abs=2e-4)
+
+
+def both_roots(tiny, saes, transcoders):
+    traced = trace_prompt(tiny, saes, some_rows(1)[0], transcoders)
+    rng = np.random.default_rng(0)
+    return [(traced, choose(traced, 1234, rng)) for choose in ROOTS.values()]
+
+
+@pytest.mark.parametrize("hold_active", [False, True])
+def test_with_leaves_held_and_nothing_removed_the_run_is_the_clean_one(tiny, hold_active):
+    """Features not there are removed, which changes nothing: all is as in the clean run."""
+    for traced, root in both_roots(tiny, *shipped(tiny)):
+        silent = traced.components._replace(feature=torch.cat(
+            [(traced.f[0][at] == 0).nonzero()[:1, 0] for at in traced.components.position]))
+        rows = (silent.layer == 0) & (silent.kind == agreement.FEATURE)
+        rows = rows.nonzero()[:5, 0]
+        falls = agreement.falls_with_leaves_held(traced._replace(components=silent), rows, root,
+                                                 hold_active)
+        assert falls.abs().max() < 2e-3, "errors are not put back as they were"
+
+
+def test_leaves_held_is_plain_removal_where_saes_make_no_error_and_mlps_are_fixed(tiny):
+    """Identity SAEs: relu(x) - relu(-x) = x. Then all that is held are the outputs of MLPs."""
+    identity = S.SAE(256, 512)
+    with torch.no_grad():
+        identity.W_enc.copy_(torch.cat([torch.eye(256), -torch.eye(256)], 1))
+        identity.W_dec.copy_(torch.cat([torch.eye(256), -torch.eye(256)]))
+        identity.b_enc.zero_()
+        identity.b_dec.zero_()
+    saes = dict.fromkeys(range(4), identity)
+    for traced, root in both_roots(tiny, saes, {}):
+        fixed = {layer: lambda mlp_in, mlp_out, kept=kept: kept.mlp_out.expand_as(mlp_out)
+                 for layer, kept in traced.cache.items()}
+        rows = (traced.components.kind == agreement.FEATURE).nonzero()[::900, 0]
+        falls = agreement.falls_with_leaves_held(traced, rows, root, hold_active=False)
+        clean = what_the_root_is(tiny, saes, root, traced.tokens, {}, {})
+        for row, fall in zip(rows.tolist(), falls.tolist()):
+            place = traced.components.place(row)
+            if place.layer >= root.layer:
+                continue
+            vector = traced.f[place.layer][place.position, place.feature] \
+                * identity.W_dec[place.feature]
+            edit_z, _ = without(place, vector)
+            anew = what_the_root_is(tiny, saes, root, traced.tokens, edit_z, fixed)
+            assert fall == pytest.approx(clean - anew, abs=2e-4)
+
+
+def test_held_outputs_equal_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    sae = S.SAE(6, 9)
+    clean, written = torch.randn(2, 4, 6, generator=generator)
+    read = torch.randn(2, 4, 6, generator=generator)
+    f = sae.encode(clean)
+    f[0] = 0
+    one, other = f[1:].nonzero()[[0, -1]].tolist()
+    gone = Components(torch.tensor([agreement.FEATURE] * 2), torch.tensor([3, 5]),
+                      torch.tensor([one[0] + 1, other[0] + 1]), torch.tensor([one[1], other[1]]),
+                      torch.zeros(2, 6))
+    for hold_active in (False, True):
+        write = agreement.held_output(sae, f, written, gone, (agreement.FEATURE, 3), hold_active)
+        found = write(read)
+        for row in range(2):
+            assert torch.allclose(found[row, 0], written[0], atol=1e-6), "BOS is to stay"
+            for position in range(1, 4):
+                pre = sae.pre_activations(read[row, position])
+                expected = written[position].clone()
+                for i in range(9):
+                    now = pre[i] if f[position, i] > 0 else torch.tensor(0.0)
+                    if not hold_active:
+                        now = pre[i].clamp_min(0)
+                    if row == 0 and [position - 1, i] == one:       # row 1 lost one of layer 5
+                        now = torch.tensor(0.0)
+                    expected += (now - f[position, i]) * sae.W_dec[i]
+                assert torch.allclose(found[row, position], expected, atol=1e-5)
+    assert torch.equal(agreement.held_output(None, None, written, gone, (0, 0), True)(read),
+                       written.expand(2, -1, -1))
 
 
 def test_the_same_features_in_two_traces(tiny):
@@ -121,3 +205,10 @@ def test_slope_and_signs_of_known_answers():
 def test_too_few_rows_are_named(tiny):
     with pytest.raises(UserError, match="only 1 places with 20 earlier features.*--n-roots"):
         ablation_agreement(tiny, *shipped(tiny), some_rows(1), ROOTS["logit"], n_roots=2)
+
+
+def test_transcoders_that_are_not_earlier_than_the_root_are_not_asked_of(tiny):
+    saes, transcoders = shipped(tiny)
+    last = {3: transcoders[3]}
+    found = ablation_agreement(tiny, saes, last, some_rows(3), ROOTS["feature"], n_roots=1)
+    assert list(found) == ["feature"]

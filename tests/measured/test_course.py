@@ -295,6 +295,35 @@ def test_a_piece_after_an_exercise_runs_when_that_exercise_is_written(tmp_path):
             assert done.returncode == 0, f"after exercise {i}, {command}:\n{done.stderr}"
 
 
+# which exercises each program uses, as docs/TEACHING.md says; and flags that make it short
+PROGRAMS = {
+    "train.py": (range(1, 9), "--n-tokens 60000 --n-eval-rows 16 --resample-every 10 --warmup 10"),
+    "features.py": ((1, 2, 9), "--saes data/tiny --n-tokens 20000"),
+    "heads.py": ((1, 2, 9), "--saes data/tiny --n-tokens 20000"),
+    "explorer.py": ((1, 2, 9, 10, 11, 13), "--saes data/tiny"),
+    "induction.py": ((1, 2, 12, 13), "--saes data/tiny --n-rows 64"),
+    "ioi.py": ((1, 2, 10, 11, 13, 14), "--saes data/tiny --n-prompts 20"),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_runs_when_the_exercises_that_it_uses_are_written(program, tmp_path):
+    used, flags = PROGRAMS[program]
+    folder = tmp_path / "copy"
+    course.student_copy(folder)
+    others = [i for i in range(1, len(course.EXERCISES) + 1) if i not in used]
+    for file in {one.file for one in course.EXERCISES}:
+        (folder / file).write_text(course.blanked(file, others), encoding="utf8")
+    done = subprocess.run([sys.executable, program, *flags.split()], cwd=folder, text=True,
+                          capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    row, = re.findall(rf"(?m)^\| `{program}` .*\| (.*) \|$",
+                      (ROOT / "docs" / "TEACHING.md").read_text(encoding="utf8"))
+    said = [range(int(first), int(last or first) + 1)
+            for first, last in re.findall(r"(\d+)(?: to (\d+))?", row)]
+    assert sorted(i for part in said for i in part) == sorted(used)
+
+
 def test_answers_are_the_functions_of_the_project(tmp_path):
     course.student_copy(tmp_path / "with")
     answers = sorted((tmp_path / "with" / "answers").iterdir())

@@ -2,7 +2,8 @@
 
     python tests/measured/topk.py
 
-For every layer an SAE is trained with an L1 term, by the defaults of train.py; then a TopK SAE
+For every layer an SAE is trained with an L1 term, on half again as many activations as train.py
+takes by default; then a TopK SAE
 whose k is the L0 that came of it. Both are measured on the same held-out rows, so that differences
 are paired: TopK less L1, with intervals over rows. One training run of each: what another seed
 would give is not in these intervals.
