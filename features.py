@@ -253,7 +253,7 @@ def example_dfa(moved, activations, q):                     # (m,H,k), (m,T), (m
     by_head = moved.gather(2, of_source).transpose(1, 2)                                # (m,8,H)
     # an early q has fewer: topk took some k > q too, whose DFA is 0
     sources = torch.where(sources <= q[:, None], sources, -1)
-    return ExampleDfa(window.bfloat16(), sources.short(), by_head, moved.sum(-1))
+    return ExampleDfa(window, sources.short(), by_head, moved.sum(-1))
 
 
 def cut_rows(model, saes, rows, inputs, context, generator):    # (b,T), {layer: (b,T,d_in)}

@@ -79,6 +79,15 @@ def test_a_weight_that_is_not_a_number_makes_the_loss_so(either_processor, name)
     assert S.dense_step(sae, z, 0.3).mse.isnan() and P.sparse_step(sae, z, 0.3).mse.isnan()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_an_input_that_is_not_a_number_makes_the_loss_so(either_processor, bad):
+    """Also where it is no target, as in a transcoder. A NaN may have either sign."""
+    sae, z = random_sae(16, 64), random_z(40, 16)
+    target = z.clone()
+    z[7, 3] = bad
+    assert not torch.isfinite(P.sparse_step(sae, z, 0.3, target).mse)
+
+
 def test_active_entries_are_the_encoded_ones(tiny):
     saes = S.load_saes(ROOT / "data" / "tiny", tiny)
     tokens = torch.randint(4000, (3, 40), generator=torch.Generator().manual_seed(0))
