@@ -703,9 +703,9 @@ def qk(traced, layer, head, query, key, against=None):      # -> QK
     return QK(q_writers, list(column_of), pairs, float(pairs.sum()))
 
 
-def seen_keys(traced, layer, query):                        # -> range
+def seen_keys(model, layer, query):                         # -> range
     """The keys that a query of this layer sees: none after it, none before its window."""
-    windows = getattr(traced.model.config, "windows", None)
+    windows = getattr(model.config, "windows", None)
     window = windows[layer] if windows else None
     first = 0 if window is None else max(0, query - window + 1)
     return range(first, query + 1)
@@ -721,7 +721,7 @@ def check_score(traced, layer, head, query, key, against):
     last = len(traced.tokens) - 1
     if not 0 <= query <= last:
         raise UserError(f"query {query} is out of range: this prompt has positions 0 to {last}.")
-    seen = seen_keys(traced, layer, query)
+    seen = seen_keys(traced.model, layer, query)
     for position in (key, against):
         if position not in (None, "others") and position not in seen:
             raise UserError(f"query {query} cannot attend to key {position}; it sees keys "
@@ -734,7 +734,7 @@ def key_coefficients(traced, layer, query, key, against):   # -> (T,)
     """1 at the key, and -1/n at each of the n keys that it is compared with."""
     coefficient = traced.cache[layer].resid_pre.new_zeros(len(traced.tokens))
     if against == "others":
-        others = [k for k in seen_keys(traced, layer, query) if k != key]
+        others = [k for k in seen_keys(traced.model, layer, query) if k != key]
         coefficient[others] = -1 / max(len(others), 1)
     elif against is not None:
         coefficient[against] = -1

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution import Place, qk, read_terms, trace_prompt
+from attribution import Place, qk, read_terms, seen_keys, trace_prompt
 from data.errors import UserError, run
 from data.figures import (plot_ablations, plot_circuit, plot_effects, plot_side_and_position,
                           plot_signal)
@@ -816,11 +816,10 @@ def side_and_position(ioi, layers):                         # -> {cell or effect
 
 
 def sees_both_names(ioi, layer):
-    """Whether a layer's window reaches from the end to IO and S1 in every prompt."""
-    pos = ioi.batch.pos
-    window = (getattr(ioi.model.config, "windows", None) or {layer: None})[layer]
-    farthest = max(int((pos["end"] - pos[name]).max()) for name in ("IO", "S1"))
-    return window is None or farthest < window
+    """Whether a layer sees IO and S1 from the end of every prompt."""
+    places = zip(*(ioi.batch.pos[name].tolist() for name in ("end", "IO", "S1")))
+    return all(name in seen_keys(ioi.model, layer, end)
+               for end, *names in places for name in names)
 
 
 def study_qk(ioi, movers):                                  # -> {head: {"score", "pairs"}}

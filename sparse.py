@@ -66,9 +66,9 @@ def sparse_step(sae, z, l1, target=None):       # (B,d_in), _, (B,d_out) -> Loss
                  "b_dec": gradient_of_b_dec(sae, g, d_b_enc)}
     fired = torch.zeros(d_sae, dtype=torch.int64).index_add_(0, cols, active.long())
 
-    # The decoder of features that are no candidates is never read, and an encoder or an input with a
-    # NaN may have no candidates: each would go unnoticed. This is 0, or NaN if a number in them is
-    # NaN or infinite. (b_dec is in e.)
+    # The decoder of features that are no candidates is never read, and an encoder or an input with
+    # a NaN may have no candidates: each would go unnoticed. This is 0, or NaN if a number in them
+    # is NaN or infinite. (b_dec is in e.)
     nan_if_bad = 0 * sum(values.sum() for values in (x, sae.W_enc, sae.b_enc, sae.W_dec))
     mse = e.square().sum() / B + nan_if_bad
     return LossAndGradients(mse, f.sum() / B, fired, gradients)

@@ -40,9 +40,9 @@ def rows(corpus, tokenizer, split="train", T=128, n=64, seed=0, start=0, repeat_
 
     corpus: "python", repeat_share of whose rows hold a passage twice. To train on it is endless:
     each pass shuffles the pages anew and has new stories; what is held out is read once, so that
-    nothing is measured twice. Or what data/corpus.py reads: "c4", a file, a
-    folder. Then the iterator ends with the text, its last tensor may have fewer rows, and fewer
-    than T-1 tokens are left over.
+    nothing is measured twice. Or what data/corpus.py reads: "c4", a file, a folder. Where the text
+    ends so does the iterator; its last tensor may have fewer rows, and fewer than T-1 tokens are
+    left over.
     split: "train" or "held-out"; the two share no file, no story and no document. held_out_share:
     of the documents of a text of yours.
     passes: how often a text that ends is read. The passes are packed one after the other, as if

@@ -142,3 +142,17 @@ def test_every_test_that_the_docs_name_is_there():
     for file, name in sorted(named):
         source = (results.ROOT / "tests" / file).read_text(encoding="utf8")
         assert f"\ndef {name}(" in source, f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("has_bfloat16, refused", [(True, "benchmark"),
+                                                   (False, "benchmark-bfloat16")])
+def test_an_output_of_another_kind_of_machine_is_not_overwritten(monkeypatch, has_bfloat16,
+                                                                 refused):
+    monkeypatch.setattr(results, "fast_bfloat16", lambda device: has_bfloat16)
+    monkeypatch.setattr(results.torch.cuda, "is_available", lambda: False)
+    for name in results.COMMANDS:
+        if name == refused or name.startswith("gpu-"):
+            with pytest.raises(UserError, match=f"{name} is of a"):
+                results.check_machine(name)
+        else:
+            results.check_machine(name)

@@ -71,6 +71,7 @@ def dfa_where_active(model, layer, sae, z, active):         # (n,D), (n,d_sae) -
 
 
 def compare_heads(weights, by_head, live):                  # (d_sae,H), (d_sae,H), (d_sae,) -> dict
+    """Both rankings of heads, over the features that are live; as `head_agreement` says."""
     rank = spearman(weights[live], by_head[live]).numpy()
     same_top = (weights[live].argmax(-1) == by_head[live].argmax(-1)).cpu().double().numpy()
     result = {"n_fired": int(live.sum()), "n_silent": int((~live).sum())}
@@ -110,6 +111,10 @@ def logit_root(traced, next_token, rng):                    # -> Place
 
 ROOTS = {"feature": feature_root, "logit": logit_root}
 REMOVED = {"feature": "attention feature", "MLP feature": "MLP feature"}    # kinds, in words
+# runs in which more is held, and whether active features are (`falls_with_leaves_held`)
+HELD = {"leaves held": False, "leaves and active features held": True}
+LABELS = {"leaves held": "  leaves held",               # below the line "all paths"
+          "leaves and active features held": "  and active features"}
 
 
 @torch.no_grad()
@@ -125,10 +130,7 @@ def ablation_agreement(model, saes, transcoders, rows, choose_root, n_roots, see
     unit attributed (least squares through 0, over all). Intervals over roots.
     """
     rng = np.random.default_rng(seed)
-    root_layer = max(saes) if choose_root is feature_root else model.config.n_layers
-    has_earlier_mlp = any(layer < root_layer for layer in transcoders)
-    kinds = ["feature", "MLP feature"] if has_earlier_mlp else ["feature"]
-    measured = {kind: {} for kind in kinds}                 # {way: [(rank, sign, product, square)]}
+    measured = {}                                   # {kind: {way: [(rank, sign, product, square)]}}
     n_measured = 0
     for tokens in rows:
         if n_measured == n_roots:
@@ -136,7 +138,7 @@ def ablation_agreement(model, saes, transcoders, rows, choose_root, n_roots, see
         n_seen = int(rng.integers(min(8, len(tokens) - 2), len(tokens) - 1)) + 1
         traced = trace_prompt(model, saes, tokens[:n_seen], transcoders)
         root = choose_root(traced, int(tokens[n_seen]), rng)
-        chosen = root and choose_removed(traced, root, kinds, rng)
+        chosen = root and choose_removed(traced, root, rng)
         if not chosen:
             continue
         n_measured += 1
@@ -148,11 +150,12 @@ def ablation_agreement(model, saes, transcoders, rows, choose_root, n_roots, see
                 alone = without_mlps(traced, root, removed)
                 pairs["all paths through attention"] = (alone, fall)
             pairs["all paths"] = (everywhere[removed], fall)
-            for way, hold_active in (("  leaves held", False), ("  and active features", True)):
+            for way, hold_active in HELD.items():
                 held = falls_with_leaves_held(traced, removed, root, hold_active)
                 pairs[way] = (everywhere[removed], held)
-            for way, (attributed, fall) in pairs.items():
-                measured[kind].setdefault(way, []).append(compare(attributed, fall))
+            ways = measured.setdefault(kind, {})
+            for way, pair in pairs.items():
+                ways.setdefault(way, []).append(compare(*pair))
     if n_measured < n_roots:
         raise UserError(f"these rows have only {n_measured} places with {N_STRONG + N_OTHERS} "
                         f"earlier features of each kind to remove, and {n_roots} are needed; give "
@@ -161,12 +164,14 @@ def ablation_agreement(model, saes, transcoders, rows, choose_root, n_roots, see
             for kind, ways in measured.items()}
 
 
-def choose_removed(traced, root, kinds, rng):               # -> {kind: ((n,), (n,))} or None
-    """Which features of each kind are removed, as rows of traced.components, and what one step
-    attributes to them, strong ones first; None where a kind has too few."""
+def choose_removed(traced, root, rng):                      # -> {kind: ((n,), (n,))} or None
+    """Which features are removed, of attention and, where a transcoder stands before the root, of
+    MLPs: rows of traced.components, and what one step attributes to them, strong ones first. None
+    where a kind has too few."""
     upstream, in_one_step = upstream_features(traced, root)
+    has_mlp = any(layer < root.layer for layer in traced.transcoders)
     chosen = {}
-    for kind in kinds:
+    for kind in REMOVED if has_mlp else ["feature"]:
         is_kind = traced.components.kind[upstream] == KINDS.index(kind)
         rows, values = upstream[is_kind], in_one_step[is_kind]
         if len(rows) < N_STRONG + N_OTHERS:
@@ -234,6 +239,8 @@ def held_output(sae, f, written, gone, writer, hold_active):
 
 
 def compare(attributed, fall):                              # (n,), (n,) -> 4 numbers
+    """Below one root: rank correlation, share of equal signs among the strong ones, and the two
+    sums of a least-squares slope, attributed . fall and attributed . attributed."""
     same_sign = (attributed.sign() == fall.sign())[:N_STRONG]
     return (float(spearman(attributed, fall)), float(same_sign.double().mean()),
             float((attributed * fall).sum()), float(attributed.square().sum()))
@@ -314,7 +321,7 @@ def report_removal(found, layer, n_roots):
     for root, kinds in found.items():
         for kind, ways in kinds.items():
             for way, r in ways.items():
-                print(f"{root:8} {REMOVED[kind]:18} {way:28} "
+                print(f"{root:8} {REMOVED[kind]:18} {LABELS.get(way, way):28} "
                       f"{format_ci(r['rank'], r['rank_ci'], '.3f'):23} "
                       f"{format_ci(r['sign'], r['sign_ci'], '.1%'):22} "
                       f"{format_ci(r['slope'], r['slope_ci'], '.2f')}")

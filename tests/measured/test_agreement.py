@@ -34,9 +34,6 @@ def test_agreement_of_heads_equals_a_loop(tiny):
     assert found["rank_ci"][0] <= found["rank"] <= found["rank_ci"][1]
 
 
-HELD = ["  leaves held", "  and active features"]
-
-
 def some_rows(n):
     return torch.randint(4000, (n, 24), generator=torch.Generator().manual_seed(1))
 
@@ -78,8 +75,8 @@ def test_falls_are_those_of_plain_runs_and_the_strongest_come_first(tiny, kind, 
     chosen, compared = [], []
     compare = agreement.compare
 
-    def choose(traced, root, kinds, rng):
-        found = choose_removed(traced, root, kinds, rng)
+    def choose(traced, root, rng):
+        found = choose_removed(traced, root, rng)
         chosen.extend((traced, root, of_kind, *found[of_kind]) for of_kind in found or {})
         return found
 
@@ -88,8 +85,8 @@ def test_falls_are_those_of_plain_runs_and_the_strongest_come_first(tiny, kind, 
         compared.append((attributed, fall)) or compare(attributed, fall)))
     found = ablation_agreement(tiny, saes, transcoders, some_rows(4), ROOTS[kind], n_roots=2)
     assert {of_kind: list(ways) for of_kind, ways in found.items()} == {
-        "feature": ["one step", "all paths through attention", "all paths", *HELD],
-        "MLP feature": ["one step", "all paths", *HELD]}
+        "feature": ["one step", "all paths through attention", "all paths", *agreement.HELD],
+        "MLP feature": ["one step", "all paths", *agreement.HELD]}
     assert len(chosen) == 4 and len(compared) == 18         # 2 roots, 2 kinds; 5 and 4 ways
     falls = [compared[i][1] for i in (0, 5, 9, 14)]
     for (traced, root, of_kind, rows, in_one_step), fall in zip(chosen, falls):
