@@ -144,16 +144,9 @@ def ablation_agreement(model, saes, transcoders, rows, choose_root, n_roots, see
         n_measured += 1
         everywhere = totals(traced, root).contribution
         for kind, (removed, in_one_step) in chosen.items():
-            fall = ablation_effects(traced, removed, root)
-            pairs = {"one step": (in_one_step, fall)}
-            if kind == "feature" and transcoders:
-                alone = without_mlps(traced, root, removed)
-                pairs["all paths through attention"] = (alone, fall)
-            pairs["all paths"] = (everywhere[removed], fall)
-            for way, hold_active in HELD.items():
-                held = falls_with_leaves_held(traced, removed, root, hold_active)
-                pairs[way] = (everywhere[removed], held)
             ways = measured.setdefault(kind, {})
+            pairs = attributed_and_fall(traced, root, kind, removed, in_one_step,
+                                        everywhere[removed])
             for way, pair in pairs.items():
                 ways.setdefault(way, []).append(compare(*pair))
     if n_measured < n_roots:
@@ -180,6 +173,20 @@ def choose_removed(traced, root, rng):                      # -> {kind: ((n,), (
         index = torch.from_numpy(np.concatenate([np.arange(N_STRONG), others])).to(rows.device)
         chosen[kind] = rows[index], values[index]
     return chosen
+
+
+def attributed_and_fall(traced, root, kind, removed, in_one_step, over_all_paths):
+    """For every way to attribute or to remove: what is attributed to the features removed, and how
+    far the root falls without them -> {way: ((n,), (n,))}."""
+    fall = ablation_effects(traced, removed, root)
+    pairs = {"one step": (in_one_step, fall)}
+    if kind == "feature" and traced.transcoders:
+        pairs["all paths through attention"] = (without_mlps(traced, root, removed), fall)
+    pairs["all paths"] = (over_all_paths, fall)
+    for way, hold_active in HELD.items():
+        held = falls_with_leaves_held(traced, removed, root, hold_active)
+        pairs[way] = (over_all_paths, held)
+    return pairs
 
 
 def without_mlps(traced, root, removed):                    # (n,) -> (n,)
