@@ -41,8 +41,8 @@ heads and no other place: what has to do with these is left out, and no feature 
 Their pages are in <out>/<model>/mlp/features/.
 
 Two tokens are copies if they are equal but for one leading space and case
-(data.tokens.fuzzy_classes). A row is documents end to end. The BOS between them is a token like any
-other, but no copy of anything.
+(data.tokens.fuzzy_classes). A row is documents end to end. The BOS between them can be a
+source, but it is no copy of anything, and no source "after a copy".
 
 Shapes: R rows, T positions (q query, k key/source), H heads, D = H*d_head, d_sae; n places, m
 places of one row, or features asked about; V tokens of the vocabulary.
@@ -66,7 +66,7 @@ from data.flags import field, parse_flags
 from data.progress import Progress
 from data.sae_files import MLP, Z_CAT
 from data.strongest import Collected, Collector, feature_token_mass, rank_in_group
-from data.tokens import fuzzy_classes, is_copy, text_around
+from data.tokens import fuzzy_classes, is_after_copy, text_around
 from data.weights import digest
 from direct import (dfa_at_positions, head_weights, token_directions, token_effects,
                     values_minus_bias)
@@ -501,7 +501,7 @@ def after_copy_shares(collected, reads, tokens, classes, seed=0):
     source = reads.source.long()
 
     def stands_after_copy(row, q, k):
-        return is_copy(classes, row, q, k - 1)
+        return is_after_copy(classes, row, q, k)
 
     hit = stands_after_copy(places.row, places.q, source)
     share = activation_share(places.feature, collected.weight, hit, d_sae)

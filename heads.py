@@ -40,7 +40,7 @@ from data.errors import UserError, run
 from data.figures import plot_census
 from data.files import write_json
 from data.flags import field, parse_flags
-from data.tokens import fuzzy_classes, is_copy
+from data.tokens import fuzzy_classes, is_after_copy, is_copy
 from direct import head_weights
 from features import (MIN_PLACES, CollectionConfig, activation_share, load_or_collect,
                       share_by_chance)
@@ -102,7 +102,7 @@ def relation_shares(of_layer, places, classes, seed=0):     # -> (d_sae,len(RELA
     feature, q, k, gathered = places.feature, places.q, places.source, places.gathered
 
     def after_copy(row, q, k):
-        return (k < q - 1) & is_copy(classes, row, q, k - 1)
+        return (k < q - 1) & is_after_copy(classes, row, q, k)
 
     def copy(row, q, k):
         return (k < q - 1) & is_copy(classes, row, q, k) & ~after_copy(row, q, k)

@@ -19,7 +19,8 @@ after it:
     python induction.py         all four on the shipped model, in <out>/<model>/induction/
 
 Two tokens match if they are equal but for one leading space and the case of letters
-(data.tokens.fuzzy_classes). BOS, which also stands between the documents of a row, matches nothing.
+(data.tokens.fuzzy_classes). BOS, which also stands between the documents of a row, matches nothing,
+and is never the key X.
 
 Shapes: B batch, T positions (q query, k key), H heads, d_head; n examples.
 """
@@ -103,7 +104,7 @@ def followed_everywhere(tokens, classes, X):                # (B,T) x 2, a token
 def head_scores(model, tokens, classes, matched=1):         # (B,T) x 2 -> {score: (layers,H)}
     """Mean attention of every head at the queries that have something to look at.
 
-    induction: to the keys k with L[q,k] >= matched, summed over them. duplicate: to earlier
+    induction: to the keys k with L[q,k] >= matched, BOS left out, summed over them. duplicate: to earlier
     occurrences of the query's token, summed. previous: to the token before the query, where that is
     not BOS. Also "n_queries", how many the induction score is a mean over. (data/tiny/make.py asks
     for other `matched`, and for n_queries.)
@@ -128,13 +129,14 @@ def head_scores(model, tokens, classes, matched=1):         # (B,T) x 2 -> {scor
 
 
 def score_targets(classes, matched):                        # (B,T) -> {score: (B,q,k) bool}
-    """The keys that each score is about."""
+    """The keys that each score is about. None of them is BOS: many heads look there from anywhere,
+    and between documents it may follow a copy of the query's token by chance."""
     q, k = query_and_key_positions(classes)
-    is_token = classes >= 0
-    same = (classes[:, :, None] == classes[:, None]) & is_token[:, None]
-    return {"induction": (prefix_lengths(classes) >= matched) & (k < q),
-            "duplicate": same & (k < q),
-            "previous": (k == q - 1) & is_token[:, None]}
+    is_token = (classes >= 0)[:, None]                                  # (B,1,k)
+    same = classes[:, :, None] == classes[:, None]
+    return {"induction": (prefix_lengths(classes) >= matched) & (k < q) & is_token,
+            "duplicate": same & (k < q) & is_token,
+            "previous": (k == q - 1) & is_token}
 
 
 def query_and_key_positions(tokens):                        # (B,T) -> (T,1), (1,T)
@@ -306,12 +308,14 @@ def find_attended(model, tokens, classes, heads):           # (B,T) x 2 -> {head
 
 def possible_examples(classes):                             # (b,T) -> (b,q,k), (b,q,k) bool
     """Prefix lengths, 0 where the key is not before the query; and where a prefix of 1 or more
-    tokens matches, there is a token at k-2 to replace (not BOS), and the two copies of the prefix
-    do not overlap."""
+    tokens matches, the key and the token at k-2, which is to be replaced, are not BOS, and the two
+    copies of the prefix do not overlap."""
     q, k = query_and_key_positions(classes)
     lengths = prefix_lengths(classes) * (k < q)
-    has_token_before = F.pad(classes >= 0, (2, 0))[:, None, :-2]        # (b,1,k): at k-2
-    return lengths, (lengths > 0) & (k + lengths <= q + 1) & has_token_before
+    is_token = classes >= 0
+    before_is_token = F.pad(is_token, (2, 0))[:, :-2]                   # (b,k): at k-2
+    fits = (is_token & before_is_token)[:, None]                        # (b,1,k)
+    return lengths, (lengths > 0) & (k + lengths <= q + 1) & fits
 
 
 def examples_where(chosen, lengths, rows):                  # (b,q,k) x 2, (b,) -> Examples

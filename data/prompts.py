@@ -219,18 +219,20 @@ def placed(prompts, fillers, position):
                     ABBA: front, middle     BABA: front, middle
         same              short, longer           longer, short
         2 tokens          longer, short           short, longer
-        a sentence        none, both              none, both
+        a sentence        both, none              both, none
 
     "longer" has two tokens more than "short". Without fillers S1 is two tokens later in ABBA; with
     those of "same" it stands at one position, at one distance from S2, in both orders. "2 tokens"
-    moves it from there by +2 in ABBA and by -2 in BABA. S2 always stays.
+    moves it from there by +2 in ABBA and by -2 in BABA; "a sentence" by the length of what was in
+    the middle, towards S2. S2 always stays: there is always something in front, since an opening
+    may be other tokens at the start of a text.
     """
     changed = []
     for prompt, short in zip(prompts, fillers):
         longer_in_front = prompt.order == ("ABBA" if position == "2 tokens" else "BABA")
         if position == "a sentence":
-            front = ""
-            middle = short + " " + capitalised(longer(short))
+            front = short + " " + capitalised(longer(short))
+            middle = ""
         elif longer_in_front:
             front = longer(short)
             middle = short

@@ -272,6 +272,12 @@ def is_copy(classes, row, q, k):                                # (R,T), (n,) x 
     return (own >= 0) & (own == classes[row, k.clamp_min(0)])
 
 
+def is_after_copy(classes, row, q, k):                          # (R,T), (n,) x 3 -> (n,) bool
+    """Whether the token at k of a row stands right after a copy of that at q, and is not BOS: where
+    an induction head looks from q. Never for a k of 0 or less. Any shapes that broadcast."""
+    return is_copy(classes, row, q, k - 1) & (classes[row, k.clamp_min(0)] >= 0)
+
+
 def text_around(row, q, tokenizer, n_before=10, n_after=3):     # (T,) -> str
     """Position q of a row with the text around it, its token in angle brackets."""
     def decode(part):

@@ -18,6 +18,7 @@ import wired as W
 from conftest import GEMMA_SHAPES, ROOT, program, random_gemma
 from data import strongest as keep, pages
 from data.strongest import Entries
+from data.tokens import is_copy
 
 # ---- what was read ----
 
@@ -96,13 +97,24 @@ def test_chance_is_what_the_same_distances_give_elsewhere():
     classes = torch.tensor([[-1, 5, 6, 5], [-1, 7, 8, 7], [-1, 1, 2, 3]])
     entries = Entries(torch.arange(3), torch.full((3,), 3), torch.zeros(3, dtype=torch.int64),
                       torch.ones(3))
-    copy = lambda row, q, k: F.is_copy(classes, row, q, k)
+    copy = lambda row, q, k: is_copy(classes, row, q, k)
     hits, tries = F.share_by_chance(entries, torch.ones(3, dtype=torch.int64), copy, 0,
                                     n_tries=4000)
     assert (tries == 4000).all()
     torch.testing.assert_close(hits, torch.tensor([0.5, 0.5, 1.0]), atol=0.03, rtol=0)
     _, tries = F.share_by_chance(entries.pick(slice(1)), torch.ones(1, dtype=torch.int64), copy, 0)
     assert not tries.any(), "one place has no other to compare with"
+
+
+def test_a_source_at_bos_is_not_read_after_a_copy():
+    """In every row 5 comes again at 4, and the source is 2: a token in row 0, BOS in row 1."""
+    tokens = torch.tensor([[9, 5, 6, 7, 5], [9, 5, 9, 7, 5]])
+    classes = tokens.masked_fill(tokens == 9, -1)
+    places = Entries(torch.arange(2), torch.full((2,), 4), torch.arange(2), torch.ones(2))
+    collected = SimpleNamespace(sample=places, n=torch.ones(2), weight=torch.ones(2))
+    reads = SimpleNamespace(source=torch.full((2,), 2))
+    share, _, X, _ = F.after_copy_shares(collected, reads, tokens, classes)
+    assert share.tolist() == [1.0, 0.0] and X.tolist() == [6, -1]
 
 
 TOPIC, OTHER = range(0, 8), range(8, 40)

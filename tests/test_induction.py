@@ -227,6 +227,24 @@ def test_examples_have_one_key_room_before_it_and_copies_that_do_not_overlap():
     assert places == {(0, 6, 3): 2, (0, 8, 5): 1, (2, 7, 4): 1, (2, 8, 4): 1}
 
 
+def test_no_key_is_bos_also_between_documents():
+    classes = torch.randint(-1, 4, (6, 20), generator=torch.Generator().manual_seed(0))
+    classes[:, 0] = -1
+    targets = I.score_targets(classes, 1)
+    _, possible = I.possible_examples(classes)
+    n_after_a_copy = 0
+    for b, row in enumerate(classes.tolist()):
+        for q in range(20):
+            for k in range(q):
+                is_copied = k > 0 and row[k - 1] == row[q] >= 0
+                n_after_a_copy += is_copied and row[k] < 0
+                assert targets["induction"][b, q, k] == (is_copied and row[k] >= 0)
+                assert targets["duplicate"][b, q, k] == (row[k] == row[q] >= 0)
+                assert targets["previous"][b, q, k] == (k == q - 1 and row[k] >= 0)
+                assert not possible[b, q, k] or (is_copied and row[k] >= 0 and row[k - 2] >= 0)
+    assert n_after_a_copy > 20, "BOS stands after a copy of the query's token"
+
+
 def test_a_replaced_token_matches_nothing_in_its_row():
     tokens = text_with_prefixes(5)
     examples = I.find_examples(TABLE[tokens])

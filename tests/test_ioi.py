@@ -115,7 +115,23 @@ def test_side_and_position_are_separated(words, tokenizer):
     assert ((moved[0] - base[0]).abs() == 2).all() and ((moved[1] - base[1]).abs() == 2).all()
     assert torch.equal((both[0] - base[0]).abs(), (moved[0] - base[0]).abs())
     far = at(words, "a sentence")
-    assert (far[0] < base[0] - 3).all() and (far[1] > base[1] + 3).all()
+    assert (far[0] > base[0] + 3).all() and (far[1] < base[1] - 3).all()
+    assert torch.equal(far[0] + far[1], base[0] + base[1]), "S2 stays"
+
+
+def test_S2_stays_where_a_first_word_is_more_tokens_than_a_later_one(words, tokenizer):
+    """As "Afterwards" is to GPT-2: two tokens at the start of a text, one after a space."""
+    class TwoAtTheStart:
+        bos, single = tokenizer.bos, tokenizer.single
+
+        def encode(self, text):
+            ids = tokenizer.encode(text)
+            is_opening = text in [opening for opening, _, _ in P.TEMPLATES]
+            return ids[:1] + ids if is_opening else ids
+
+    S2 = [P.tokenise(P.placed(changed, P.FILLERS * 7, position), TwoAtTheStart()).pos["S2"]
+          for changed in (words, P.flipped(words)) for position in P.POSITIONS]
+    assert all(torch.equal(one, S2[0]) for one in S2), "in all orders and at all positions"
 
 
 def test_names_that_do_not_serve_are_named(tokenizer, capsys):

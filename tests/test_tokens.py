@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from conftest import Words, random_gpt2
 from test_corpus import DOCUMENTS, write_corpus
 
@@ -277,6 +278,21 @@ def test_tokens_match_up_to_one_leading_space_and_case():
     assert classes[0] == classes[1] == classes[2] == classes[3], "one space and case do not count"
     assert len({classes[i] for i in (0, 4, 5, 6, 7, 8, 9)}) == 7, "two spaces, broken bytes differ"
     assert classes[10] == -1, "BOS matches nothing"
+
+
+def test_copies_and_what_stands_after_them():
+    classes = torch.tensor([[-1, 4, 7, 4, -1, 7, 4]])
+    row = torch.zeros((), dtype=torch.long)
+    q, k = torch.arange(7)[:, None], torch.arange(-2, 7)[None]
+    copies = tokens.is_copy(classes, row, q, k)
+    after = tokens.is_after_copy(classes, row, q, k)
+    for i, here in enumerate(classes[0].tolist()):
+        for at in range(-2, 7):
+            def is_copy(k):
+                return k >= 0 and here >= 0 and here == classes[0, k]
+            assert copies[i, at + 2] == is_copy(at), (i, at)
+            assert after[i, at + 2] == (is_copy(at - 1) and classes[0, at] >= 0), (i, at)
+    assert not after[3, 4 + 2] and copies[3, 3 + 2], "BOS follows 4, and is no key"
 
 
 def test_prompts_are_filled_up_with_bos():
