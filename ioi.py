@@ -11,8 +11,9 @@ before the connector, IO after it.
     features    with SAEs spliced in, is the task still done? With the SAE error kept, which
                 features, at S2 and at the end, does it depend on, and what do they look at?
     signal      what do the layers that act at S2 tell the rest: where S1 was, or on which side of
-                " and"? z_cat at S2 is replaced by another prompt's. The layers are chosen on one
-                half of the prompts, and all this is measured on the other
+                " and"? z_cat at S2 is replaced by another prompt's; and which features carry it?
+                The layers are chosen on one half of the prompts, and all this is measured on the
+                other
     qk          why do the name movers look at IO rather than at S?
 
     python ioi.py           all four on the shipped model, in <out>/<model>/ioi/
@@ -417,11 +418,9 @@ def recovered(patched, clean, zero):                        # (N,) each -> value
     return float(ratio(np.arange(len(clean)))), bootstrap(ratio, len(clean))
 
 
-@torch.no_grad()
-def patch_S2(model, batch, clean, source, source_z, layers):        # -> (N,) logit difference
-    """z_cat of the layers at S2 from the source's S2. source_z: z_cat by layer, (N,T,D) each."""
-    edits = {layer: patch_at(z_at(source_z[layer], source, "S2"), batch.pos["S2"])
-             for layer in layers}
+def patch_S2(model, batch, clean, z):                       # {layer: (N,D)} -> (N,)
+    """Logit difference with another z_cat at S2, in the layers for which one is given."""
+    edits = {layer: patch_at(values, batch.pos["S2"]) for layer, values in z.items()}
     return logit_diff_with(model, clean, batch, edits, "S2")
 
 
@@ -508,13 +507,21 @@ class IOI(NamedTuple):
         clean = CleanRun(self.clean.run.pick(rows), self.clean.ld[rows])
         return self._replace(batch=self.batch.pick(rows), clean=clean)
 
-    def patch_S2_from(self, prompts, layers):               # -> (N,) logit difference
-        """z_cat of the layers at S2 from that of other prompts, of which no more is run."""
+    @torch.no_grad()
+    def z_at_S2(self, prompts, layers):                     # -> {layer: (N,D)}
+        """z_cat of the layers at S2 of other prompts, of which no more is run."""
         source = tokenise(prompts, self.study.tokenizer, self.study.device)
         up_to_S2 = source.tokens[:, :int(source.pos["S2"].max()) + 1]
-        with torch.no_grad():
-            source_z = self.model.z_cat_at(up_to_S2, layers)
-        return patch_S2(self.model, self.batch, self.clean, source, source_z, layers)
+        z = self.model.z_cat_at(up_to_S2, layers)
+        return {layer: z_at(z[layer], source, "S2") for layer in layers}
+
+    def patch_S2(self, z):                                  # {layer: (N,D)} -> (N,)
+        """Logit difference with another z_cat at S2, in the layers for which one is given."""
+        return patch_S2(self.model, self.batch, self.clean, z)
+
+    def patch_S2_from(self, prompts, layers):               # -> (N,)
+        """Logit difference with z_cat of the layers at S2 from that of other prompts."""
+        return self.patch_S2(self.z_at_S2(prompts, layers))
 
 
 def main():
@@ -585,7 +592,7 @@ def study_circuit(ioi):                                     # -> dict
 
     layer_changes = []
     for layer in range(model.config.n_layers):
-        patched = patch_S2(model, batch, clean, source, source_run.z, [layer])
+        patched = ioi.patch_S2({layer: z_at(source_run.z[layer], source, "S2")})
         layer_changes.append((patched - clean.ld).cpu().numpy() / unit)
     signal_layers = list(ioi.study.config.signal_layers)
     signal_rows = batch.rows()
@@ -669,6 +676,8 @@ def study_signal(ioi, layers, frequent):                    # -> dict
     return {"n_prompts": len(clean.ld), "layers": layers, "frequent_word": frequent,
             "effect_of_order": effects_of_order(ioi, ld, layers),
             "connectors": compare_connectors(ioi, ld, layers, frequent),
+            "features": {layer: order_in_features(ioi, layer)
+                         for layer in layers if layer in ioi.saes},
             "sources": sources, "side_and_position": side_and_position(ioi, layers), **means}
 
 
@@ -708,6 +717,51 @@ def compare_connectors(ioi, ld, layers, frequent):          # -> {word: dict}
             found[word][order] = recovered(patched[which], ld[OTHER_NAMES][which],
                                            ld[FLIPPED][which])
     return found
+
+
+@torch.no_grad()
+def order_in_features(ioi, layer, n_tried=20, n_shown=5):   # -> dict
+    """Which features of a layer carry the order of names.
+
+    z_cat at S2 comes from prompts with other names. To flip the order there adds to z_cat
+    sum_i (f_flipped_i - f_i) W_dec_i, and the change of the SAE's error. The effect of order of a
+    part of this sum is the logit difference that is lost where that part alone is added. Tried are
+    the features whose part is largest on average, and shown those with the largest effect.
+    """
+    sae = ioi.saes[layer]
+    others = with_other_names(ioi.batch.prompts, ioi.names, ioi.seed)
+    z = ioi.z_at_S2(others, [layer])[layer]
+    z_flipped = ioi.z_at_S2(flipped(others), [layer])[layer]
+    f = sae.encode(z)
+    f_flipped = sae.encode(z_flipped)
+    ld = ioi.patch_S2({layer: z})
+
+    def effect(part):                                       # (N,D) -> (N,)
+        return ld - ioi.patch_S2({layer: z + part})
+
+    whole = z_flipped - z
+    of_features = sae.decode(f_flipped) - sae.decode(f)
+    parts = {"all": whole, "all features": of_features, "SAE error": whole - of_features}
+    is_ABBA = has_order(ioi.batch.prompts, "ABBA").to(z.device)
+    # a source has its prompt's order, or where it is flipped the other
+    f_in_ABBA = torch.where(is_ABBA[:, None], f, f_flipped).mean(0)
+    f_in_BABA = torch.where(is_ABBA[:, None], f_flipped, f).mean(0)
+    sizes = (f_flipped - f).abs().mean(0) * sae.W_dec.norm(dim=-1)
+    features = []
+    for i in sizes.topk(min(n_tried, sae.d_sae)).indices.tolist():
+        lost = effect((f_flipped - f)[:, i, None] * sae.W_dec[i])
+        features.append({"feature": i, "f_in_ABBA": float(f_in_ABBA[i]),
+                         "f_in_BABA": float(f_in_BABA[i]), "effect": ci(lost),
+                         "ABBA": float(lost[is_ABBA].mean()),
+                         "BABA": float(lost[~is_ABBA].mean())})
+    features.sort(key=lambda one: -abs(one["effect"][0]))
+    for one in features[:n_shown]:
+        rows_of, activation = most_active_prompts(sae, layer, one["feature"], ioi.batch, ioi.clean,
+                                                  "S2")
+        one["reads"] = sources_by_role(ioi.model, sae, layer, one["feature"], ioi.batch, rows_of,
+                                       activation, "S2")
+    return {"parts": {name: ci(effect(part)) for name, part in parts.items()},
+            "n_tried": len(features), "features": features[:n_shown]}
 
 
 def connectors_of_one_token(ioi, frequent):                 # -> {in quotes: connector}
@@ -957,10 +1011,8 @@ def report_place(place, found):
         print(f"{one['layer']}.{one['feature']} reads, in shares of its activation (number of "
               f"prompts)")
         for order, by_role in one["reads"].items():
-            strongest = sorted(by_role.items(), key=lambda item: -abs(item[1]))[:5]
-            shares = "  ".join(f"{role} {share:+.0%}" for role, share in strongest)
-            print(f"  {order} ({one['n_read'][order]})  " + (shares or "never active"))
-            if strongest:
+            print(f"  {order} ({one['n_read'][order]})  {strongest_roles(by_role)}")
+            if by_role:
                 writers = "  ".join(f"{writer} at {role} {share:+.0%}"
                                     for role, writer, share in one["reads_further"][order][:4])
                 print(f"        written by  {writers}")
@@ -989,6 +1041,8 @@ def report_signal(ioi, result):
         shown = {order: "n/a" if r[order][0] is None else f"{r[order][0]:.1%}" for order in ORDERS}
         print(f"{word:13} {format_ci(*r['kept'], '.1%'):25}  {shown['ABBA']:>8}  "
               f"{shown['BABA']:>8}   {format_ci(*r['own'], '+.2f')}")
+    for layer, found in result["features"].items():
+        report_order_in_features(layer, found)
     print("\nsource                         recovered                   ABBA     BABA   "
           "over mean   over zero everywhere")
     for name, r in result["sources"].items():
@@ -1012,6 +1066,27 @@ def report_signal(ioi, result):
     effects = {name: found for name, found in result["side_and_position"].items()
                if name.startswith("effect of")}
     plot_side_and_position(effects, study.folder / "side_and_position.png")
+
+
+def report_order_in_features(layer, found):
+    """The features that carry the order of names, and what they read."""
+    print(f"\nlayer {layer} alone, feature by feature: z_cat at S2 from prompts with other names, the "
+          f"order flipped in one\nfeature's part; of the {found['n_tried']} features that change "
+          f"most, those with the largest effect\n"
+          f"feature     f in ABBA   in BABA   effect of order         in ABBA  in BABA")
+    for one in found["features"]:
+        print(f"{layer}.{one['feature']:<8} {one['f_in_ABBA']:10.2f} {one['f_in_BABA']:9.2f}   "
+              f"{format_ci(*one['effect'], '+.3f'):23} {one['ABBA']:+7.3f}  {one['BABA']:+7.3f}")
+        for order, by_role in one["reads"].items():
+            print(f"  {order} reads  {strongest_roles(by_role)}")
+    for name, effect in found["parts"].items():
+        print(f"{name:34} {format_ci(*effect, '+.3f')}")
+
+
+def strongest_roles(by_role, n=5):
+    """"IO +53%  S1 +25%", of a feature's activation, or "never active"."""
+    strongest = sorted(by_role.items(), key=lambda item: -abs(item[1]))[:n]
+    return "  ".join(f"{role} {share:+.0%}" for role, share in strongest) or "never active"
 
 
 def report_qk(ioi, why):

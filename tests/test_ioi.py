@@ -354,8 +354,8 @@ def test_nothing_is_recovered_by_order_where_zeros_do_no_damage_over_all():
 
 def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(tiny, run):
     prompts, base, *_ = run
-    torch.testing.assert_close(ioi.patch_S2(tiny, prompts, base, prompts, base.z, [0, 1]), base.ld,
-                               rtol=0, atol=3e-5)
+    own = {layer: ioi.z_at(base.z[layer], prompts, "S2") for layer in (0, 1)}
+    torch.testing.assert_close(ioi.patch_S2(tiny, prompts, base, own), base.ld, rtol=0, atol=3e-5)
     found = ioi.baselines(tiny, prompts, base, [1])
     rows, S2 = torch.arange(N), prompts.pos["S2"]
 
@@ -385,9 +385,10 @@ def test_the_effect_of_order_by_brute_force(tiny, tokenizer, run):
     """Whole runs of the base prompts, with z_cat at each prompt's S2 from that of other prompts."""
     prompts, base, *_ = run
     config = SimpleNamespace(seed=3)
-    study = SimpleNamespace(model=tiny, tokenizer=tokenizer, device="cpu", config=config)
+    study = SimpleNamespace(model=tiny, tokenizer=tokenizer, device="cpu", config=config, saes={})
     this = ioi.IOI(study, list(HELD_OUT_NAMES), prompts, base)
     found = ioi.study_signal(this, [0, 2], " of")
+    assert found["features"] == {}, "no layer has an SAE here"
     others = P.with_other_names(prompts.prompts, list(HELD_OUT_NAMES), 3)
     rows, end, S2 = torch.arange(N), prompts.pos["end"], prompts.pos["S2"]
 
@@ -429,6 +430,70 @@ def test_the_effect_of_order_by_brute_force(tiny, tokenizer, run):
     assert in_abba == pytest.approx(float((same - flipped)[is_abba].mean()), abs=1e-4)
 
 
+def test_the_order_in_features_by_brute_force(tiny, tokenizer, run, saes):
+    """Whole runs, with z_cat of layer 2 at each prompt's S2 put together by hand."""
+    prompts, base, *_ = run
+    sae = saes[2]
+    study = SimpleNamespace(model=tiny, tokenizer=tokenizer, device="cpu", saes={2: sae},
+                            config=SimpleNamespace(seed=3))
+    this = ioi.IOI(study, list(HELD_OUT_NAMES), prompts, base)
+    found = ioi.study_signal(this, [0, 2], " of")["features"]
+    assert list(found) == [2], "layer 0 has no SAE here"
+    others = P.with_other_names(prompts.prompts, list(HELD_OUT_NAMES), 3)
+    rows, end, S2 = torch.arange(N), prompts.pos["end"], prompts.pos["S2"]
+
+    def z_of(words):
+        source = P.tokenise(words, tokenizer)
+        return tiny(source.tokens, keep=(2,))[1][2].z_cat[rows, source.pos["S2"]]
+
+    def difference_with(values):
+        def edit(z):
+            z = z.clone()
+            z[rows, S2] = values
+            return z
+        logits = tiny(prompts.tokens, {2: edit})[0][rows, end]
+        return logits[rows, prompts.io] - logits[rows, prompts.s]
+
+    same, flipped = z_of(others), z_of(P.flipped(others))
+    f, f_flipped = sae.encode(same), sae.encode(flipped)
+    ld = difference_with(same)
+
+    def is_mean(effect, of_what, expected):
+        mean, (low, high) = effect
+        assert mean == pytest.approx(float(expected.mean()), abs=1e-4), of_what
+        assert low <= mean <= high
+
+    with_features = same + sae.decode(f_flipped) - sae.decode(f)
+    is_mean(found[2]["parts"]["all"], "all", ld - difference_with(flipped))
+    is_mean(found[2]["parts"]["all features"], "features", ld - difference_with(with_features))
+    with_error = same + (flipped - sae(flipped)) - (same - sae(same))
+    is_mean(found[2]["parts"]["SAE error"], "error", ld - difference_with(with_error))
+
+    is_abba = torch.tensor([prompt.order == "ABBA" for prompt in prompts.prompts])
+    largest = (f_flipped - f).abs().mean(0).topk(20).indices.tolist()
+    effects = []
+    for i in largest:
+        changed = same.clone()
+        for row in range(N):
+            changed[row] += (f_flipped[row, i] - f[row, i]) * sae.W_dec[i]
+        effects.append(ld - difference_with(changed))
+    by_size = sorted(range(20), key=lambda n: -abs(float(effects[n].mean())))
+    shown = found[2]["features"]
+    assert found[2]["n_tried"] == 20
+    for one, n in zip(shown, by_size[:5], strict=True):
+        i, effect = largest[n], effects[n]
+        assert one["feature"] == i
+        is_mean(one["effect"], i, effect)
+        assert one["ABBA"] == pytest.approx(float(effect[is_abba].mean()), abs=1e-4)
+        assert one["BABA"] == pytest.approx(float(effect[~is_abba].mean()), abs=1e-4)
+        in_abba = torch.cat([f[is_abba, i], f_flipped[~is_abba, i]]).mean()
+        in_baba = torch.cat([f[~is_abba, i], f_flipped[is_abba, i]]).mean()
+        assert one["f_in_ABBA"] == pytest.approx(float(in_abba), abs=1e-4)
+        assert one["f_in_BABA"] == pytest.approx(float(in_baba), abs=1e-4)
+        for order, shares in one["reads"].items():
+            assert not shares or sum(shares.values()) == pytest.approx(1, abs=1e-3), order
+
+
 def test_the_layers_patched_are_chosen_on_one_half_and_measured_on_the_other(
         tiny, tokenizer, run, monkeypatch):
     prompts, base, *_ = run
@@ -436,10 +501,11 @@ def test_the_layers_patched_are_chosen_on_one_half_and_measured_on_the_other(
     study = SimpleNamespace(model=tiny, tokenizer=tokenizer, device="cpu", config=config)
     this = ioi.IOI(study, list(HELD_OUT_NAMES), prompts, base)
 
-    def patch_S2(model, batch, clean, source, source_z, layers):
+    def patch_S2(model, batch, clean, z):
         """On the first half layers 1 and 3 matter, on the second 0 and 2, and more so."""
+        layer, = z
         is_first = torch.arange(N) < N // 2
-        matters = torch.where(is_first, float(layers[0] in (1, 3)), 5 * float(layers[0] in (0, 2)))
+        matters = torch.where(is_first, float(layer in (1, 3)), 5 * float(layer in (0, 2)))
         return clean.ld + matters
 
     monkeypatch.setattr("ioi.patch_S2", patch_S2)
