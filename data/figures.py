@@ -95,7 +95,7 @@ def plot_prefixes(result, path):
                     label=f"{layer}.{h}, {kind.replace('_', ' ')}")
         ax.set(xlabel="tokens that match (prefix length)", ylabel=label)
     axes[0].set_ylim(0, 1)
-    axes[0].legend()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     fig.suptitle("Prefix length on random tokens (the paper's Fig. 4a, 19)", fontsize=10)
     save(fig, path)
 

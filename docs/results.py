@@ -91,11 +91,7 @@ COMMANDS = {
                     "--layers 5 --n-tokens 6e6 --passes 2 --block-mib 4096 --n-eval-rows 64",
     "gpu-benchmark": "tests/measured/benchmark.py --device cuda",
     "gemma-train": f"train.py {GEMMA} {SCHEDULE} --batch-size 2048 --d-sae 4096 "
-                   "--n-tokens 1024000 --n-eval-rows 64 --lr 3.4e-3",
-    "gemma-train-17": f"train.py {GEMMA} {SCHEDULE} --batch-size 2048 --d-sae 4096 "
-                      "--n-tokens 1024000 --n-eval-rows 64 --layers 17",
-    "gemma-train-again": f"train.py {GEMMA} {SCHEDULE} --batch-size 2048 --d-sae 4096 "
-                         "--n-tokens 1024000 --n-eval-rows 64 --lr 3.4e-3",
+                   "--n-tokens 1024000 --n-eval-rows 64",
     "gemma-mlp": f"train.py {GEMMA} {SCHEDULE} --reads mlp --layers 3,11,12 --d-sae 4096 --l1 0.05 "
                  "--n-tokens 409600 --batch-size 1024 --n-eval-rows 64",
     "gemma-features": f"features.py {GEMMA} --n-tokens 100000",
