@@ -104,9 +104,9 @@ def followed_everywhere(tokens, classes, X):                # (B,T) x 2, a token
 def head_scores(model, tokens, classes, matched=1):         # (B,T) x 2 -> {score: (layers,H)}
     """Mean attention of every head at the queries that have something to look at.
 
-    induction: to the keys k with L[q,k] >= matched, BOS left out, summed over them. duplicate: to earlier
-    occurrences of the query's token, summed. previous: to the token before the query, where that is
-    not BOS. Also "n_queries", how many the induction score is a mean over. (data/tiny/make.py asks
+    induction: to the keys k with L[q,k] >= matched, summed over them. duplicate: to earlier
+    occurrences of the query's token, summed. previous: to the token before the query. BOS is never
+    such a key. Also "n_queries", how many the induction score is a mean over. (data/tiny/make.py asks
     for other `matched`, and for n_queries.)
     """
     layers = range(model.config.n_layers)

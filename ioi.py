@@ -742,26 +742,30 @@ def order_in_features(ioi, layer, n_tried=20, n_shown=5):   # -> dict
     whole = z_flipped - z
     of_features = sae.decode(f_flipped) - sae.decode(f)
     parts = {"all": whole, "all features": of_features, "SAE error": whole - of_features}
-    is_ABBA = has_order(ioi.batch.prompts, "ABBA").to(z.device)
-    # a source has its prompt's order, or where it is flipped the other
-    f_in_ABBA = torch.where(is_ABBA[:, None], f, f_flipped).mean(0)
-    f_in_BABA = torch.where(is_ABBA[:, None], f_flipped, f).mean(0)
-    sizes = (f_flipped - f).abs().mean(0) * sae.W_dec.norm(dim=-1)
-    features = []
-    for i in sizes.topk(min(n_tried, sae.d_sae)).indices.tolist():
-        lost = effect((f_flipped - f)[:, i, None] * sae.W_dec[i])
-        features.append({"feature": i, "f_in_ABBA": float(f_in_ABBA[i]),
-                         "f_in_BABA": float(f_in_BABA[i]), "effect": ci(lost),
-                         "ABBA": float(lost[is_ABBA].mean()),
-                         "BABA": float(lost[~is_ABBA].mean())})
-    features.sort(key=lambda one: -abs(one["effect"][0]))
-    for one in features[:n_shown]:
-        rows_of, activation = most_active_prompts(sae, layer, one["feature"], ioi.batch, ioi.clean,
-                                                  "S2")
-        one["reads"] = sources_by_role(ioi.model, sae, layer, one["feature"], ioi.batch, rows_of,
-                                       activation, "S2")
+    change = f_flipped - f
+    sizes = change.abs().mean(0) * sae.W_dec.norm(dim=-1)
+    tried = sizes.topk(min(n_tried, sae.d_sae)).indices.tolist()
+    effects = {i: effect(change[:, i, None] * sae.W_dec[i]) for i in tried}
+    strongest = sorted(effects, key=lambda i: -abs(float(effects[i].mean())))[:n_shown]
     return {"parts": {name: ci(effect(part)) for name, part in parts.items()},
-            "n_tried": len(features), "features": features[:n_shown]}
+            "n_tried": len(tried),
+            "features": [order_in_feature(ioi, layer, i, f[:, i], f_flipped[:, i], effects[i])
+                         for i in strongest]}
+
+
+def order_in_feature(ioi, layer, feature, f, f_flipped, effect):        # (N,) x 3 -> dict
+    """How active one feature is in sources of either order, what it costs to flip its part, in
+    prompts of either order too, and what it reads."""
+    is_ABBA = has_order(ioi.batch.prompts, "ABBA").to(f.device)
+    sae = ioi.saes[layer]
+    rows_of, activation = most_active_prompts(sae, layer, feature, ioi.batch, ioi.clean, "S2")
+    reads = sources_by_role(ioi.model, sae, layer, feature, ioi.batch, rows_of, activation, "S2")
+    return {"feature": feature,
+            # a source has its prompt's order, or where it is flipped the other
+            "f_in_ABBA": float(torch.where(is_ABBA, f, f_flipped).mean()),
+            "f_in_BABA": float(torch.where(is_ABBA, f_flipped, f).mean()),
+            "effect": ci(effect), "ABBA": float(effect[is_ABBA].mean()),
+            "BABA": float(effect[~is_ABBA].mean()), "reads": reads}
 
 
 def connectors_of_one_token(ioi, frequent):                 # -> {in quotes: connector}
@@ -1070,8 +1074,8 @@ def report_signal(ioi, result):
 
 def report_order_in_features(layer, found):
     """The features that carry the order of names, and what they read."""
-    print(f"\nlayer {layer} alone, feature by feature: z_cat at S2 from prompts with other names, the "
-          f"order flipped in one\nfeature's part; of the {found['n_tried']} features that change "
+    print(f"\nlayer {layer} alone, feature by feature: z_cat at S2 from prompts with other names, "
+          f"the order flipped in one\nfeature's part; of the {found['n_tried']} features that change "
           f"most, those with the largest effect\n"
           f"feature     f in ABBA   in BABA   effect of order         in ABBA  in BABA")
     for one in found["features"]:
