@@ -106,8 +106,8 @@ def head_scores(model, tokens, classes, matched=1):         # (B,T) x 2 -> {scor
 
     induction: to the keys k with L[q,k] >= matched, summed over them. duplicate: to earlier
     occurrences of the query's token, summed. previous: to the token before the query. BOS is never
-    such a key. Also "n_queries", how many the induction score is a mean over. (data/tiny/make.py asks
-    for other `matched`, and for n_queries.)
+    such a key. Also "n_queries", how many the induction score is a mean over. (data/tiny/make.py
+    asks for other `matched`, and for n_queries.)
     """
     layers = range(model.config.n_layers)
     names = ("induction", "previous", "duplicate")

@@ -1075,8 +1075,8 @@ def report_signal(ioi, result):
 def report_order_in_features(layer, found):
     """The features that carry the order of names, and what they read."""
     print(f"\nlayer {layer} alone, feature by feature: z_cat at S2 from prompts with other names, "
-          f"the order flipped in one\nfeature's part; of the {found['n_tried']} features that change "
-          f"most, those with the largest effect\n"
+          f"the order flipped in one\nfeature's part; of the {found['n_tried']} features that "
+          f"change most, those with the largest effect\n"
           f"feature     f in ABBA   in BABA   effect of order         in ABBA  in BABA")
     for one in found["features"]:
         print(f"{layer}.{one['feature']:<8} {one['f_in_ABBA']:10.2f} {one['f_in_BABA']:9.2f}   "
