@@ -754,18 +754,20 @@ def order_in_features(ioi, layer, n_tried=20, n_shown=5):   # -> dict
 
 
 def order_in_feature(ioi, layer, feature, f, f_flipped, effect):        # (N,) x 3 -> dict
-    """How active one feature is in sources of either order, what it costs to flip its part, in
-    prompts of either order too, and what it reads."""
+    """How active one feature is in sources of either order, and what it reads in the order in which
+    it is more active; what it costs to flip its part, in prompts of either order too."""
     is_ABBA = has_order(ioi.batch.prompts, "ABBA").to(f.device)
+    # a source has its prompt's order, or where it is flipped the other
+    in_ABBA = float(torch.where(is_ABBA, f, f_flipped).mean())
+    in_BABA = float(torch.where(is_ABBA, f_flipped, f).mean())
+    order = "ABBA" if in_ABBA > in_BABA else "BABA"
     sae = ioi.saes[layer]
     rows_of, activation = most_active_prompts(sae, layer, feature, ioi.batch, ioi.clean, "S2")
-    reads = sources_by_role(ioi.model, sae, layer, feature, ioi.batch, rows_of, activation, "S2")
-    return {"feature": feature,
-            # a source has its prompt's order, or where it is flipped the other
-            "f_in_ABBA": float(torch.where(is_ABBA, f, f_flipped).mean()),
-            "f_in_BABA": float(torch.where(is_ABBA, f_flipped, f).mean()),
+    reads = sources_by_role(ioi.model, sae, layer, feature, ioi.batch, {order: rows_of[order]},
+                            activation, "S2")
+    return {"feature": feature, "f_in_ABBA": in_ABBA, "f_in_BABA": in_BABA, "reads": reads,
             "effect": ci(effect), "ABBA": float(effect[is_ABBA].mean()),
-            "BABA": float(effect[~is_ABBA].mean()), "reads": reads}
+            "BABA": float(effect[~is_ABBA].mean())}
 
 
 def connectors_of_one_token(ioi, frequent):                 # -> {in quotes: connector}
@@ -1082,7 +1084,7 @@ def report_order_in_features(layer, found):
         print(f"{layer}.{one['feature']:<8} {one['f_in_ABBA']:10.2f} {one['f_in_BABA']:9.2f}   "
               f"{format_ci(*one['effect'], '+.3f'):23} {one['ABBA']:+7.3f}  {one['BABA']:+7.3f}")
         for order, by_role in one["reads"].items():
-            print(f"  {order} reads  {strongest_roles(by_role)}")
+            print(f"  reads in {order}  {strongest_roles(by_role)}")
     for name, effect in found["parts"].items():
         print(f"{name:34} {format_ci(*effect, '+.3f')}")
 
