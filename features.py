@@ -41,8 +41,8 @@ heads and no other place: what has to do with these is left out, and no feature 
 Their pages are in <out>/<model>/mlp/features/.
 
 Two tokens are copies if they are equal but for one leading space and case
-(data.tokens.fuzzy_classes). A row is documents end to end. The BOS between them can be a
-source, but it is no copy of anything, and no source "after a copy".
+(data.tokens.fuzzy_classes). A row is documents end to end. The BOS between them can be a source,
+but it is no copy of anything, and no source "after a copy".
 
 Shapes: R rows, T positions (q query, k key/source), H heads, D = H*d_head, d_sae; n places, m
 places of one row, or features asked about; V tokens of the vocabulary.

@@ -418,12 +418,6 @@ def recovered(patched, clean, zero):                        # (N,) each -> value
     return float(ratio(np.arange(len(clean)))), bootstrap(ratio, len(clean))
 
 
-def patch_S2(model, batch, clean, z):                       # {layer: (N,D)} -> (N,)
-    """Logit difference with another z_cat at S2, in the layers for which one is given."""
-    edits = {layer: patch_at(values, batch.pos["S2"]) for layer, values in z.items()}
-    return logit_diff_with(model, clean, batch, edits, "S2")
-
-
 def baselines(model, batch, clean, layers):                 # -> {name: (N,) LD}
     """What is taken as no signal: zero at S2; at S2 the mean over these prompts; zero at all
     positions, as in the released code."""
@@ -517,7 +511,8 @@ class IOI(NamedTuple):
 
     def patch_S2(self, z):                                  # {layer: (N,D)} -> (N,)
         """Logit difference with another z_cat at S2, in the layers for which one is given."""
-        return patch_S2(self.model, self.batch, self.clean, z)
+        edits = {layer: patch_at(values, self.batch.pos["S2"]) for layer, values in z.items()}
+        return logit_diff_with(self.model, self.clean, self.batch, edits, "S2")
 
     def patch_S2_from(self, prompts, layers):               # -> (N,)
         """Logit difference with z_cat of the layers at S2 from that of other prompts."""
@@ -757,7 +752,7 @@ def order_in_feature(ioi, layer, feature, f, f_flipped, effect):        # (N,) x
     """How active one feature is in sources of either order, and what it reads in the order in which
     it is more active; what it costs to flip its part, in prompts of either order too."""
     is_ABBA = has_order(ioi.batch.prompts, "ABBA").to(f.device)
-    # a source has its prompt's order, or where it is flipped the other
+    # f is of sources in the order of their prompts, f_flipped of sources in the other order
     in_ABBA = float(torch.where(is_ABBA, f, f_flipped).mean())
     in_BABA = float(torch.where(is_ABBA, f_flipped, f).mean())
     order = "ABBA" if in_ABBA > in_BABA else "BABA"

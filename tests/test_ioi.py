@@ -355,7 +355,8 @@ def test_nothing_is_recovered_by_order_where_zeros_do_no_damage_over_all():
 def test_a_prompt_patched_from_itself_is_itself_and_baselines_do_what_they_say(tiny, run):
     prompts, base, *_ = run
     own = {layer: ioi.z_at(base.z[layer], prompts, "S2") for layer in (0, 1)}
-    torch.testing.assert_close(ioi.patch_S2(tiny, prompts, base, own), base.ld, rtol=0, atol=3e-5)
+    this = ioi.IOI(SimpleNamespace(model=tiny), list(HELD_OUT_NAMES), prompts, base)
+    torch.testing.assert_close(this.patch_S2(own), base.ld, rtol=0, atol=3e-5)
     found = ioi.baselines(tiny, prompts, base, [1])
     rows, S2 = torch.arange(N), prompts.pos["S2"]
 
@@ -503,14 +504,14 @@ def test_the_layers_patched_are_chosen_on_one_half_and_measured_on_the_other(
     study = SimpleNamespace(model=tiny, tokenizer=tokenizer, device="cpu", config=config)
     this = ioi.IOI(study, list(HELD_OUT_NAMES), prompts, base)
 
-    def patch_S2(model, batch, clean, z):
+    def patch_S2(self, z):
         """On the first half layers 1 and 3 matter, on the second 0 and 2, and more so."""
         layer, = z
         is_first = torch.arange(N) < N // 2
         matters = torch.where(is_first, float(layer in (1, 3)), 5 * float(layer in (0, 2)))
-        return clean.ld + matters
+        return self.clean.ld + matters
 
-    monkeypatch.setattr("ioi.patch_S2", patch_S2)
+    monkeypatch.setattr("ioi.IOI.patch_S2", patch_S2)
     found = ioi.study_circuit(this)
     assert found["signal_layers"] == [1, 3]
     assert found["signal_rows"].tolist() == list(range(N // 2, N))
