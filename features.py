@@ -23,8 +23,8 @@ these that fits is the feature's family:
     after a copy    at least half of the activation is at places whose source stands right after an
                     earlier copy of the current token; and this share of the activation is
                     at least three times what chance gives (`share_by_chance`). These are the
-                    paper's induction features, recognised by what they read; induction.py
-                    finds "X is next" by text instead
+                    paper's induction features, recognised by what they read;
+                    next_by_induction.py finds "X is next" by text instead
 
 The others go by the context they need: what is left of the activation if only BOS and the last n
 tokens, the current one included, can be read? Tried are n = 1, 2, 4, 8, 16 and 32 (`CONTEXTS`); a

@@ -1,5 +1,5 @@
-"""The induction study: '"board" is next by induction', and heads that need a long prefix (the
-paper, Fig. 2, 4 and 19).
+"""The induction study: heads that need a short prefix, and heads that need a long one (the paper,
+Fig. 4 and 19).
 
 An induction head at a query looks for the same token earlier in the text, and attends to the one
 after it:
@@ -12,9 +12,7 @@ after it:
                    place: attention to X, and direct logit attribution of X, for every head
     intervention   held-out text: the token at k-2 replaced, so that 1 token of the prefix is left.
                    Controls: the token at k+2 replaced instead; that at k-2 where only 1 matched
-    features       "X is next" features: SAE features that fire where X followed the current token
-                   earlier. They are found by text; the family "after a copy" of features.py is
-                   found by DFA, and may read whatever followed
+    features       '"board" is next by induction': next_by_induction.py
 
     python induction.py         all four on the shipped model, in <out>/<model>/induction/
 
@@ -34,22 +32,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import UserError, run
-from data.figures import plot_feature, plot_heads, plot_intervention, plot_prefixes
+from data.figures import plot_heads, plot_intervention, plot_prefixes
 from data.files import write_json
 from data.flags import field, parse_flags
 from data.progress import Progress
 from data.stats import format_ci, mean_with_ci
-from data.strongest import StrongestPerGroup, feature_token_mass, rank_in_group
-from data.tokens import fuzzy_classes, is_copy, text_around
-from direct import direct_logits, token_directions, token_effects
-from model import span
-from sae import ablate, check_feature
-from sparse import active_entries
+from data.tokens import fuzzy_classes
+from direct import direct_logits
+from next_by_induction import study_features
+from sae import check_feature
 from study import (StudyConfig, begin, finish, held_out_rows, parse_feature, parse_heads,
                    reported)
 
 LENGTHS = range(10)             # prefix lengths of the paired protocol
-SHORTEST_ROW = 2 * max(LENGTHS) + 3     # tokens: BOS, two of the longest prefix, key and query
+SHORTEST_ROW = 2 * max(LENGTHS) + 3     # BOS, the longest prefix, key, that prefix again, one more
 MIN_ATTENTION = 0.3             # above which a head counts as attending (Fig. 4b)
 
 # ---- which tokens match ----
@@ -71,43 +67,17 @@ def prefix_lengths(classes):                                # (B,T) -> (B,q,k)
     return lengths
 
 
-def followed_by(tokens, classes, row, q, X):                # (B,T) x 2, (n,) x 3 -> (n,) bool
-    """The proxy of Fig. 2: whether the token at q, or its variant in space or case, stood earlier
-    in its row with token X after it."""
-    was_X = tokens[row, 1:] == X[:, None]                               # (n,T-1)
-    return (earlier_copies(classes, row, q) & was_X).any(-1)
-
-
-def earlier_copies(classes, row, q):                        # (B,T), (n,), (n,) -> (n,T-1) bool
-    """Where in its row copies of the token at q stand before it."""
-    k = torch.arange(classes.shape[1] - 1, device=classes.device)
-    row, q = row[:, None], q[:, None]
-    return is_copy(classes, row, q, k) & (k < q)
-
-
-def followed_everywhere(tokens, classes, X):                # (B,T) x 2, a token -> (B,T-1) bool
-    """The proxy for one token at positions 1 to T-1."""
-    T = tokens.shape[1]
-    parts = []
-    for rows in torch.arange(len(tokens), device=tokens.device).split(64):
-        row = rows.repeat_interleave(T - 1)
-        q = torch.arange(1, T, device=tokens.device).repeat(len(rows))
-        hits = followed_by(tokens, classes, row, q, torch.full_like(row, X))
-        parts.append(hits.view(len(rows), T - 1))
-    return torch.cat(parts)
-
-
 # ---- heads ----
 
 
 @torch.no_grad()
-def head_scores(model, tokens, classes, matched=1):         # (B,T) x 2 -> {score: (layers,H)}
-    """Mean attention of every head at the queries that have something to look at.
+def head_scores(model, tokens, classes, matched=1):  # (B,T) x 2 -> {score: (layers,H)}, {score: n}
+    """Mean attention of every head at the queries that have something to look at; and how many
+    queries that is.
 
     induction: to the keys k with L[q,k] >= matched, summed over them. duplicate: to earlier
     occurrences of the query's token, summed. previous: to the token before the query. BOS is never
-    such a key. Also "n_queries", how many the induction score is a mean over. (data/tiny/make.py
-    asks for other `matched`, and for n_queries.)
+    such a key. (data/tiny/make.py asks for other `matched`, and for the number.)
     """
     layers = range(model.config.n_layers)
     names = ("induction", "previous", "duplicate")
@@ -125,7 +95,7 @@ def head_scores(model, tokens, classes, matched=1):         # (B,T) x 2 -> {scor
     for name in names:
         sums = torch.stack([attention[name, layer] for layer in layers])            # (layers,H)
         scores[name] = sums / max(n_queries[name], 1)
-    return scores | {"n_queries": n_queries["induction"]}
+    return scores, n_queries
 
 
 def score_targets(classes, matched):                        # (B,T) -> {score: (B,q,k) bool}
@@ -146,8 +116,8 @@ def query_and_key_positions(tokens):                        # (B,T) -> (T,1), (1
 
 
 def random_rows(model, bos, token_class, n, generator, repeat=False):   # -> (n,T)
-    """BOS and random tokens that all differ, also in class; with `repeat` half as many, all of them
-    twice. token_class: (n_vocab,)."""
+    """BOS and random tokens that all differ, also in class: of each class only the first token is
+    ever drawn. With `repeat`, half as many, and then the same again. token_class: (n_vocab,)."""
     longest = min(128, model.config.n_ctx)                  # with `repeat` T is odd: 127
     n_different = (longest - 1) // 2 if repeat else longest - 1
     class_of = token_class.cpu().numpy()
@@ -292,8 +262,9 @@ def find_examples(classes):                                 # (B,T) -> Examples
 
 @torch.no_grad()
 def find_attended(model, tokens, classes, heads):           # (B,T) x 2 -> {head: Examples}
-    """Places where a prefix matches and a head's attention is over 0.3, as in the paper.
-    heads: of (layer, head)."""
+    """Places where a prefix matches and a head's attention is over 0.3, as in the paper. Other keys
+    may match there too; and since places are chosen by the attention that is measured then, some of
+    what it loses is regression to the mean: the controls say how much. heads: of (layer, head)."""
     parts = {head: [] for head in heads}
     layers = {layer for layer, _ in heads}
     for rows in torch.arange(len(tokens), device=tokens.device).split(16):
@@ -408,316 +379,6 @@ def draw(examples, n, generator):                           # -> Examples, n at 
     return examples.pick(drawn.to(examples.q.device))
 
 
-# ---- "X is next" features (Fig. 2) ----
-#
-# On one half of the text, take the places where the feature is most active. Each gives its
-# activation to the tokens that followed earlier copies of the token there; the one that is given
-# most is X, and the feature is named after it. The feature counts if, on the other half, it is
-# active often enough, at least MIN_SHARE of its activation is at places where X followed an earlier
-# copy, and that is MIN_EXCESS more than the token at the place alone would give (at the rates of
-# the first half).
-#
-# Entries (data/strongest.py) are the active features of a text: row, q, feature and activation f of
-# each.
-
-MIN_SHARE, MIN_EXCESS = 0.5, 0.25
-MIN_ACTIVE = 100                # positions, at least, at which such a feature is active
-N_NAMING = 32                   # strongest activations that name it
-
-
-@torch.no_grad()
-def find_features(model, saes, tokens, classes, progress=lambda rows: None):
-    """Every "X is next" feature -> list of dicts, first those whose share is most above the
-    expected one; {layer: number of features active in the second half}; {layer: (d_sae,) each one's
-    X}."""
-    half = len(tokens) // 2
-    naming = Text(tokens[:half], classes[:half])
-    measuring = Text(tokens[half:], classes[half:])
-    names = name_features(model, saes, *naming, progress)
-    sums = sum_where_followed(model, saes, *measuring, names, lambda rows: progress(half + rows))
-    chosen = {}
-    for layer, s in sums.items():
-        is_often = (s.n >= MIN_ACTIVE) & (s.share >= MIN_SHARE)
-        chosen[layer] = is_often.nonzero()[:, 0].to(tokens.device)
-    X = {layer: names[layer][features] for layer, features in chosen.items()}
-    expected = expected_shares(model, saes, chosen, X, measuring, naming,
-                               lambda rows: progress(len(tokens) + rows))
-    found = []
-    for layer, s in sums.items():
-        for i, x, by_token_alone in zip(chosen[layer].tolist(), X[layer].tolist(),
-                                        expected[layer].tolist()):
-            share = float(s.share[i])
-            if share >= by_token_alone + MIN_EXCESS:
-                found.append({"layer": layer, "feature": i, "X": x, "share": share,
-                              "expected_share": by_token_alone, "n_active": int(s.n[i]),
-                              "n_hit": int(s.n_hit[i])})
-    found.sort(key=lambda feature: feature["expected_share"] - feature["share"])
-    n_live = {layer: int((s.n > 0).sum()) for layer, s in sums.items()}
-    return found, n_live, names
-
-
-class Text(NamedTuple):
-    """Rows of text."""
-    tokens: Tensor          # (B,T)
-    classes: Tensor         # (B,T)
-
-
-def name_features(model, saes, tokens, classes, progress):  # -> {layer: (d_sae,)}
-    """Every feature's X, from its strongest activations; -1 where there is none."""
-    strongest = {layer: StrongestPerGroup(N_NAMING, sae.d_sae) for layer, sae in saes.items()}
-    for layer, entries in active_entries(model, saes, tokens, progress):
-        strongest[layer].add(entries, entries.feature, entries.f)
-    names = {}
-    for layer, sae in saes.items():
-        entries, _, _ = strongest[layer].best()
-        names[layer] = name_next(tokens.cpu(), classes.cpu(), entries, sae.d_sae).to(tokens.device)
-    return names
-
-
-def name_next(tokens, classes, entries, d_sae):             # (B,T) x 2 -> (d_sae,)
-    """Each feature's X; -1 where no token of its entries came before.
-
-    Each entry gives its activation to every token that followed an earlier copy of its own token,
-    once to each, however often it followed; special tokens, of class -1, are left out. X is the
-    token that is given most.
-    """
-    owner, position = [], []            # of each token that followed: its entry, and where it is
-    for part in torch.arange(len(entries.q)).split(2**16):
-        copies = earlier_copies(classes, entries.row[part], entries.q[part])
-        i, earlier = copies.nonzero(as_tuple=True)
-        owner.append(part[i])
-        position.append(earlier + 1)
-    owner, position = torch.cat(owner), torch.cat(position)
-    is_text = classes[entries.row[owner], position] >= 0    # and no special token
-    owner, position = owner[is_text], position[is_text]
-    followed = tokens[entries.row[owner], position]
-    # each pair (entry, token) once; as one number, since `unique` is slow on rows
-    n_tokens = int(tokens.max()) + 1
-    vote = (owner * n_tokens + followed).unique()
-    owner, X = vote // n_tokens, vote % n_tokens
-    # pairs (feature, token), feature by feature, the token that is given most first
-    pair, _ = feature_token_mass(entries.feature[owner], X, entries.f[owner])
-    heaviest = pair[rank_in_group(pair[:, 0]) == 0]
-    named = torch.full((d_sae,), -1)
-    named[heaviest[:, 0]] = heaviest[:, 1]
-    return named
-
-
-class SumsWhereFollowed(NamedTuple):
-    """Sums over text for each feature and the token X it is named after, (d_sae,) each."""
-    n: Tensor               # active positions
-    mass: Tensor            # sum of activations
-    n_hit: Tensor           # active positions where X followed the current token earlier
-    mass_hit: Tensor        # sum of activations there
-
-    @property
-    def share(self):
-        """The part of the activation that is there."""
-        return self.mass_hit / self.mass.clamp_min(1e-30)
-
-
-def sum_where_followed(model, saes, tokens, classes, names, progress=lambda rows: None):
-    """How active each feature is, and how much of that where its X followed earlier -> {layer:
-    SumsWhereFollowed}."""
-    sums = {layer: torch.zeros(4, sae.d_sae, dtype=torch.float64) for layer, sae in saes.items()}
-    for layer, entries in active_entries(model, saes, tokens, progress):
-        X = names[layer][entries.feature]                   # -1, no name, equals no token
-        hits = [followed_by(tokens, classes, *part) for part in
-                zip(entries.row.split(2**16), entries.q.split(2**16), X.split(2**16))]
-        is_hit = torch.cat(hits).cpu().double()             # 0 or 1
-        f = entries.f.cpu().double()
-        columns = torch.stack([torch.ones_like(f), f, is_hit, is_hit * f])
-        sums[layer].index_add_(1, entries.feature.cpu(), columns)
-    return {layer: SumsWhereFollowed(*columns) for layer, columns in sums.items()}
-
-
-def expected_shares(model, saes, features, X, text, other, progress=lambda rows: None):
-    """The share of a feature's activation that would fall where X followed earlier if it depended
-    on the class of the current token alone (" the" and "The" are one) -> {layer: (m,)}.
-
-    It is the sum over classes of (activation at that class, in the text) * (the share of its
-    occurrences, in the other text, where X followed it earlier), over the sum of activations.
-    features, X: {layer: (m,)}. Another text, because in the same one a token that occurs once,
-    where X had followed, would have a rate of 1, and the expected share would be the measured one.
-    A feature that reads nothing but the current class has this share, up to the difference of the
-    two texts.
-    """
-    present, index = text.classes.unique(return_inverse=True)           # (n,), (B,T)
-    mass = {layer: saes[layer].b_enc.new_zeros(len(present), len(of_layer))
-            for layer, of_layer in features.items()}
-    for part in torch.arange(len(index), device=index.device).split(32):
-        for layer, z in model.z_cat_at(text.tokens[part], list(features)).items():
-            f = saes[layer].encode(z[:, 1:])[..., features[layer]]      # (b,T-1,m)
-            mass[layer].index_add_(0, index[part, 1:].flatten(), f.flatten(0, 1))
-        progress(int(part[-1]) + 1)
-
-    different = torch.cat(list(X.values())).unique().tolist()
-    rates = {x: rate_followed(x, other, present) for x in different}    # (n,) each
-    shares = {}
-    for layer, of_classes in mass.items():
-        rate = [rates[x] for x in X[layer].tolist()]
-        rate = torch.stack(rate, 1).to(of_classes) if rate else of_classes
-        shares[layer] = (of_classes * rate).sum(0) / of_classes.sum(0)
-    return shares
-
-
-def rate_followed(X, text, classes):                        # (n,) -> (n,)
-    """The share of each class's occurrences in a text where token X had followed it earlier."""
-    n = 2 + int(max(classes.max(), text.classes.max()))     # class -1, BOS, is counted at 0
-    n_of_class = torch.bincount(text.classes[:, 1:].flatten() + 1, minlength=n)
-    has_X = (text.tokens == X).any(1)
-    followed = followed_everywhere(text.tokens[has_X], text.classes[has_X], X)
-    n_followed = torch.bincount(text.classes[has_X, 1:][followed] + 1, minlength=n)
-    return (n_followed / n_of_class.clamp_min(1))[classes + 1]
-
-
-class OnText(NamedTuple):
-    """One feature over text, at positions 1 to T-2 (which have a next token)."""
-    f: Tensor               # (B,T-2) its activation
-    proxy: Tensor           # (B,T-2) whether X followed the current token earlier
-
-
-@torch.no_grad()
-def features_on_text(model, saes, wanted, tokens, classes):     # [(layer, feature, X)] -> [OnText]
-    """Activation and proxy of some features at every position, in one pass over the text."""
-    layers = sorted({layer for layer, _, _ in wanted})
-    activations = None                                                  # (len(wanted),B,T-2)
-    for rows in torch.arange(len(tokens), device=tokens.device).split(32):
-        for layer, z in model.z_cat_at(tokens[rows], layers).items():
-            f = saes[layer].encode(z[:, 1:-1])                          # (32,T-2,d_sae)
-            if activations is None:
-                activations = f.new_empty(len(wanted), len(tokens), f.shape[1])
-            for i, (feature_layer, feature, _) in enumerate(wanted):
-                if feature_layer == layer:
-                    activations[i, rows] = f[..., feature]
-    return [OnText(activations[i], followed_everywhere(tokens, classes, X)[:, :-1])
-            for i, (_, _, X) in enumerate(wanted)]
-
-
-def precision_and_recall(on_text, levels=(0.0, 0.25, 0.5, 0.75)):       # OnText -> list of dicts
-    """At levels of activation, as parts of its maximum: precision P(proxy | f > level), recall
-    P(f > level | proxy), with their denominators."""
-    n_proxy = int(on_text.proxy.sum())
-    table = []
-    for level in levels:
-        above = on_text.f > level * on_text.f.max()
-        n_above = int(above.sum())
-        n_both = int((above & on_text.proxy).sum())
-        table.append({"level": level, "n_over": n_above, "n_proxy": n_proxy, "n_both": n_both,
-                      "precision": n_both / n_above if n_above else None,
-                      "recall": n_both / n_proxy if n_proxy else None})
-    return table
-
-
-@torch.no_grad()
-def downstream(model, saes, wanted, tokens, on_texts, n_rows=64, seed=0):   # -> list of dicts
-    """What features do for the tokens that they are named after. wanted: [(layer, feature, X)];
-    on_texts: the OnText of each.
-
-    direct_logit: what one adds, where it is active, to the logit of X less the mean over all
-    tokens, the final norm's scale frozen. rank_of_X: X's place among all tokens in its direction.
-    loss_if_X, loss_if_not_X: by how much the loss changes, in nats, where the feature is active,
-    when it is removed at all places of the row at once, SAE error kept and nothing frozen; apart by
-    whether X is the next token. In n_rows rows at most where it is active, drawn for each feature;
-    intervals over rows. None where it is active in no row.
-    """
-    rows_of = [rows_where_active(on_text, n_rows, seed) for on_text in on_texts]
-    directions = token_directions(model)
-    effects = [token_effects(model, layer, saes[layer], feature, directions)
-               for layer, feature, _ in wanted]                         # (n_tokens,) each
-    removals = [[] for _ in wanted]
-    for part in torch.arange(len(tokens)).split(16):
-        is_here = [(rows >= part[0]) & (rows <= part[-1]) for rows in rows_of]
-        if not any(here.any() for here in is_here):
-            continue
-        clean = model.run(tokens[part])                     # once, for all features
-        for n, (layer, feature, X) in enumerate(wanted):
-            rows = rows_of[n][is_here[n]]
-            if len(rows):
-                removals[n].append(remove_feature(model, saes[layer], layer, feature, clean,
-                                                  rows - part[0], on_texts[n].f[rows], rows))
-    return [summarise_removals(X, effects[n], removals[n], len(rows_of[n]))
-            for n, (_, _, X) in enumerate(wanted)]
-
-
-def rows_where_active(on_text, n_rows, seed):               # -> (n,) in order
-    """Rows in which a feature is active, n_rows of them at most, drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = (on_text.f > 0).any(1).nonzero()[:, 0].cpu()
-    return rows[torch.randperm(len(rows), generator=generator)[:n_rows]].sort().values
-
-
-class Removals(NamedTuple):
-    """What happens at n places where a feature is active when it is removed from their rows."""
-    row: Tensor             # (n,) of the text
-    next_token: Tensor      # (n,)
-    direct: Tensor          # (n,) f over the norms' scales: times its effect on a logit
-    loss_change: Tensor     # (n,) nats
-
-
-def remove_feature(model, sae, layer, feature, clean, rows, f, row_of_text):  # -> Removals
-    """A feature removed where it is active, in some rows of a clean run. f (b,T-2): its activation
-    there, at positions 1 to T-2. row_of_text (b,): the rows' numbers in the text."""
-    rows, row_of_text = rows.to(f.device), row_of_text.to(f.device)
-    tokens = clean.tokens[rows]
-    active = F.pad(f > 0, (1, 1))                                       # (b,T)
-    row, q = active.nonzero(as_tuple=True)                              # (n,) places
-    first = active.int().argmax(1)                                      # (b,)
-    positions = span(first, torch.full_like(first, active.shape[1] - 2))
-    edit = {layer: ablate(sae, feature, active)}
-    without = model.rerun(clean, rows, positions, edit)                   # (b,S,d_model)
-
-    final = clean.final[rows]
-    next_token = tokens[row, q + 1]
-    before = losses(model, final[row, q], next_token)
-    after = losses(model, without[row, q - first[row]], next_token)
-    of_layer = model.blocks[layer].after_heads(clean.resid_pre[layer][rows],
-                                               clean.z_cat[layer][rows], with_scales=True)
-    scale = model.final_scale(final) * of_layer.scales.get("attn_out", 1.0)     # (b,T,1)
-    return Removals(row_of_text[row], next_token, f[f > 0] / scale[row, q, 0], after - before)
-
-
-def losses(model, stream, next_token):                      # (n,d_model), (n,) -> (n,)
-    """Cross-entropy at n places, of 128 at once: a row of logits may have 262,144."""
-    parts = [F.cross_entropy(model.unembed(x).float(), token, reduction="none")
-             for x, token in zip(stream.split(128), next_token.split(128))]
-    return torch.cat(parts)
-
-
-def summarise_removals(X, effects, removals, n_rows):       # -> dict
-    """Means with intervals over rows."""
-    result = {"rank_of_X": 1 + int((effects > effects[X]).sum()), "n_rows": n_rows}
-    columns = [torch.cat(column).cpu().numpy() for column in zip(*removals)] or [np.zeros(0)] * 4
-    row, next_token, direct, loss_change = columns
-    is_X = next_token == X
-    for name, values, where in (("direct_logit", direct * float(effects[X]), is_X | ~is_X),
-                                ("loss_if_X", loss_change, is_X),
-                                ("loss_if_not_X", loss_change, ~is_X)):
-        mean, interval = mean_with_ci(values[where], row[where])
-        result |= {name: mean, f"{name}_ci": interval, f"n_{name}": int(where.sum())}
-    return result
-
-
-def show_places(on_text, tokens, tokenizer, n=5, seed=0):   # -> {kind: list of dicts}
-    """True positives and false positives with the largest activation, and false negatives drawn at
-    random."""
-    f, proxy = on_text.f, on_text.proxy
-    width = f.shape[1]
-    shown = {}
-    for kind, wanted in (("active, X followed earlier", (f > 0) & proxy),
-                         ("active, X did not follow earlier", (f > 0) & ~proxy)):
-        values = torch.where(wanted, f, 0).flatten()
-        strongest = values.topk(min(n, int(wanted.sum()))).indices.tolist()
-        shown[kind] = [(float(values[i]), *divmod(i, width)) for i in strongest]
-    silent = ((f == 0) & proxy).nonzero()
-    generator = torch.Generator().manual_seed(seed)
-    drawn = silent[torch.randperm(len(silent), generator=generator)[:n]].tolist()
-    shown["silent, X followed earlier"] = [(0.0, row, column) for row, column in drawn]
-    return {kind: [{"f": value, "text": text_around(tokens[row], column + 1, tokenizer)}
-                   for value, row, column in places]
-            for kind, places in shown.items()}
-
-
 # ---- the program ----
 
 
@@ -745,42 +406,44 @@ def main():
     rows = held_out_rows(study, config.n_rows)
     token_class = fuzzy_classes(study.tokenizer).to(study.device)
 
-    report_heads(study, compute_head_scores(study, rows, token_class))
+    report_heads(study, scores_on_two_texts(study, rows, token_class))
 
     if study.n_ctx >= SHORTEST_ROW:
-        study_prefixes(study, rows, token_class, heads)
+        picked = study_prefixes(study, token_class)
     else:
+        picked = ()
         print(f"\nprefixes of {max(LENGTHS)} tokens take rows of {SHORTEST_ROW} tokens; this "
-              f"model has {study.n_ctx}, so that they are left out")
+              f"model has {study.n_ctx}, so that they are left out; and so is the intervention, "
+              f"unless --heads names heads for it")
+    heads = heads or picked
+    if heads:
+        report_interventions(study, compute_interventions(study, rows, token_class, heads), heads)
 
     print("\nlooking for features ...", flush=True)
     study_features(study, rows, token_class, layer, feature)
     finish(study)
 
 
-def compute_head_scores(study, rows, token_class):          # -> {text: {score: (layers,H)}}
+def scores_on_two_texts(study, rows, token_class):          # -> {text: {score: (layers,H)}}
     """The scores on repeated random tokens and on held-out text."""
     generator = torch.Generator().manual_seed(study.config.seed)
     repeated = random_rows(study.model, study.tokenizer.bos, token_class, 64, generator,
                            repeat=True)
     scores = {}
     for text, tokens in (("repeated random tokens", repeated), ("held-out text", rows[:256])):
-        scores[text] = head_scores(study.model, tokens, token_class[tokens])
-        del scores[text]["n_queries"]
+        scores[text], _ = head_scores(study.model, tokens, token_class[tokens])
     return scores
 
 
-def study_prefixes(study, rows, token_class, heads):
-    """The heads by prefix length, and the intervention on those named, or on the two that are
-    picked."""
+def study_prefixes(study, token_class):                     # -> the two heads that are picked
+    """All heads by prefix length."""
     config = study.config
     progress = Progress(config.n_sequences, "sequences")
     curves = prefix_curves(study.model, study.tokenizer.bos, token_class, config.n_sequences,
                            config.seed, progress)
     picked = pick_heads(curves.attention)
     report_prefixes(study, curves, *picked)
-    heads = heads or picked
-    report_interventions(study, compute_interventions(study, rows, token_class, heads), heads)
+    return picked
 
 
 def compute_interventions(study, rows, token_class, heads):     # -> {choice of examples: {...}}
@@ -794,54 +457,6 @@ def compute_interventions(study, rows, token_class, heads):     # -> {choice of 
         results[f"where {layer}.{h} attends"] = intervene(
             model, rows, token_class, examples, [(layer, h)], config.n_examples, config.seed)
     return results
-
-
-def study_features(study, rows, token_class, layer, feature, n_shown=20):
-    """Every "X is next" feature; what the first of them do; one of them in full."""
-    config, model, saes = study.config, study.model, study.saes
-    classes = token_class[rows]
-    half = len(rows) // 2
-    progress = Progress(2 * len(rows) - half, "rows")       # the second half is read twice
-    found, n_live, names = find_features(model, saes, rows, classes, progress)
-    rows, classes = rows[half:], classes[half:]             # the half that did not name them
-    for one in found:
-        one["X_text"] = study.tokenizer.decode([one["X"]])
-    shown = found[:n_shown]
-    wanted = [(one["layer"], one["feature"], one["X"]) for one in shown]
-    named = layer is None or int(names[layer][feature]) >= 0
-    if layer is not None and named:
-        asked_for = (layer, feature, int(names[layer][feature]))
-        wanted = [asked_for, *(one for one in wanted if one != asked_for)]
-    on_texts = dict(zip(wanted, features_on_text(model, saes, wanted, rows, classes)))
-    effects = dict(zip(wanted, downstream(model, saes, wanted, rows, list(on_texts.values()),
-                                          seed=config.seed)))
-    for one in shown:
-        one["downstream"] = effects[one["layer"], one["feature"], one["X"]]
-    result = {"n_live": n_live, "features": found,
-              "n_found": {layer: sum(one["layer"] == layer for one in found) for layer in saes}}
-    report_features(result, shown)
-    write_json(study.folder / "features.json", result)
-
-    if not named:
-        raise UserError(f"feature {layer}.{feature} cannot be named: it is not active in the first "
-                        f"half of these rows, or at its strongest places there the token had not "
-                        f"come before. Raise --n-rows, or name another with --feature.")
-    if not wanted:
-        print("none, so none is drawn; --feature draws one all the same")
-        return
-    layer, feature, X = wanted[0]
-    on_text = on_texts[wanted[0]]
-    drawn = {"layer": layer, "feature": feature, "X": X, "X_text": study.tokenizer.decode([X]),
-             "found": any((one["layer"], one["feature"]) == (layer, feature) for one in found),
-             "precision_and_recall": precision_and_recall(on_text),
-             "places": show_places(on_text, rows, study.tokenizer, seed=config.seed),
-             "downstream": effects[wanted[0]]}
-    report_feature(drawn)
-    write_json(study.folder / "features.json", result | {"drawn": drawn})
-    active = on_text.f > 0
-    plot_feature(on_text.f[active].cpu().numpy(), on_text.proxy[active].cpu().numpy(),
-                 f"{layer}.{feature}, named after {drawn['X_text']!r}",
-                 study.folder / "feature.png")
 
 
 # ---- the report ----
@@ -886,7 +501,7 @@ def report_prefixes(study, curves, first, grows):
     picked = {first: "  most after one", grows: "  grows most"}
     for layer, h in dict.fromkeys([first, grows, *others]):
         low, high = rise_ci
-        print(f"{layer}.{h:<3}" + "".join(f"{a:6.2f}" for a in mean[:, layer, h])
+        print(f"{f'{layer}.{h}':5}" + "".join(f"{a:6.2f}" for a in mean[:, layer, h])
               + "   " + format_ci(rise[layer][h], [low[layer][h], high[layer][h]], "+.2f")
               + picked.get((layer, h), ""))
     reported(study, "5.1 below 0.3 for short prefixes, over 0.7 for long ones; 5.5 already 0.7 for "
@@ -903,58 +518,16 @@ def report_interventions(study, results, heads):
         for condition, result in conditions.items():
             for name in measured:
                 if name not in result:
-                    print(f"{choice:22}{condition:22}{0:5}  {name}   n/a: no such place in this "
+                    print(f"{choice:22}{condition:22}{0:5}  {name:5}    n/a: no such place in this "
                           f"text")
                     continue
                 r = result[name]
                 change = format_ci(r["change"], r["change_ci"], "+.3f")
-                print(f"{choice:22}{condition:22}{result['n']:5}  {name}  {r['before']:6.2f} "
+                print(f"{choice:22}{condition:22}{result['n']:5}  {name:5} {r['before']:6.2f} "
                       f"{r['after']:6.2f}   {change}")
     write_json(study.folder / "intervention.json", {"heads": names, "conditions": results})
     plot_intervention(results, names, study.folder / "intervention.png")
     reported(study, "long prefixes corrupted: 5.1 falls from 0.55 to 0.05, 5.5 stays at 0.43")
-
-
-def report_features(result, shown):
-    """How many "X is next" features each layer has, and what the first of them do."""
-    print("\"X is next\" features: " + ", ".join(
-        f"layer {layer} {n} of {result['n_live'][layer]} live"
-        for layer, n in result["n_found"].items()))
-    print("share: of its activation, where X followed its token earlier; loss: change without it\n"
-          "feature   X             active    share   by token alone   rank of X   "
-          "loss, X next / not")
-    for one in shown:
-        losses = [one["downstream"][name] for name in ("loss_if_X", "loss_if_not_X")]
-        loss = " / ".join("n/a" if change is None else f"{change:+.3f}" for change in losses)
-        print(f"{one['layer']}.{one['feature']:<7} {one['X_text']!r:12} {one['n_active']:7} "
-              f"{one['share']:8.1%} {one['expected_share']:12.1%} "
-              f"{one['downstream']['rank_of_X']:14}   {loss}")
-
-
-def report_feature(drawn):
-    """Precision, recall, what the feature does for X, and places in the text."""
-    rule = "one of those found" if drawn["found"] else \
-        "not one of those found: it does not meet the rule"
-    print(f"\nfeature {drawn['layer']}.{drawn['feature']}, named after {drawn['X_text']!r}, {rule}")
-    print("activation over   precision            recall")
-    for r in drawn["precision_and_recall"]:
-        precision = share_text(r["precision"], r["n_over"])
-        recall = share_text(r["recall"], r["n_proxy"])
-        print(f"{r['level']:8.0%} of max   {precision:18}   {recall}")
-    for name, meaning in (("direct_logit", "adds to X's logit, directly"),
-                          ("loss_if_X", "loss change without it, X next"),
-                          ("loss_if_not_X", "X not next")):
-        r = drawn["downstream"]
-        print(f"{meaning:30} {format_ci(r[name], r[name + '_ci'], '+.3f')}, n = {r['n_' + name]}")
-    for kind, places in drawn["places"].items():
-        print(kind + ":")
-        for place in places:
-            print(f"  {place['f']:6.2f}  {place['text']}")
-
-
-def share_text(share, n):
-    """"82.1% of 341", or "n/a"."""
-    return "n/a" if share is None else f"{share:.1%} of {n}"
 
 
 if __name__ == "__main__":

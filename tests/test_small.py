@@ -12,7 +12,7 @@ from data.weights import TINY
 PROGRAMS = {
     "train": ["--d-sae", 1, "--n-tokens", 20_000, "--batch-size", 256, "--n-eval-rows", 16],
     "explorer": [], "features": ["--n-tokens", 2000], "heads": ["--n-tokens", 2000],
-    "induction": ["--n-rows", 32, "--n-sequences", 20], "ioi": ["--n-prompts", 20]}
+    "induction": ["--n-rows", 32, "--n-sequences", 20, "--heads", "0.0"], "ioi": ["--n-prompts", 20]}
 # What does not fit: {tokens of context: {program: the sentence}}.
 TOO_SHORT = {
     4: {"explorer": "a prompt of 15 tokens does not fit", "ioi": "IOI prompts of 33 tokens do not fit"},
@@ -36,6 +36,7 @@ def test_every_program_ends_well(tmp_path, n_ctx):
         if name == "induction":
             left_out = "prefixes of 9 tokens take rows of 21 tokens" in done.stdout
             assert left_out == (n_ctx < 21)
+            assert "attention before and after one token is replaced" in done.stdout
     names = {path.name for path in tmp_path.rglob("*")}
     assert len(names) > 10 and not [name for name in names if not re.fullmatch(r"[\w.-]+", name)], \
         "a name that some system does not take"

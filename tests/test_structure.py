@@ -26,7 +26,8 @@ ALLOWED = {
     "attribution": {"direct", "sae"},
     "explorer": {"attribution", "direct", "study"}, "features": {"direct", "sparse", "study"},
     "heads": {"direct", "features", "study"},
-    "induction": {"direct", "model", "sae", "sparse", "study"},
+    "next_by_induction": {"direct", "model", "sae", "sparse"},
+    "induction": {"direct", "next_by_induction", "sae", "study"},
     "ioi": {"attribution", "direct", "model", "sae", "study"}}
 TOP = sorted(path.stem for path in ROOT.glob("*.py") if path.stem in ALLOWED or RESULTS.is_file())
 PROGRAMS = [name for name in TOP if "\ndef main():" in (ROOT / f"{name}.py").read_text("utf8")]

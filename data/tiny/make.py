@@ -210,8 +210,8 @@ def loss_per_row(model, tokens):  # (B,T) -> (B,) nats, mean over the row's pred
 def repeat_scores(model, tokens, bos, matched=1):           # (B,T) -> (layers,H), number of queries
     """Mean attention of each head from a repeat of `matched` tokens to what followed last time."""
     classes = torch.where(tokens == bos, -1, tokens)
-    scores = head_scores(model, tokens, classes, matched)
-    return scores["induction"].cpu(), scores["n_queries"]
+    scores, n_queries = head_scores(model, tokens, classes, matched)
+    return scores["induction"].cpu(), n_queries["induction"]
 
 
 def repeated_random_rows(model, n, seed=0):                 # -> (n,T)
