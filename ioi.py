@@ -11,9 +11,9 @@ before the connector, IO after it.
     features    with SAEs spliced in, is the task still done? With the SAE error kept, which
                 features, at S2 and at the end, does it depend on, and what do they look at?
     signal      what do the layers that act at S2 tell the rest: where S1 was, or on which side of
-                " and"? z_cat at S2 is replaced by another prompt's; and which features carry it?
-                The layers are chosen on one half of the prompts, and all this is measured on the
-                other
+                " and"? z_cat at S2 is replaced by another prompt's. Which heads and features carry
+                it? The layers are chosen on one half of the prompts, and all this is measured on
+                the other
     qk          why do the name movers look at IO rather than at S?
 
     python ioi.py           all four on the shipped model, in <out>/<model>/ioi/
@@ -57,8 +57,8 @@ from study import Study, StudyConfig, begin, finish, held_out_rows, reported
 # ---- runs and patches ----
 
 
-class CleanRun(NamedTuple):
-    """A run of the model on some prompts, with what patches start from."""
+class PromptRun(NamedTuple):
+    """A run of the model on some prompts, from which patches start or take what they put in."""
     run: Run
     ld: Tensor              # (N,) logit difference at the end
 
@@ -68,10 +68,11 @@ class CleanRun(NamedTuple):
         return self.run.z_cat
 
 
-def run_clean(model, batch):                                # -> CleanRun
-    """The run without an edit."""
-    run = model.run(batch.tokens)
-    return CleanRun(run, logit_difference(model, z_at(run.final, batch, "end"), batch))
+def run_prompts(model, batch, edit_z=None):                 # -> PromptRun
+    """The run of these prompts. (A patch of a run with edits has to come after them in the prompt:
+    what it computes anew is without them.)"""
+    run = model.run(batch.tokens, edit_z)
+    return PromptRun(run, logit_difference(model, z_at(run.final, batch, "end"), batch))
 
 
 def logit_difference(model, at_end, batch):                 # (N,d_model) -> (N,)
@@ -81,17 +82,17 @@ def logit_difference(model, at_end, batch):                 # (N,d_model) -> (N,
 
 
 @torch.no_grad()
-def logit_diff_with(model, clean, batch, edit_z, place, rows=None):     # {layer: edit} -> (N,)
-    """Logit difference with edits of z_cat that change nothing before a named place of each prompt,
-    or anything if place is "BOS". Only what follows the place is computed anew.
+def logit_diff_with(model, base, batch, edit_z, place, rows=None):      # {layer: edit} -> (N,)
+    """Logit difference of a run once more, with edits of z_cat. They may change each prompt from a
+    named place on, or from the start if place is "BOS"; only that is computed anew.
 
-    rows: of the clean run, if the batch is not all of it.
+    rows: of the base run, if the batch is not all of it.
     """
     end = batch.pos["end"]
     start = torch.zeros_like(end) if place == "BOS" else batch.pos[place]
     rows = batch.rows() if rows is None else rows
-    final = model.rerun(clean.run, rows, span(start, end), edit_z)
-    return logit_difference(model, final[:, -1], batch)
+    final = model.rerun(base.run, rows, span(start, end), edit_z)
+    return logit_difference(model, final[:, -1], batch)     # the last of a span is the end
 
 
 @torch.no_grad()
@@ -122,6 +123,71 @@ def with_head_from(base_z, source_z, head, n_heads):        # (N,D), (N,D) -> (N
     return z.flatten(-2)
 
 
+class IOI(NamedTuple):
+    """The prompts of a study, and the clean run on them."""
+    study: Study
+    names: list
+    batch: PromptBatch
+    clean: PromptRun
+
+    @property
+    def model(self):
+        return self.study.model
+
+    @property
+    def saes(self):
+        return self.study.saes
+
+    @property
+    def transcoders(self):
+        return self.study.transcoders
+
+    @property
+    def seed(self):
+        return self.study.config.seed
+
+    @property
+    def others(self):
+        """The prompts with other names, the same each time: what is patched from them, or from
+        these with something else changed too, is compared prompt by prompt."""
+        return with_other_names(self.batch.prompts, self.names, self.seed)
+
+    def run(self, prompts):                                 # -> PromptBatch, PromptRun
+        """Other prompts, and the run on them."""
+        batch = tokenise(prompts, self.study.tokenizer, self.study.device)
+        return batch, run_prompts(self.model, batch)
+
+    def pick(self, rows):                                   # (n,) -> IOI
+        """Some of the prompts."""
+        clean = PromptRun(self.clean.run.pick(rows), self.clean.ld[rows])
+        return self._replace(batch=self.batch.pick(rows), clean=clean)
+
+    @torch.no_grad()
+    def z_at_S2(self, prompts, layers):                     # -> {layer: (N,D)}
+        """z_cat of the layers at S2 of other prompts, of which no more is run."""
+        source = tokenise(prompts, self.study.tokenizer, self.study.device)
+        up_to_S2 = source.tokens[:, :int(source.pos["S2"].max()) + 1]
+        z = self.model.z_cat_at(up_to_S2, layers)
+        return {layer: z_at(z[layer], source, "S2") for layer in layers}
+
+    def edits_at_S2(self, z):                               # {layer: (N,D)} -> {layer: edit}
+        """Another z_cat at S2, in the layers for which one is given."""
+        return {layer: patch_at(values, self.batch.pos["S2"]) for layer, values in z.items()}
+
+    def patch_S2(self, z):                                  # {layer: (N,D)} -> (N,)
+        """Logit difference with another z_cat at S2."""
+        return logit_diff_with(self.model, self.clean, self.batch, self.edits_at_S2(z), "S2")
+
+    def patch_S2_from(self, prompts, layers):               # -> (N,)
+        """Logit difference with z_cat of the layers at S2 from that of other prompts."""
+        return self.patch_S2(self.z_at_S2(prompts, layers))
+
+    def run_with_S2_from(self, prompts, layers):            # -> PromptRun
+        """The whole run with z_cat of the layers at S2 from that of other prompts."""
+        edits = self.edits_at_S2(self.z_at_S2(prompts, layers))
+        return run_prompts(self.model, self.batch, edits)
+
+
 # ---- the circuit ----
 
 # Who might look at whom.
@@ -135,9 +201,9 @@ class Circuit(NamedTuple):
     attention: dict         # {"end -> IO": ...}, for ATTENTION_PAIRS and PREVIOUS_TOKEN
     dla_io: np.ndarray      # direct logit attribution at the end: its part of IO's logit
     dla_s: np.ndarray       # and of S's; both less the mean over the prompts' names
-    direct: np.ndarray      # if patched at the end, with later layers' z_cat there frozen
-    at_end: np.ndarray      # if patched at the end
-    at_S2: np.ndarray       # if patched at S2
+    direct: np.ndarray      # if z is patched at the end, with later layers' z_cat there frozen
+    at_end: np.ndarray      # if z is patched at the end
+    at_S2: np.ndarray       # if z is patched at S2
 
     @property
     def dla(self):                                          # -> (N,L,H)
@@ -146,40 +212,45 @@ class Circuit(NamedTuple):
 
 
 @torch.no_grad()
-def compute_circuit(model, batch, source, clean, source_run, progress=lambda layers: None):
+def compute_circuit(model, clean, batch, source_run, source, progress=lambda n_done: None):
     """Attention and effects of every head -> Circuit.
 
     source: the prompts with the other giver (`other_giver`). The effects are of putting the
     source's z of a head, at S2 or at the end, into the clean run.
     """
+    attention, dla_io, dla_s = attention_and_dla(model, batch)
+    runs = (model, clean, batch, source_run, source)
+    direct = effects_of_heads(*runs, "end", is_direct=True)
+    progress(1)
+    at_end = effects_of_heads(*runs, "end")
+    progress(2)
+    at_S2 = effects_of_heads(*runs, "S2")
+    progress(3)
+    return Circuit(attention, dla_io, dla_s, direct, at_end, at_S2)
+
+
+@torch.no_grad()
+def effects_of_heads(model, base, batch, source_run, source, place, is_direct=False):   # -> (N,L,H)
+    """The change of the base run's logit difference if one head's z at a place is that of another
+    run.
+
+    is_direct: with z_cat of all later layers there as it was. MLPs and the final norm are computed
+    anew all the same: "direct" is without later heads. (Direct logit attribution is without MLPs
+    too.)
+    """
     L = model.config.n_layers
     H = model.config.n_heads
-
-    def from_source(layer, head, place):                    # -> {layer: edit}
-        of_base = z_at(clean.z[layer], batch, place)
-        of_source = z_at(source_run.z[layer], source, place)
-        patched = with_head_from(of_base, of_source, head, H)
-        return {layer: patch_at(patched, batch.pos[place])}
-
-    attention, dla_io, dla_s = attention_and_dla(model, batch)
-    direct = []
-    at_end = []
-    at_S2 = []
+    effects = []
     for layer in range(L):
-        frozen = {later: patch_at(z_at(clean.z[later], batch, "end"), batch.pos["end"])
-                  for later in range(layer + 1, L)}
+        of_base = z_at(base.z[layer], batch, place)
+        of_source = z_at(source_run.z[layer], source, place)
+        later = range(layer + 1, L) if is_direct else ()
+        frozen = {i: patch_at(z_at(base.z[i], batch, place), batch.pos[place]) for i in later}
         for head in range(H):
-            to_end = from_source(layer, head, "end")
-            to_S2 = from_source(layer, head, "S2")
-            at_S2.append(logit_diff_with(model, clean, batch, to_S2, "S2") - clean.ld)
-            at_end.append(logit_diff_with(model, clean, batch, to_end, "end") - clean.ld)
-            direct.append(logit_diff_with(model, clean, batch, to_end | frozen, "end") - clean.ld)
-        progress(layer + 1)
-
-    def by_head(effects):                                   # list of (N,) -> (N,L,H)
-        return torch.stack(effects, 1).unflatten(1, (L, H)).cpu().numpy()
-
-    return Circuit(attention, dla_io, dla_s, by_head(direct), by_head(at_end), by_head(at_S2))
+            patched = with_head_from(of_base, of_source, head, H)
+            edits = frozen | {layer: patch_at(patched, batch.pos[place])}
+            effects.append(logit_diff_with(model, base, batch, edits, place) - base.ld)
+    return torch.stack(effects, 1).unflatten(1, (L, H)).cpu().numpy()
 
 
 def attention_and_dla(model, batch):                # -> {pair: (N,L,H)}, (N,L,H), (N,L,H)
@@ -259,6 +330,60 @@ def without_role(roles, effects):                           # -> [(layer, head)]
     return sorted(strong - named)
 
 
+def study_circuit(ioi):                                     # -> dict
+    """Can the model do the task, which heads do it, and what are their roles?
+
+    "unit" is what effects are divided by: LD_clean - LD_source, or 1 where that is not clearly
+    above 0. "by_prompt" is the Circuit, "effects" its means, in units. "movers" and "signal_layers"
+    are for the studies after this one.
+    """
+    model = ioi.model
+    batch = ioi.batch
+    clean = ioi.clean
+    source, source_run = ioi.run(other_giver(batch.prompts))
+    ld = clean.ld.cpu().numpy()
+    source_ld = -source_run.ld.cpu().numpy()    # the base's IO less its S: the source's S and IO
+    _, (low, _) = mean_with_ci(ld - source_ld)
+    told_apart = low > 0
+    unit = float(ld.mean() - source_ld.mean()) if told_apart else 1.0
+
+    c = compute_circuit(model, clean, batch, source_run, source, Progress(3, "effects"))
+    effects = {name: getattr(c, name).mean(0) / unit for name in ("direct", "at_end", "at_S2")}
+    attention = {pair: weight.mean(0) for pair, weight in c.attention.items()}
+    roles = find_roles(attention, **effects) if told_apart else {role: [] for role in ROLES}
+    layer_changes = []
+    for layer in range(model.config.n_layers):
+        patched = ioi.patch_S2({layer: z_at(source_run.z[layer], source, "S2")})
+        layer_changes.append((patched - clean.ld).cpu().numpy() / unit)
+    signal_layers, signal_rows = pick_signal_layers(ioi, layer_changes)
+    return {"ld": ld, "source_ld": source_ld, "told_apart": told_apart, "unit": unit,
+            "by_prompt": c, "effects": effects, "attention": attention, "roles": roles,
+            "movers": pick_movers(roles, effects["direct"]),
+            "layer_effects": [float(change.mean()) for change in layer_changes],
+            "signal_layers": signal_layers, "signal_rows": signal_rows}
+
+
+def pick_movers(roles, direct):                 # {role: heads}, (L,H) -> [(layer, head)]
+    """The two strongest name movers, or for want of them the head whose direct effect is lowest,
+    the most helpful one."""
+    movers = roles["name mover"]
+    if not movers:
+        movers = [divmod(int(direct.argmin()), direct.shape[1])]
+    return sorted(movers, key=lambda head: direct[head])[:2]
+
+
+def pick_signal_layers(ioi, layer_changes):                 # [(N,)] by layer -> layers, rows
+    """The layers whose z_cat at S2 is studied, and the prompts to study it on: --signal-layers on
+    all prompts, or the two layers with the largest effect at S2, however small it is, on the first
+    half, and then the second half."""
+    rows = ioi.batch.rows()
+    if ioi.study.config.signal_layers:
+        return list(ioi.study.config.signal_layers), rows
+    half = len(rows) // 2
+    on_first_half = [abs(change[:half].mean()) for change in layer_changes]
+    return sorted(np.argsort(on_first_half)[::-1][:2].tolist()), rows[half:]
+
+
 # ---- through SAEs (Fig. 16) ----
 
 
@@ -273,9 +398,9 @@ class FeatureEffects(NamedTuple):
 
 @torch.no_grad()
 def ablate_features(model, sae, layer, batch, clean, place):    # -> FeatureEffects
-    """Ablate each feature active at `place`, one at a time, at each prompt's own (SAE error
+    """Each feature that is active at the place of a prompt, ablated there, one at a time (SAE error
     kept)."""
-    f = sae.encode(z_at(clean.z[layer], batch, place))                  # (N,d_sae)
+    f = sae.encode(z_at(clean.z[layer], batch, place))      # (N,d_sae)
     row, feature = f.nonzero(as_tuple=True)
     changes = []
     for part in torch.arange(len(row), device=row.device).split(256):
@@ -324,7 +449,7 @@ def rank_features(effects, prompts, n_top):                 # {layer: FeatureEff
     return ranked
 
 
-def role_of_position(k, pos, row):
+def what_stands_at(k, pos, row):
     """What stands at position k of a prompt: a named position, BOS, or something else."""
     if k == 0:
         return "BOS"
@@ -334,62 +459,70 @@ def role_of_position(k, pos, row):
     return "else"
 
 
-def most_active_prompts(sae, layer, feature, batch, clean, place, n=8):
-    """The prompts of each order in which a feature is most active at the place, n of them at most
-    -> {order: (m,) rows}, its activation in every prompt (N,)."""
+class FeatureAtPlace(NamedTuple):
+    """A feature at one place of the prompts, and those of each order in which it is most active."""
+    layer: int
+    feature: int
+    place: str
+    f: Tensor               # (N,) activation
+    rows: dict              # {order: (m,)}
+
+
+def most_active_prompts(sae, layer, feature, batch, clean, place, n=8):     # -> FeatureAtPlace
+    """The prompts of each order in which a feature is most active at the place, n of them at
+    most."""
     f = sae.encode(z_at(clean.z[layer], batch, place))[:, feature]
     rows_of = {}
     for order in ORDERS:
-        is_order = torch.tensor([prompt.order == order for prompt in batch.prompts],
-                                device=f.device)
-        f_of_order = torch.where(is_order, f, 0)
+        f_of_order = torch.where(batch.has_order(order), f, 0)
         rows = f_of_order.argsort(descending=True)[:n]
         rows_of[order] = rows[f_of_order[rows] > 0]
-    return rows_of, f
+    return FeatureAtPlace(layer, feature, place, f, rows_of)
 
 
 @torch.no_grad()
-def sources_by_role(model, sae, layer, feature, batch, rows_of, f, place):
-    """DFA of a feature by what stands at the source -> {order: {role: share}}.
+def dfa_by_position(model, sae, batch, active):             # -> {order: {position: share}}
+    """DFA of a feature (FeatureAtPlace) by what stands at the source.
 
     Shares are sums over prompts, over the sum of activations; with "constant"
-    (direct.constant_part) they sum to 1. rows_of, f: of `most_active_prompts`.
+    (direct.constant_part) they sum to 1.
     """
-    constant = float(constant_part(model, layer, sae)[feature])
-    shares = {order: {} for order in rows_of}
-    for order, rows in rows_of.items():
+    constant = float(constant_part(model, active.layer, sae)[active.feature])
+    shares = {order: {} for order in active.rows}
+    for order, rows in active.rows.items():
         if not len(rows):
             continue
-        total = float(f[rows].sum())
-        kept = model.layer_cache(batch.tokens[rows], layer)
-        v = values_minus_bias(model, layer, kept.v)
-        moved = dfa(kept.pattern, v, sae.W_enc[:, feature]).sum(1)                  # (B,q,k)
+        total = float(active.f[rows].sum())
+        kept = model.layer_cache(batch.tokens[rows], active.layer)
+        v = values_minus_bias(model, active.layer, kept.v)
+        moved = dfa(kept.pattern, v, sae.W_enc[:, active.feature]).sum(1)           # (B,q,k)
         add(shares[order], "constant", constant * len(rows) / total)
         for i, row in enumerate(rows.tolist()):
-            q = int(batch.pos[place][row])
+            q = int(batch.pos[active.place][row])
             for k, value in enumerate(moved[i, q, :q + 1].tolist()):
-                add(shares[order], role_of_position(k, batch.pos, row), value / total)
+                add(shares[order], what_stands_at(k, batch.pos, row), value / total)
     return shares
 
 
 @torch.no_grad()
-def writers_by_role(model, saes, transcoders, layer, feature, batch, rows_of, f, place):
+def writers_by_position(model, saes, transcoders, batch, active):
     """One step of recursive DFA, in the same prompts and units: what was written at the sources,
-    and by whom -> {order: {(role, writer): share}}. Constants are under ("constant", ""). Where
-    there are transcoders, MLP outputs are taken apart."""
-    shares = {order: {} for order in rows_of}
-    for order, rows in rows_of.items():
-        total = float(f[rows].sum())
+    and by whom -> {order: {(position, writer): share}}. Constants are under ("constant", "").
+    Where there are transcoders, MLP outputs are taken apart."""
+    shares = {order: {} for order in active.rows}
+    for order, rows in active.rows.items():
+        total = float(active.f[rows].sum())
         for row in rows.tolist():
             tokens = batch.tokens[row, :int(batch.pos["end"][row]) + 1]
             traced = trace_prompt(model, saes, tokens, transcoders)
-            reader = Place("feature", layer, int(batch.pos[place][row]), feature)
+            position = int(batch.pos[active.place][row])
+            reader = Place("feature", active.layer, position, active.feature)
             terms = read_terms(traced, reader)
             written, values = terms.over_heads()
             for n, value in zip(written.tolist(), values.tolist()):
                 writer = traced.components.place(n)
-                role = role_of_position(writer.position, batch.pos, row)
-                add(shares[order], (role, writer.name()), value / total)
+                name = what_stands_at(writer.position, batch.pos, row)
+                add(shares[order], (name, writer.name()), value / total)
             constants = float(terms.value[terms.component < 0].sum())
             add(shares[order], ("constant", ""), constants / total)
     return shares
@@ -398,208 +531,6 @@ def writers_by_role(model, saes, transcoders, layer, feature, batch, rows_of, f,
 def add(sums, key, value):
     """Add to one of several sums, which starts at 0."""
     sums[key] = sums.get(key, 0) + value
-
-
-# ---- the " and" signal (Fig. 5, 14) ----
-
-
-def recovered(patched, clean, zero):                        # (N,) each -> value | None, interval
-    """(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means, as a float, with its
-    bootstrap interval over prompts; (None, None) unless the interval of the mean of LD_clean -
-    LD_zero lies above 0."""
-    patched, clean, zero = (ld.cpu().double().numpy() for ld in (patched, clean, zero))
-    _, (low, _) = mean_with_ci(clean - zero)
-    if low <= 0:
-        return None, None
-
-    def ratio(drawn):
-        return (patched[drawn] - zero[drawn]).mean() / (clean[drawn] - zero[drawn]).mean()
-
-    return float(ratio(np.arange(len(clean)))), bootstrap(ratio, len(clean))
-
-
-def baselines(model, batch, clean, layers):                 # -> {name: (N,) LD}
-    """What is taken as no signal: zero at S2; at S2 the mean over these prompts; zero at all
-    positions, as in the released code."""
-    S2 = batch.pos["S2"]
-    zero = {}
-    mean = {}
-    for layer in layers:
-        z = z_at(clean.z[layer], batch, "S2")
-        zero[layer] = patch_at(torch.zeros_like(z), S2)
-        mean[layer] = patch_at(z.mean(0).expand_as(z), S2)
-    everywhere = {layer: torch.zeros_like for layer in layers}
-    return {"zero": logit_diff_with(model, clean, batch, zero, "S2"),
-            "mean": logit_diff_with(model, clean, batch, mean, "S2"),
-            "zero everywhere": logit_diff_with(model, clean, batch, everywhere, "BOS")}
-
-
-# ---- why there ----
-
-
-@torch.no_grad()
-def why_io(model, saes, transcoders, layer, head, batch, n=24):
-    """The score of IO less that of S1 from the end, for one head, as a sum over pairs of writers:
-    mean over n prompts, strongest first -> score, [(query, key, value)]."""
-    sums = {}
-    score = 0.0
-    n = min(n, len(batch.prompts))
-    for row in range(n):
-        end, io, s1 = (int(batch.pos[place][row]) for place in ("end", "IO", "S1"))
-        traced = trace_prompt(model, saes, batch.tokens[row, :end + 1], transcoders)
-        why = qk(traced, layer, head, end, io, against=s1)
-        score += why.score / n
-        for a, values in zip(why.query, why.pairs.tolist()):
-            for b, value in zip(why.key, values):
-                add(sums, (a.name(), b.name()), value / n)
-    pairs = [(*pair, value) for pair, value in sums.items()]
-    return score, sorted(pairs, key=lambda pair: -abs(pair[2]))
-
-
-# ---- the program ----
-
-
-@dataclass(frozen=True)
-class IOIConfig(StudyConfig):
-    n_prompts: int = field(200, "prompts, half of them ABBA and half BABA")
-    names: str = field(",".join(HELD_OUT_NAMES), "names, each one token with a space before it")
-    corpus: str = field("python", "text in which the frequency of words is counted: see train.py")
-    signal_layers: tuple[int, ...] = field((), "layers whose z_cat at S2 carries the signal; if "
-                                           "not given, the two that act most there (paper: 5,6)")
-
-
-class IOI(NamedTuple):
-    """The prompts of a study, and the clean run on them."""
-    study: Study
-    names: list
-    batch: PromptBatch
-    clean: CleanRun
-
-    @property
-    def model(self):
-        return self.study.model
-
-    @property
-    def saes(self):
-        return self.study.saes
-
-    @property
-    def transcoders(self):
-        return self.study.transcoders
-
-    @property
-    def seed(self):
-        return self.study.config.seed
-
-    def run(self, prompts):                                 # -> PromptBatch, CleanRun
-        """Other prompts, and the run on them."""
-        batch = tokenise(prompts, self.study.tokenizer, self.study.device)
-        return batch, run_clean(self.model, batch)
-
-    def pick(self, rows):                                   # (n,) -> IOI
-        """Some of the prompts."""
-        clean = CleanRun(self.clean.run.pick(rows), self.clean.ld[rows])
-        return self._replace(batch=self.batch.pick(rows), clean=clean)
-
-    @torch.no_grad()
-    def z_at_S2(self, prompts, layers):                     # -> {layer: (N,D)}
-        """z_cat of the layers at S2 of other prompts, of which no more is run."""
-        source = tokenise(prompts, self.study.tokenizer, self.study.device)
-        up_to_S2 = source.tokens[:, :int(source.pos["S2"].max()) + 1]
-        z = self.model.z_cat_at(up_to_S2, layers)
-        return {layer: z_at(z[layer], source, "S2") for layer in layers}
-
-    def patch_S2(self, z):                                  # {layer: (N,D)} -> (N,)
-        """Logit difference with another z_cat at S2, in the layers for which one is given."""
-        edits = {layer: patch_at(values, self.batch.pos["S2"]) for layer, values in z.items()}
-        return logit_diff_with(self.model, self.clean, self.batch, edits, "S2")
-
-    def patch_S2_from(self, prompts, layers):               # -> (N,)
-        """Logit difference with z_cat of the layers at S2 from that of other prompts."""
-        return self.patch_S2(self.z_at_S2(prompts, layers))
-
-
-def main():
-    config = parse_flags(IOIConfig, __doc__)
-    study = begin(config, "ioi")
-    study.model.check_layers(config.signal_layers)
-    ioi, frequent = prepare(study)
-    circuit = study_circuit(ioi)
-    report_circuit(ioi, circuit)
-    saes = study_saes(ioi)
-    report_saes(ioi, saes)
-    half = ioi.pick(circuit["signal_rows"])
-    signal = study_signal(half, circuit["signal_layers"], frequent)
-    report_signal(half, signal)
-    why = study_qk(ioi, circuit["movers"])
-    report_qk(ioi, why)
-    finish(study)
-
-
-def prepare(study):                                         # -> IOI, a word as frequent as " and"
-    """The prompts and the clean run. Raises UserError if the model cannot take them."""
-    config = study.config
-    tokenizer = study.tokenizer
-    if config.n_prompts < 20:
-        raise UserError(f"--n-prompts must be 20 or more for intervals, not {config.n_prompts}.")
-    names = names_of_one_token([name.strip() for name in config.names.split(",")], tokenizer)
-    prompts = draw_prompts(config.n_prompts, names, tokenizer, config.seed)
-    longest_filler = max(FILLERS, key=lambda filler: len(tokenizer.encode(" " + filler)))
-    longest = placed(prompts, [longest_filler] * len(prompts), "a sentence")
-    T = tokenise(longest, tokenizer).tokens.shape[1]
-    if T > study.model.config.n_ctx:
-        raise UserError(f"IOI prompts of {T} tokens do not fit this model, which takes 1 to "
-                        f"{study.model.config.n_ctx}; name one of longer context with --model.")
-    text = held_out_rows(study, 512, at_least=1)
-    batch = tokenise(prompts, tokenizer, study.device)
-    ioi = IOI(study, names, batch, run_clean(study.model, batch))
-    return ioi, frequent_word(text, tokenizer, CONNECTORS)
-
-
-def study_circuit(ioi):                                     # -> dict
-    """Can the model do the task, which heads do it, and what are their roles?
-
-    "unit" is what effects are divided by: LD_clean - LD_source, or 1 where that is not clearly
-    above 0. "movers": the two strongest name movers, or for want of them the head whose direct
-    effect is lowest, the most helpful one. "signal_layers": --signal-layers, or the two layers with
-    the largest effect at S2, however small it is, on the first half of the prompts; then
-    "signal_rows" are those of the second half.
-    """
-    model = ioi.model
-    batch = ioi.batch
-    clean = ioi.clean
-    source, source_run = ioi.run(other_giver(batch.prompts))
-    ld = clean.ld.cpu().numpy()
-    source_ld = -source_run.ld.cpu().numpy()    # the base's IO less its S: the source's S and IO
-    _, (low, _) = mean_with_ci(ld - source_ld)
-    told_apart = low > 0
-    unit = float(ld.mean() - source_ld.mean()) if told_apart else 1.0
-
-    progress = Progress(model.config.n_layers, "layers")
-    c = compute_circuit(model, batch, source, clean, source_run, progress)
-    effects = {name: getattr(c, name).mean(0) / unit for name in ("direct", "at_end", "at_S2")}
-    attention = {pair: weight.mean(0) for pair, weight in c.attention.items()}
-    roles = find_roles(attention, **effects) if told_apart else {role: [] for role in ROLES}
-    movers = roles["name mover"]
-    if not movers:
-        movers = [divmod(int(effects["direct"].argmin()), model.config.n_heads)]
-    movers = sorted(movers, key=lambda head: effects["direct"][head])[:2]
-
-    layer_changes = []
-    for layer in range(model.config.n_layers):
-        patched = ioi.patch_S2({layer: z_at(source_run.z[layer], source, "S2")})
-        layer_changes.append((patched - clean.ld).cpu().numpy() / unit)
-    signal_layers = list(ioi.study.config.signal_layers)
-    signal_rows = batch.rows()
-    if not signal_layers:
-        half = len(ld) // 2
-        on_first_half = [abs(change[:half].mean()) for change in layer_changes]
-        signal_layers = sorted(np.argsort(on_first_half)[::-1][:2].tolist())
-        signal_rows = signal_rows[half:]
-    return {"ld": ld, "source_ld": source_ld, "told_apart": told_apart, "unit": unit, "circuit": c,
-            "effects": effects, "attention": attention, "roles": roles, "movers": movers,
-            "layer_effects": [float(change.mean()) for change in layer_changes],
-            "signal_layers": signal_layers, "signal_rows": signal_rows}
 
 
 def study_saes(ioi, n_shown=12, n_read=5):                  # -> dict
@@ -643,37 +574,107 @@ def study_place(ioi, place, n_shown, n_read):               # -> dict
 def read_feature(ioi, layer, feature, place):               # -> dict
     """Where a feature reads, and who wrote there, in the prompts where it is most active."""
     sae = ioi.saes[layer]
-    batch = ioi.batch
-    rows_of, f = most_active_prompts(sae, layer, feature, batch, ioi.clean, place)
-    by_role = sources_by_role(ioi.model, sae, layer, feature, batch, rows_of, f, place)
-    writers = writers_by_role(ioi.model, ioi.saes, ioi.transcoders, layer, feature, batch, rows_of,
-                              f, place)
+    active = most_active_prompts(sae, layer, feature, ioi.batch, ioi.clean, place)
+    reads = dfa_by_position(ioi.model, sae, ioi.batch, active)
+    writers = writers_by_position(ioi.model, ioi.saes, ioi.transcoders, ioi.batch, active)
     strongest = {}
     for order, shares in writers.items():
-        parts = [[role, writer, share] for (role, writer), share in shares.items() if writer]
+        parts = [[name, writer, share] for (name, writer), share in shares.items() if writer]
         strongest[order] = sorted(parts, key=lambda part: -abs(part[2]))[:8]
-    return {"reads": by_role, "n_read": {order: len(rows) for order, rows in rows_of.items()},
+    return {"reads": reads, "n_read": {order: len(rows) for order, rows in active.rows.items()},
             "reads_further": strongest}
 
 
-def study_signal(ioi, layers, frequent):                    # -> dict
-    """What z_cat at S2 tells the later layers: noising, connectors, side and position."""
-    clean = ioi.clean
-    without_signal = baselines(ioi.model, ioi.batch, clean, layers)
-    ld = {name: ioi.patch_S2_from(prompts, layers)
-          for name, prompts in source_prompts(ioi, frequent).items()}
-    sources = {}
-    for name, patched in ld.items():
-        sources[name] = {"patched": ci(patched), "change": ci(patched - clean.ld)}
-        sources[name] |= recovered_by(patched, clean.ld, without_signal, ioi.batch.prompts)
-    means = {name: ci(of_prompts)
-             for name, of_prompts in {"clean": clean.ld, **without_signal}.items()}
-    return {"n_prompts": len(clean.ld), "layers": layers, "frequent_word": frequent,
-            "effect_of_order": effects_of_order(ioi, ld, layers),
-            "connectors": compare_connectors(ioi, ld, layers, frequent),
-            "features": {layer: order_in_features(ioi, layer)
-                         for layer in layers if layer in ioi.saes},
-            "sources": sources, "side_and_position": side_and_position(ioi, layers), **means}
+# ---- the " and" signal (Fig. 5, 14) ----
+
+
+def recovered(patched, clean, zero):                        # (N,) each -> value | None, interval
+    """(LD_patched - LD_zero) / (LD_clean - LD_zero), a ratio of means, as a float, with its
+    bootstrap interval over prompts; (None, None) unless the interval of the mean of LD_clean -
+    LD_zero lies above 0. (Any run with all of a signal may stand for clean, and any without it for
+    zero.)"""
+    patched, clean, zero = (ld.cpu().double().numpy() for ld in (patched, clean, zero))
+    _, (low, _) = mean_with_ci(clean - zero)
+    if low <= 0:
+        return None, None
+
+    def ratio(drawn):
+        return (patched[drawn] - zero[drawn]).mean() / (clean[drawn] - zero[drawn]).mean()
+
+    return float(ratio(np.arange(len(clean)))), bootstrap(ratio, len(clean))
+
+
+def recovered_by_order(patched, clean, zero, batch):        # -> {"all" or order: (value, interval)}
+    """`recovered` over all prompts, and over those of each order of names. Where there is nothing
+    to recover over all, there is nothing in one order either: what is left there by chance is a
+    small number to divide by."""
+    found = {"all": recovered(patched, clean, zero)}
+    for order in ORDERS:
+        which = batch.has_order(order)
+        found[order] = recovered(patched[which], clean[which], zero[which])
+    if found["all"] == (None, None):
+        found = dict.fromkeys(found, (None, None))
+    return found
+
+
+def baselines(model, batch, clean, layers):                 # -> {name: (N,) LD}
+    """What is taken as no signal: zero at S2; at S2 the mean over these prompts; zero at all
+    positions, as in the released code."""
+    S2 = batch.pos["S2"]
+    zero = {}
+    mean = {}
+    for layer in layers:
+        z = z_at(clean.z[layer], batch, "S2")
+        zero[layer] = patch_at(torch.zeros_like(z), S2)
+        mean[layer] = patch_at(z.mean(0).expand_as(z), S2)
+    everywhere = {layer: torch.zeros_like for layer in layers}
+    return {"zero": logit_diff_with(model, clean, batch, zero, "S2"),
+            "mean": logit_diff_with(model, clean, batch, mean, "S2"),
+            "zero everywhere": logit_diff_with(model, clean, batch, everywhere, "BOS")}
+
+
+def recovered_over(without, patched, clean, batch):         # -> {way: value, way_ci: interval}
+    """`recovered` over zero at S2, for both orders of names as well, and over the other
+    baselines."""
+    ways = recovered_by_order(patched, clean, without["zero"], batch)
+    ways["recovered"] = ways.pop("all")
+    for name in ("mean", "zero everywhere"):
+        ways[f"over {name}"] = recovered(patched, clean, without[name])
+    found = {}
+    for way, (value, interval) in ways.items():
+        found |= {way: value, f"{way}_ci": interval}
+    return found
+
+
+def ci(values):                                             # (N,) -> [mean, [low, high]]
+    """A mean over prompts with its 95% interval."""
+    return mean_with_ci(values.cpu().numpy())
+
+
+# Sources whose results are compared below.
+OTHER_NAMES, FLIPPED = "other names", "other names, order flipped"
+WITH_FILLER, WITH_FILLER_FLIPPED = "names and filler", "names, filler, order flipped"
+
+
+def connectors_of_one_token(ioi, frequent):                 # -> {in quotes: connector}
+    """The connectors other than " and", a frequent word among them, that are one token here."""
+    encode = ioi.study.tokenizer.encode
+    return {repr(connector.strip()): connector for connector in (*CONNECTORS[1:], frequent)
+            if len(encode(connector)) == 1}
+
+
+def source_prompts(ioi, frequent):                          # -> {name: list of Prompt}
+    """The prompts whose z_cat at S2 is put into the clean run: the connectors with the prompt's own
+    names, as in the paper, and with others."""
+    prompts = ioi.batch.prompts
+    others = ioi.others
+    noisy = with_filler(others, ioi.seed)
+    sources = {"itself": prompts, OTHER_NAMES: others, FLIPPED: flipped(others),
+               WITH_FILLER: noisy, WITH_FILLER_FLIPPED: flipped(noisy)}
+    for word, connector in connectors_of_one_token(ioi, frequent).items():
+        sources[f"connector {word}"] = with_connector(prompts, connector)
+        sources[f"{OTHER_NAMES}, {word}"] = with_connector(others, connector)
+    return sources
 
 
 def effects_of_order(ioi, ld, layers):                      # -> {from what: mean, interval}
@@ -682,13 +683,34 @@ def effects_of_order(ioi, ld, layers):                      # -> {from what: mea
     effect = ld[OTHER_NAMES] - ld[FLIPPED]
     effects = {"other names": effect}
     for order in ORDERS:
-        effects[f"other names, in {order}"] = effect[has_order(ioi.batch.prompts, order)]
+        effects[f"other names, in {order}"] = effect[ioi.batch.has_order(order)]
     effects["other names and filler"] = ld[WITH_FILLER] - ld[WITH_FILLER_FLIPPED]
-    others = with_other_names(ioi.batch.prompts, ioi.names, ioi.seed)
     for layer in layers:
-        effects[f"other names, layer {layer} alone"] = (
-            ioi.patch_S2_from(others, [layer]) - ioi.patch_S2_from(flipped(others), [layer]))
+        same = ioi.patch_S2_from(ioi.others, [layer])
+        turned = ioi.patch_S2_from(flipped(ioi.others), [layer])
+        effects[f"other names, layer {layer} alone"] = same - turned
     return {name: ci(values) for name, values in effects.items()}
+
+
+def heads_with_order(ioi, layers, n_shown=8):               # -> [dict]
+    """Which heads carry the order of names from S2 to the end.
+
+    z_cat of the layers at S2 comes from prompts with other names; one head's z at the end is then
+    what it is where their order is flipped. The logit difference that is lost is the head's part of
+    the effect of order, directly or in all: `effects_of_heads`, with the other sign.
+    """
+    same = ioi.run_with_S2_from(ioi.others, layers)
+    turned = ioi.run_with_S2_from(flipped(ioi.others), layers)
+    runs = (ioi.model, same, ioi.batch, turned, ioi.batch)
+    direct = -effects_of_heads(*runs, "end", is_direct=True)            # (N,L,H)
+    in_all = -effects_of_heads(*runs, "end")
+    size = np.abs(direct.mean(0)) + np.abs(in_all.mean(0))
+    heads = []
+    for i in np.argsort(-size, axis=None)[:n_shown]:
+        layer, head = divmod(int(i), ioi.model.config.n_heads)
+        heads.append({"head": f"{layer}.{head}", "direct": mean_with_ci(direct[:, layer, head]),
+                      "in_all": mean_with_ci(in_all[:, layer, head])})
+    return heads
 
 
 def compare_connectors(ioi, ld, layers, frequent):          # -> {word: dict}
@@ -699,18 +721,12 @@ def compare_connectors(ioi, ld, layers, frequent):          # -> {word: dict}
     token after S1, and in ABBA it is not. "own": what flipping the order costs where both sources
     have the connector, LD_X - LD_{X, flipped}.
     """
-    prompts = ioi.batch.prompts
-    others = with_other_names(prompts, ioi.names, ioi.seed)
     found = {}
     for word, connector in connectors_of_one_token(ioi, frequent).items():
         patched = ld[f"{OTHER_NAMES}, {word}"]
-        turned = ioi.patch_S2_from(flipped(with_connector(others, connector)), layers)
-        found[word] = {"kept": recovered(patched, ld[OTHER_NAMES], ld[FLIPPED]),
-                       "own": ci(patched - turned)}
-        for order in ORDERS:
-            which = has_order(prompts, order)
-            found[word][order] = recovered(patched[which], ld[OTHER_NAMES][which],
-                                           ld[FLIPPED][which])
+        kept = recovered_by_order(patched, ld[OTHER_NAMES], ld[FLIPPED], ioi.batch)
+        turned = ioi.patch_S2_from(flipped(with_connector(ioi.others, connector)), layers)
+        found[word] = {"kept": kept.pop("all"), **kept, "own": ci(patched - turned)}
     return found
 
 
@@ -724,9 +740,8 @@ def order_in_features(ioi, layer, n_tried=20, n_shown=5):   # -> dict
     the features whose part is largest on average, and shown those with the largest effect.
     """
     sae = ioi.saes[layer]
-    others = with_other_names(ioi.batch.prompts, ioi.names, ioi.seed)
-    z = ioi.z_at_S2(others, [layer])[layer]
-    z_flipped = ioi.z_at_S2(flipped(others), [layer])[layer]
+    z = ioi.z_at_S2(ioi.others, [layer])[layer]
+    z_flipped = ioi.z_at_S2(flipped(ioi.others), [layer])[layer]
     f = sae.encode(z)
     f_flipped = sae.encode(z_flipped)
     ld = ioi.patch_S2({layer: z})
@@ -749,93 +764,28 @@ def order_in_features(ioi, layer, n_tried=20, n_shown=5):   # -> dict
 
 
 def order_in_feature(ioi, layer, feature, f, f_flipped, effect):        # (N,) x 3 -> dict
-    """How active one feature is in sources of either order, and what it reads in the order in which
-    it is more active; what it costs to flip its part, in prompts of either order too."""
-    is_ABBA = has_order(ioi.batch.prompts, "ABBA").to(f.device)
+    """One feature: its activation in sources of either order; what it reads in the order in which
+    it is more active, in prompts with their own names; and what it costs to flip its part, also in
+    prompts of either order alone."""
+    is_ABBA = ioi.batch.has_order("ABBA")
     # f is of sources in the order of their prompts, f_flipped of sources in the other order
     in_ABBA = float(torch.where(is_ABBA, f, f_flipped).mean())
     in_BABA = float(torch.where(is_ABBA, f_flipped, f).mean())
     order = "ABBA" if in_ABBA > in_BABA else "BABA"
     sae = ioi.saes[layer]
-    rows_of, activation = most_active_prompts(sae, layer, feature, ioi.batch, ioi.clean, "S2")
-    reads = sources_by_role(ioi.model, sae, layer, feature, ioi.batch, {order: rows_of[order]},
-                            activation, "S2")
+    active = most_active_prompts(sae, layer, feature, ioi.batch, ioi.clean, "S2")
+    active = active._replace(rows={order: active.rows[order]})
+    reads = dfa_by_position(ioi.model, sae, ioi.batch, active)
     return {"feature": feature, "f_in_ABBA": in_ABBA, "f_in_BABA": in_BABA, "reads": reads,
             "effect": ci(effect), "ABBA": float(effect[is_ABBA].mean()),
             "BABA": float(effect[~is_ABBA].mean())}
 
 
-def connectors_of_one_token(ioi, frequent):                 # -> {in quotes: connector}
-    """The connectors other than " and", a frequent word among them, that are one token here."""
-    encode = ioi.study.tokenizer.encode
-    return {repr(connector.strip()): connector for connector in (*CONNECTORS[1:], frequent)
-            if len(encode(connector)) == 1}
-
-
-def has_order(prompts, order):                               # -> (N,) bool
-    """Which prompts have this order of names."""
-    return torch.tensor([prompt.order == order for prompt in prompts])
-
-
-def ci(values):                                             # (N,) -> [mean, [low, high]]
-    """A mean over prompts with its 95% interval."""
-    return mean_with_ci(values.cpu().numpy())
-
-
-def recovered_by(patched, clean, without_signal, prompts):      # -> {way: value, way_ci: interval}
-    """`recovered` over zero at S2, for both orders of names as well, and over the other baselines.
-    Where zeros do no damage over all prompts, there is nothing to recover in one order either: what
-    is left there by chance is a small number to divide by."""
-    zero = without_signal["zero"]
-    ways = {"recovered": recovered(patched, clean, zero)}
-    for order in ORDERS:
-        which = has_order(prompts, order)
-        ways[order] = recovered(patched[which], clean[which], zero[which])
-    ways |= {"over mean": recovered(patched, clean, without_signal["mean"]),
-             "over zero everywhere": recovered(patched, clean, without_signal["zero everywhere"])}
-    if ways["recovered"] == (None, None):
-        ways |= {"ABBA": (None, None), "BABA": (None, None)}
-    found = {}
-    for way, (value, interval) in ways.items():
-        found |= {way: value, f"{way}_ci": interval}
-    return found
-
-
-OTHER_NAMES, FLIPPED = "other names", "other names, order flipped"
-WITH_FILLER, WITH_FILLER_FLIPPED = "names and filler", "names, filler, order flipped"
-
-
-def source_prompts(ioi, frequent):                          # -> {name: list of Prompt}
-    """The prompts whose z_cat at S2 is put into the clean run: the connectors with the prompt's own
-    names, as in the paper, and with others."""
-    prompts = ioi.batch.prompts
-    others = with_other_names(prompts, ioi.names, ioi.seed)
-    noisy = with_filler(others, ioi.seed)
-    sources = {"itself": prompts, OTHER_NAMES: others, FLIPPED: flipped(others),
-               WITH_FILLER: noisy, WITH_FILLER_FLIPPED: flipped(noisy)}
-    for word, connector in connectors_of_one_token(ioi, frequent).items():
-        sources[f"connector {word}"] = with_connector(prompts, connector)
-        sources[f"{OTHER_NAMES}, {word}"] = with_connector(others, connector)
-    return sources
-
-
-def frequent_word(rows, tokenizer, taken):
-    """A word about as frequent as " and" in the text: the token that is a space and letters, and
-    not among those taken, with the nearest count."""
-    counts = torch.bincount(rows.flatten().cpu(), minlength=tokenizer.n_vocab)
-    distance = (counts - counts[tokenizer.single(" and")]).abs()
-    for token in distance.argsort(stable=True).tolist():
-        word = tokenizer.decode([token])
-        if word[:1] == " " and word[1:].isalpha() and word not in taken:
-            return word
-    raise UserError("this vocabulary has no word besides the connectors: no token that is a space "
-                    "and letters.")
-
-
 def side_and_position(ioi, layers):                         # -> {cell or effect: [mean, interval]}
     """Side of the connector crossed with S1's position, from prompts with other names: logit
-    differences, and effects as differences of two. Empty if no filler of this vocabulary grows by
-    two tokens.
+    differences, and effects as differences of two. Both get fillers, the prompts that are patched
+    too, so that their clean run is another. Empty if no filler of this vocabulary grows by two
+    tokens.
 
     The other side is the other order, so only at "same" does S1 stand at one position on both
     sides. At "2 tokens" it moves in opposite directions, and at "a sentence" it is two tokens
@@ -851,16 +801,15 @@ def side_and_position(ioi, layers):                         # -> {cell or effect
         return {}
     rng = random.Random(f"fillers {ioi.seed}")
     fillers = [rng.choice(fits) for _ in prompts]
-    others = with_other_names(prompts, ioi.names, ioi.seed)
     batch, clean = ioi.run(placed(prompts, fillers, "same"))
     with_fillers = ioi._replace(batch=batch, clean=clean)
 
     ld = {}
-    for side, sources in (("same side", others), ("other side", flipped(others))):
+    for side, sources in (("same side", ioi.others), ("other side", flipped(ioi.others))):
         for position in POSITIONS:
             ld[side, position] = with_fillers.patch_S2_from(placed(sources, fillers, position),
                                                             layers)
-    cells = {"clean": clean.ld}
+    cells = {"clean, with fillers": clean.ld}
     cells |= {f"{side}, {position}": patched for (side, position), patched in ld.items()}
     for p in POSITIONS:
         cells[f"effect of side, at position: {p}"] = ld["same side", p] - ld["other side", p]
@@ -870,24 +819,133 @@ def side_and_position(ioi, layers):                         # -> {cell or effect
     return {cell: ci(values) for cell, values in cells.items()}
 
 
+def study_signal(ioi, layers, frequent):                    # -> dict
+    """What z_cat at S2 tells the later layers: noising, connectors, side and position."""
+    clean = ioi.clean
+    without_signal = baselines(ioi.model, ioi.batch, clean, layers)
+    ld = {name: ioi.patch_S2_from(prompts, layers)
+          for name, prompts in source_prompts(ioi, frequent).items()}
+    sources = {}
+    for name, patched in ld.items():
+        sources[name] = {"patched": ci(patched), "change": ci(patched - clean.ld)}
+        sources[name] |= recovered_over(without_signal, patched, clean.ld, ioi.batch)
+    means = {name: ci(of_prompts)
+             for name, of_prompts in {"clean": clean.ld, **without_signal}.items()}
+    return {"n_prompts": len(clean.ld), "layers": layers, "frequent_word": frequent,
+            "effect_of_order": effects_of_order(ioi, ld, layers),
+            "heads": heads_with_order(ioi, layers),
+            "connectors": compare_connectors(ioi, ld, layers, frequent),
+            "features": {layer: order_in_features(ioi, layer)
+                         for layer in layers if layer in ioi.saes},
+            "sources": sources, "side_and_position": side_and_position(ioi, layers), **means}
+
+
+# ---- why there ----
+
+
+@torch.no_grad()
+def why_io(model, saes, transcoders, layer, head, batch, n):
+    """The score of IO less that of S1 from the end, for one head, as a sum over pairs of writers:
+    mean over the first n prompts, strongest first -> score, [(query, key, value)]."""
+    sums = {}
+    score = 0.0
+    for row in range(n):
+        end, io, s1 = (int(batch.pos[place][row]) for place in ("end", "IO", "S1"))
+        traced = trace_prompt(model, saes, batch.tokens[row, :end + 1], transcoders)
+        why = qk(traced, layer, head, end, io, against=s1)
+        score += why.score / n
+        for a, values in zip(why.query, why.pairs.tolist()):
+            for b, value in zip(why.key, values):
+                add(sums, (a.name(), b.name()), value / n)
+    pairs = [(*pair, value) for pair, value in sums.items()]
+    return score, sorted(pairs, key=lambda pair: -abs(pair[2]))
+
+
 def sees_both_names(ioi, layer):
     """Whether a layer sees IO and S1 from the end of every prompt."""
-    places = zip(*(ioi.batch.pos[name].tolist() for name in ("end", "IO", "S1")))
-    return all(name in seen_keys(ioi.model, layer, end)
-               for end, *names in places for name in names)
+    positions = zip(*(ioi.batch.pos[name].tolist() for name in ("end", "IO", "S1")))
+    for end, io, s1 in positions:
+        keys = seen_keys(ioi.model, layer, end)
+        if io not in keys or s1 not in keys:
+            return False
+    return True
 
 
-def study_qk(ioi, movers):                                  # -> {head: {"score", "pairs"}}
-    """Why the name movers look at IO and not at S1."""
+def study_qk(ioi, movers):                                  # -> {head: dict}
+    """Why the name movers look at IO and not at S1, in the first prompts."""
+    n = min(24, len(ioi.batch.prompts))
     why = {}
     for layer, head in movers:
         if not sees_both_names(ioi, layer):
             print(f"note: the window of layer {layer} ends before the names; why head "
                   f"{layer}.{head} looks where it looks is left out")
             continue
-        score, pairs = why_io(ioi.model, ioi.saes, ioi.transcoders, layer, head, ioi.batch)
-        why[f"{layer}.{head}"] = {"score": score, "pairs": pairs[:20]}
+        score, pairs = why_io(ioi.model, ioi.saes, ioi.transcoders, layer, head, ioi.batch, n)
+        why[f"{layer}.{head}"] = {"n_prompts": n, "score": score, "pairs": pairs[:20]}
     return why
+
+
+# ---- the program ----
+
+
+@dataclass(frozen=True)
+class IOIConfig(StudyConfig):
+    n_prompts: int = field(200, "prompts, half of them ABBA and half BABA")
+    names: str = field(",".join(HELD_OUT_NAMES), "names, each one token with a space before it")
+    corpus: str = field("python", "text in which the frequency of words is counted: see train.py")
+    signal_layers: tuple[int, ...] = field((), "layers whose z_cat at S2 carries the signal; if "
+                                           "not given, the two that act most there (paper: 5,6)")
+
+
+def main():
+    config = parse_flags(IOIConfig, __doc__)
+    study = begin(config, "ioi")
+    study.model.check_layers(config.signal_layers)
+    ioi, frequent = prepare(study)
+    circuit = study_circuit(ioi)
+    report_circuit(ioi, circuit)
+    through_saes = study_saes(ioi)
+    report_saes(ioi, through_saes)
+    half = ioi.pick(circuit["signal_rows"])
+    signal = study_signal(half, circuit["signal_layers"], frequent)
+    report_signal(half, signal)
+    why = study_qk(ioi, circuit["movers"])
+    report_qk(ioi, why)
+    finish(study)
+
+
+def prepare(study):                                         # -> IOI, a word as frequent as " and"
+    """The prompts and the clean run. Raises UserError if the model cannot take them."""
+    config = study.config
+    tokenizer = study.tokenizer
+    if config.n_prompts < 20:
+        raise UserError(f"--n-prompts must be 20 or more for intervals, not {config.n_prompts}.")
+    names = names_of_one_token([name.strip() for name in config.names.split(",")], tokenizer)
+    prompts = draw_prompts(config.n_prompts, names, tokenizer, config.seed)
+    # the longest prompts of the study
+    longest_filler = max(FILLERS, key=lambda filler: len(tokenizer.encode(" " + filler)))
+    longest = placed(prompts, [longest_filler] * len(prompts), "a sentence")
+    T = tokenise(longest, tokenizer).tokens.shape[1]
+    if T > study.model.config.n_ctx:
+        raise UserError(f"IOI prompts of {T} tokens do not fit this model, which takes 1 to "
+                        f"{study.model.config.n_ctx}; name one of longer context with --model.")
+    text = held_out_rows(study, 512, at_least=1)
+    batch = tokenise(prompts, tokenizer, study.device)
+    ioi = IOI(study, names, batch, run_prompts(study.model, batch))
+    return ioi, frequent_word(text, tokenizer, CONNECTORS)
+
+
+def frequent_word(rows, tokenizer, taken):
+    """A word about as frequent as " and" in the text: the token that is a space and letters, and
+    not among those taken, with the nearest count."""
+    counts = torch.bincount(rows.flatten().cpu(), minlength=tokenizer.n_vocab)
+    distance = (counts - counts[tokenizer.single(" and")]).abs()
+    for token in distance.argsort(stable=True).tolist():
+        word = tokenizer.decode([token])
+        if word[:1] == " " and word[1:].isalpha() and word not in taken:
+            return word
+    raise UserError("this vocabulary has no word besides the connectors: no token that is a space "
+                    "and letters.")
 
 
 # ---- the report ----
@@ -910,7 +968,7 @@ def report_circuit(ioi, result):
     text = study.tokenizer.decode(batch.tokens[0][1:batch.pos["end"][0] + 1])
     print(f"{len(ld)} prompts, such as: {text!r}")
     for order in ORDERS:
-        of_order = ld[[prompt.order == order for prompt in batch.prompts]]
+        of_order = ld[batch.has_order(order).cpu().numpy()]
         n_right = int((of_order > 0).sum())
         right = format_ci(n_right / len(of_order), wilson(n_right, len(of_order)), ".1%")
         print(f"{order}  logit difference {mean_text(of_order)}, IO above S in {right}")
@@ -940,9 +998,9 @@ def report_circuit(ioi, result):
         "attention": {pair: weight.tolist() for pair, weight in result["attention"].items()},
         "clean_less_source": unit if result["told_apart"] else None,
         "layers_at_S2": [effect * unit for effect in result["layer_effects"]],
-        **{name: mean_with_ci(getattr(result["circuit"], name))
+        **{name: mean_with_ci(getattr(result["by_prompt"], name))
            for name in ("dla", "dla_io", "dla_s", *effects)}})
-    plot_effects({"direct logit attribution": result["circuit"].dla.mean(0),
+    plot_effects({"direct logit attribution": result["by_prompt"].dla.mean(0),
                   "patched at the end, directly": effects["direct"],
                   "patched at the end": effects["at_end"],
                   "patched at S2": effects["at_S2"]}, of_what, study.folder / "heads.png")
@@ -955,12 +1013,12 @@ def report_circuit(ioi, result):
 def print_heads(result, spec, n=12):
     """The heads with the largest effects: direct logits, patching, and what they look at. spec: the
     format of an effect."""
-    print("direct logit attribution of IO and of S is less that of the mean name\n"
+    print("direct logit attribution to IO and to S: less that to the mean name\n"
           "head   directly to IO      to S   patched at the end: directly   in all   "
           "patched at S2   looks at")
     effects = result["effects"]
-    dla_io = result["circuit"].dla_io.mean(0)
-    dla_s = result["circuit"].dla_s.mean(0)
+    dla_io = result["by_prompt"].dla_io.mean(0)
+    dla_s = result["by_prompt"].dla_s.mean(0)
     size = sum(np.abs(effect) for effect in effects.values())
     for i in np.argsort(-size, axis=None)[:n]:
         head = divmod(int(i), dla_io.shape[1])
@@ -976,8 +1034,8 @@ def print_heads(result, spec, n=12):
 def report_saes(ioi, result):
     """The logit difference through SAEs, and the features it hangs on."""
     clean = ioi.clean.ld.cpu().numpy()
-    transcoders = ", or transcoders," if ioi.transcoders else ""
-    print(f"\nlogit difference with SAEs{transcoders} spliced in (clean {mean_text(clean)})")
+    or_transcoders = ", or transcoders," if ioi.transcoders else ""
+    print(f"\nlogit difference with SAEs{or_transcoders} spliced in (clean {mean_text(clean)})")
     width = max(map(len, result["spliced"]))
     for name, ld in result["spliced"].items():
         print(f"{name:{width}} {mean_text(ld)}, IO above S in {(ld > 0).mean():.1%}")
@@ -1001,21 +1059,22 @@ def report_place(place, found):
           f"                     ABBA    BABA   where active   raises most")
     for one in found["features"]:
         change = format_ci(one["effect"], one["effect_ci"], "+.3f")
-        print(f"{one['layer']}.{one['feature']:<8} {one['n_active']:5}      {change}  "
+        name = f"{one['layer']}.{one['feature']}"
+        print(f"{name:10} {one['n_active']:5}      {change}  "
               f"{one['ABBA']:+6.3f}  {one['BABA']:+6.3f} {one['where_active']:+11.2f}    "
               f"{one['raises']!r}")
     for layer, change in found["errors"].items():
-        print(f"SAE error {layer}           {mean_text(change, '+.3f')}")
+        print(f"{f'SAE error {layer}':22}{mean_text(change, '+.3f')}")
     for one in found["features"]:
         if "reads" not in one:
             continue
         print(f"{one['layer']}.{one['feature']} reads, in shares of its activation (number of "
               f"prompts)")
-        for order, by_role in one["reads"].items():
-            print(f"  {order} ({one['n_read'][order]})  {strongest_roles(by_role)}")
-            if by_role:
-                writers = "  ".join(f"{writer} at {role} {share:+.0%}"
-                                    for role, writer, share in one["reads_further"][order][:4])
+        for order, shares in one["reads"].items():
+            print(f"  {order} ({one['n_read'][order]})  {strongest_shares(shares)}")
+            if shares:
+                writers = "  ".join(f"{writer} at {name} {share:+.0%}"
+                                    for name, writer, share in one["reads_further"][order][:4])
                 print(f"        written by  {writers}")
 
 
@@ -1032,6 +1091,11 @@ def report_signal(ioi, result):
                   for name in ("clean", "zero", "mean", "zero everywhere")))
     for name, effect in result["effect_of_order"].items():
         print(f"effect of order, {name}: {format_ci(*effect, '+.2f')}")
+    print("\nheads that carry the order from S2 to the end: parts of the effect of order, other "
+          "names\nhead   directly                 in all")
+    for head in result["heads"]:
+        print(f"{head['head']:6} {format_ci(*head['direct'], '+.3f'):23}  "
+              f"{format_ci(*head['in_all'], '+.3f')}")
     print("\nsource                          patched             less clean")
     for name, r in result["sources"].items():
         print(f"{name:30} {format_ci(*r['patched'], '+.2f'):19} {format_ci(*r['change'], '+.2f')}")
@@ -1055,8 +1119,8 @@ def report_signal(ioi, result):
     reported(study, "layers 5 and 6: other names and filler, order around \" and\" kept: 93% "
              "recovered; \" alongside\": 43%")
     if result["side_and_position"]:
-        print("\nside of the connector and position of S1, from prompts with other names; logit "
-              "difference")
+        print("\nside of the connector and position of S1, from prompts with other names and with "
+              "fillers; logit difference")
         for cell, found in result["side_and_position"].items():
             print(f"{cell:50} {format_ci(*found, '+.2f')}")
     else:
@@ -1074,27 +1138,29 @@ def report_order_in_features(layer, found):
     print(f"\nlayer {layer} alone, feature by feature: z_cat at S2 from prompts with other names, "
           f"the order flipped in one\nfeature's part; of the {found['n_tried']} features that "
           f"change most, those with the largest effect\n"
-          f"feature     f in ABBA   in BABA   effect of order         in ABBA  in BABA")
+          f"feature     f in ABBA   in BABA   effect of order         on ABBA  on BABA")
     for one in found["features"]:
-        print(f"{layer}.{one['feature']:<8} {one['f_in_ABBA']:10.2f} {one['f_in_BABA']:9.2f}   "
+        name = f"{layer}.{one['feature']}"
+        print(f"{name:10} {one['f_in_ABBA']:10.2f} {one['f_in_BABA']:9.2f}   "
               f"{format_ci(*one['effect'], '+.3f'):23} {one['ABBA']:+7.3f}  {one['BABA']:+7.3f}")
-        for order, by_role in one["reads"].items():
-            print(f"  reads in {order}  {strongest_roles(by_role)}")
+        for order, shares in one["reads"].items():
+            print(f"  reads in {order}  {strongest_shares(shares)}")
     for name, effect in found["parts"].items():
         print(f"{name:34} {format_ci(*effect, '+.3f')}")
 
 
-def strongest_roles(by_role, n=5):
+def strongest_shares(shares, n=5):
     """"IO +53%  S1 +25%", of a feature's activation, or "never active"."""
-    strongest = sorted(by_role.items(), key=lambda item: -abs(item[1]))[:n]
-    return "  ".join(f"{role} {share:+.0%}" for role, share in strongest) or "never active"
+    strongest = sorted(shares.items(), key=lambda item: -abs(item[1]))[:n]
+    return "  ".join(f"{name} {share:+.0%}" for name, share in strongest) or "never active"
 
 
 def report_qk(ioi, why):
-    """The strongest pairs behind the name movers' scores."""
+    """The strongest pairs behind the scores of the name movers, or of the head that stands in for
+    them."""
     for head, found in why.items():
-        print(f"\nhead {head} scores IO {found['score']:+.2f} above S1 from the end; at the end x "
-              f"at IO and S1:")
+        print(f"\nhead {head} scores IO {found['score']:+.2f} above S1 from the end, mean over "
+              f"{found['n_prompts']} prompts; at the end x at IO and S1:")
         for a, b, value in found["pairs"][:8]:
             print(f"{value:+8.3f}   {a}  x  {b}")
     write_json(ioi.study.folder / "qk.json", why)

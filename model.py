@@ -103,8 +103,8 @@ def precise(parameter):
 
 
 class LayerCache(NamedTuple):
-    """What one layer computed. (In `Transformer.rerun` q is fewer than k, and so is all but k and
-    v.)"""
+    """What one layer computed. (In `Transformer.rerun` only k and v have all T positions; the rest
+    has those that are computed anew.)"""
     resid_pre: Tensor       # (B,T,d_model) the residual stream that the layer reads
     pattern: Tensor         # (B,H,q,k)
     q: Tensor               # (B,T,H,d_head) as it enters the score, after Gemma's rotation
@@ -131,54 +131,10 @@ class AfterHeads(NamedTuple):
     scales: dict | None     # None if not asked for
 
 
-def layer_cache(resid_pre, heads, z_cat, after):            # -> LayerCache
+def as_layer_cache(resid_pre, heads, z_cat, after):         # -> LayerCache
     """Put together from `Heads`, z_cat as it was after edits, and `AfterHeads`."""
     return LayerCache(resid_pre, heads.pattern, heads.q, heads.k, heads.v, z_cat, after.attn_out,
                       after.mlp_in, after.mlp_out, after.scales)
-
-
-class Run(NamedTuple):
-    """A run of the model on some rows, from which `Transformer.rerun` goes on. Lists are by
-    layer."""
-    tokens: Tensor          # (B,T)
-    resid_pre: list         # (B,T,d_model) the residual stream that the layer reads
-    k: list                 # (B,T,G,d_head) keys as they enter the score: G groups of heads have
-                            # one each
-    v: list                 # (B,T,G,d_head) values, the same
-    z_cat: list             # (B,T,D)
-    final: Tensor           # (B,T,d_model) the stream after the last layer
-
-    def pick(self, rows):                                   # (n,) -> Run
-        """The same of some rows."""
-        def of_rows(value):
-            return [one[rows] for one in value] if isinstance(value, list) else value[rows]
-        return Run(*(of_rows(value) for value in self))
-
-
-def span(start, end):                                       # (B,), (B,) -> (B,S)
-    """Every position of a row from its start to its end, for `Transformer.rerun`; where that is
-    fewer than in other rows, the end several times."""
-    longest = max((end - start).tolist(), default=0)
-    steps = torch.arange(longest + 1, device=start.device)
-    return torch.minimum(start[:, None] + steps, end[:, None])
-
-
-class Within(NamedTuple):
-    """Where some positions stand among all of their rows, and the keys and values there."""
-    positions: Tensor       # (B,S)
-    k: Tensor               # (B,T,G,d_head)
-    v: Tensor               # (B,T,G,d_head)
-
-    def with_new(self, k, v):                               # (B,S,H,d_head) -> (B,T,H,d_head)
-        """All keys and values of the rows, with new ones at these positions."""
-        n_sharing = k.shape[2] // self.k.shape[2]
-        row = torch.arange(len(k), device=k.device)[:, None]
-        whole = []
-        for of_rows, new in ((self.k, k), (self.v, v)):
-            of_rows = of_rows.repeat_interleave(n_sharing, 2)           # a copy
-            of_rows[row, self.positions] = new
-            whole.append(of_rows)
-        return whole
 
 
 class Transformer(nn.Module):
@@ -231,7 +187,7 @@ class Transformer(nn.Module):
                 z_cat = edit_z[layer](z_cat)
             after = block.after_heads(x, z_cat, layer in keep, edit_mlp.get(layer))
             if layer in keep:
-                cache[layer] = layer_cache(x, heads, z_cat, after)
+                cache[layer] = as_layer_cache(x, heads, z_cat, after)
             x = x + after.attn_out + after.mlp_out
         return x, cache
 
@@ -257,18 +213,23 @@ class Transformer(nn.Module):
         return tokens
 
     @torch.no_grad()
-    def run(self, tokens):                                  # (B,T) -> Run
-        """A run without edits, with all that `rerun` takes from it."""
+    def run(self, tokens, edit_z=None):                     # (B,T) -> Run
+        """A run, with edits as in `forward`, and with all that `rerun` takes from it."""
+        edit_z = edit_z or {}
+        self.check_layers(edit_z)
         resid_pre, keys, values, z_of_layer = [], [], [], []
         x = self.embed(tokens)
-        for block in self.blocks:
+        n_sharing = self.config.n_heads // self.config.n_kv_heads
+        for layer, block in enumerate(self.blocks):
             heads = block.heads(x, with_pattern=False)
-            n_sharing = self.config.n_heads // self.config.n_kv_heads
+            z_cat = heads.z_cat
+            if layer in edit_z:
+                z_cat = edit_z[layer](z_cat)
             resid_pre.append(x)
             keys.append(heads.k[:, :, ::n_sharing].clone())
             values.append(heads.v[:, :, ::n_sharing].clone())
-            z_of_layer.append(heads.z_cat)
-            after = block.after_heads(x, heads.z_cat)
+            z_of_layer.append(z_cat)
+            after = block.after_heads(x, z_cat)
             x = x + after.attn_out + after.mlp_out
         return Run(tokens, resid_pre, keys, values, z_of_layer, x)
 
@@ -277,9 +238,10 @@ class Transformer(nn.Module):
         """Rows of a run once more, with edits or with other tokens at some positions -> the stream
         after the last layer, at these positions.
 
-        Only they are computed, with the keys and values of all others as they were. That is the
-        whole run with these edits or tokens, if a row's positions have in them all that is changed,
-        and whatever comes after the first change and is looked at.
+        Only they are computed, with the keys and values of all others as they were. That equals
+        the whole run if the positions of a row have in them whatever is changed, and whatever comes
+        after the first change and is seen by a later one of them: all from the first change to the
+        last position of interest, as `span` gives them, or fewer if heads cannot see the others.
 
         rows (B,): of the run; one may come several times. positions (B,S): S of each row, one of
         which may come several times too. edit_z: as in `forward`, functions of z_cat of whole rows
@@ -295,13 +257,13 @@ class Transformer(nn.Module):
         the first that differs. Without pattern there are no scales either."""
         edit_z = edit_z or {}
         self.check_layers(edit_z)
-        row = torch.arange(len(rows), device=positions.device)[:, None]
+        of_batch = torch.arange(len(rows), device=positions.device)[:, None]
         if tokens is None:
             first = min(edit_z, default=0)
             x = run.resid_pre[first][rows[:, None], positions]          # (B,S,d_model)
         else:
             first = 0
-            x = self.embed(tokens)[row, positions]
+            x = self.embed(tokens)[of_batch, positions]
         for layer in range(first, self.config.n_layers):
             block = self.blocks[layer]
             within = Within(positions, run.k[layer][rows], run.v[layer][rows])
@@ -309,10 +271,10 @@ class Transformer(nn.Module):
             z_cat = heads.z_cat
             if layer in edit_z:
                 whole = run.z_cat[layer][rows]                          # a copy
-                whole[row, positions] = z_cat
-                z_cat = edit_z[layer](whole)[row, positions]
+                whole[of_batch, positions] = z_cat
+                z_cat = edit_z[layer](whole)[of_batch, positions]
             after = block.after_heads(x, z_cat, with_scales=with_pattern)
-            kept = layer_cache(x, heads, z_cat, after)
+            kept = as_layer_cache(x, heads, z_cat, after)
             yield layer, kept
             x = kept.resid_post
 
@@ -348,7 +310,7 @@ class Transformer(nn.Module):
                 z_cat = edit_z[layer](z_cat)
             if layer in layers:
                 z_of_layer[layer] = z_cat
-            if layer < last:
+            if layer < last:                                # so an edit of its MLP has no part
                 after = block.after_heads(x, z_cat, edit_mlp=edit_mlp.get(layer))
                 x = x + after.attn_out + after.mlp_out
         return z_of_layer
@@ -448,6 +410,53 @@ class HeadMatrices(NamedTuple):
     b_V: Tensor
     W_O: Tensor             # (H,d_head,d_model)
     b_O: Tensor             # (d_model,)
+
+
+# ---- what `rerun` takes and gives, which computes only what an edit changes ----
+
+
+class Run(NamedTuple):
+    """A run of the model on some rows, from which `Transformer.rerun` goes on. Lists are by
+    layer."""
+    tokens: Tensor          # (B,T)
+    resid_pre: list         # (B,T,d_model) the residual stream that the layer reads
+    k: list                 # (B,T,G,d_head) keys as they enter the score: G groups of heads have
+                            # one each
+    v: list                 # (B,T,G,d_head) values, the same
+    z_cat: list             # (B,T,D)
+    final: Tensor           # (B,T,d_model) the stream after the last layer
+
+    def pick(self, rows):                                   # (n,) -> Run
+        """The same of some rows."""
+        def of_rows(value):
+            return [one[rows] for one in value] if isinstance(value, list) else value[rows]
+        return Run(*(of_rows(value) for value in self))
+
+
+def span(start, end):                                       # (B,), (B,) -> (B,S)
+    """Every position of a row from its start to its end, for `Transformer.rerun`; where that is
+    fewer than in other rows, the end several times."""
+    longest = max((end - start).tolist(), default=0)
+    steps = torch.arange(longest + 1, device=start.device)
+    return torch.minimum(start[:, None] + steps, end[:, None])
+
+
+class Within(NamedTuple):
+    """Where some positions stand among all of their rows, and the keys and values there."""
+    positions: Tensor       # (B,S)
+    k: Tensor               # (B,T,G,d_head)
+    v: Tensor               # (B,T,G,d_head)
+
+    def with_new(self, k, v):                               # (B,S,H,d_head) -> (B,T,H,d_head)
+        """All keys and values of the rows, with new ones at these positions."""
+        n_sharing = k.shape[2] // self.k.shape[2]
+        row = torch.arange(len(k), device=k.device)[:, None]
+        whole = []
+        for of_rows, new in ((self.k, k), (self.v, v)):
+            of_rows = of_rows.repeat_interleave(n_sharing, 2)           # a copy
+            of_rows[row, self.positions] = new
+            whole.append(of_rows)
+        return whole
 
 
 # ---- GPT-2 ----

@@ -70,6 +70,11 @@ class PromptBatch(NamedTuple):
     def rows(self):
         return torch.arange(len(self.tokens), device=self.tokens.device)
 
+    def has_order(self, order):                             # -> (N,) bool
+        """Which prompts have this order of names."""
+        is_order = [prompt.order == order for prompt in self.prompts]
+        return torch.tensor(is_order, device=self.tokens.device)
+
 
 def tokenise(prompts, tokenizer, device="cpu"):             # list of Prompt -> PromptBatch
     """Tokens, and where everything stands."""

@@ -38,7 +38,7 @@ def run(tiny, tokenizer, words):
     """(prompts, base) of the plain prompts, and the same of those with the other name at S2."""
     prompts, source = P.tokenise(words, tokenizer), P.tokenise(P.other_giver(words),
                                                                    tokenizer)
-    return prompts, ioi.run_clean(tiny, prompts), source, ioi.run_clean(tiny, source)
+    return prompts, ioi.run_prompts(tiny, prompts), source, ioi.run_prompts(tiny, source)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_an_edit_of_one_row_leaves_the_others_bit_equal(tiny, run):
 
 def test_effects_of_heads_by_brute_force(tiny, run):
     prompts, base, source, source_run = run
-    c = ioi.compute_circuit(tiny, prompts, source, base, source_run)
+    c = ioi.compute_circuit(tiny, base, prompts, source_run, source)
     logits, cache = tiny(prompts.tokens, keep=range(4))
     _, theirs = tiny(source.tokens, keep=range(4))
     rows, end = torch.arange(N), prompts.pos["end"]
@@ -301,16 +301,16 @@ def test_ranking_counts_prompts_without_the_feature_as_no_effect():
 def test_what_a_feature_reads_sums_to_the_feature_and_so_do_its_writers(tiny, run, saes):
     prompts, base, *_ = run
     feature = int(saes[3].encode(ioi.z_at(base.z[3], prompts, "end")).sum(0).argmax())
-    rows_of, f = ioi.most_active_prompts(saes[3], 3, feature, prompts, base, "end")
-    by_role = ioi.sources_by_role(tiny, saes[3], 3, feature, prompts, rows_of, f, "end")
-    by_writer = ioi.writers_by_role(tiny, saes, {}, 3, feature, prompts, rows_of, f, "end")
+    active = ioi.most_active_prompts(saes[3], 3, feature, prompts, base, "end")
+    by_position = ioi.dfa_by_position(tiny, saes[3], prompts, active)
+    by_writer = ioi.writers_by_position(tiny, saes, {}, prompts, active)
     for order in P.ORDERS:
-        assert sum(by_role[order].values()) == pytest.approx(1, abs=1e-4), order
+        assert sum(by_position[order].values()) == pytest.approx(1, abs=1e-4), order
         sums = {}
-        for (role, _), share in by_writer[order].items():
-            sums[role] = sums.get(role, 0) + share
-        assert sums == pytest.approx(by_role[order], abs=1e-3), \
-            "DFA by role is the sum over writers"
+        for (position, _), share in by_writer[order].items():
+            sums[position] = sums.get(position, 0) + share
+        assert sums == pytest.approx(by_position[order], abs=1e-3), \
+            "DFA by position is the sum over writers"
 
 
 def test_the_pairs_of_a_contrast_sum_to_the_score(tiny, run, saes):
@@ -341,14 +341,15 @@ def test_recovered_is_1_for_the_base_run_0_for_zero_and_none_without_a_differenc
 def test_nothing_is_recovered_by_order_where_zeros_do_no_damage_over_all():
     """Damage in one order and as much help in the other: by order there would be numbers."""
     prompts = [SimpleNamespace(order=order) for order in ("ABBA", "BABA") * 25]
+    batch = P.PromptBatch(torch.zeros(50, 1), {}, None, None, prompts)
     clean = 3 + torch.randn(50, generator=torch.Generator().manual_seed(0))
     away = {name: clean + 1 for name in ("mean", "zero everywhere")}
     help_and_harm = torch.tensor([1.0, -1.0] * 25)
-    found = ioi.recovered_by(clean, clean, away | {"zero": clean + help_and_harm}, prompts)
+    found = ioi.recovered_over(away | {"zero": clean + help_and_harm}, clean, clean, batch)
     assert ioi.recovered(clean[1::2], clean[1::2], (clean + help_and_harm)[1::2])[0] == 1.0
     for way in ("recovered", "ABBA", "BABA"):
         assert found[way] is None and found[f"{way}_ci"] is None
-    found = ioi.recovered_by(clean, clean, away | {"zero": clean - 1}, prompts)
+    found = ioi.recovered_over(away | {"zero": clean - 1}, clean, clean, batch)
     assert found["recovered"] == found["ABBA"] == found["BABA"] == 1.0
 
 
@@ -429,6 +430,65 @@ def test_the_effect_of_order_by_brute_force(tiny, tokenizer, run):
         assert kept is None or kept == pytest.approx(expected, rel=1e-2), name
     in_abba, _ = found["effect_of_order"]["other names, in ABBA"]
     assert in_abba == pytest.approx(float((same - flipped)[is_abba].mean()), abs=1e-4)
+
+
+def test_heads_with_the_order_by_brute_force(tiny, tokenizer, run):
+    """Whole runs, with z_cat of layer 1 at each prompt's S2, and one head's z at the end, put in by
+    hand."""
+    prompts, base, *_ = run
+    study = SimpleNamespace(model=tiny, tokenizer=tokenizer, device="cpu",
+                            config=SimpleNamespace(seed=3))
+    this = ioi.IOI(study, list(HELD_OUT_NAMES), prompts, base)
+    n_heads = tiny.config.n_heads
+    heads = ioi.heads_with_order(this, [1], n_shown=4 * n_heads)
+    assert len({found["head"] for found in heads}) == 4 * n_heads
+    others = P.with_other_names(prompts.prompts, list(HELD_OUT_NAMES), 3)
+    rows, end, S2 = torch.arange(N), prompts.pos["end"], prompts.pos["S2"]
+
+    def at_S2_from(words):                                  # -> edit
+        source = P.tokenise(words, tokenizer)
+        values = tiny(source.tokens, keep=(1,))[1][1].z_cat[rows, source.pos["S2"]]
+
+        def edit(z):
+            z = z.clone()
+            z[rows, S2] = values
+            return z
+        return edit
+
+    def at_end(values, head):                               # -> edit
+        def edit(z):
+            z = z.unflatten(-1, (n_heads, -1)).clone()
+            z[rows, end, head] = values.unflatten(-1, (n_heads, -1))[:, head]
+            return z.flatten(-2)
+        return edit
+
+    def difference_with(edits):
+        logits = tiny(prompts.tokens, edits)[0][rows, end]
+        return logits[rows, prompts.io] - logits[rows, prompts.s]
+
+    same, flipped = at_S2_from(others), at_S2_from(P.flipped(others))
+    _, of_same = tiny(prompts.tokens, {1: same}, keep=range(4))
+    _, of_flipped = tiny(prompts.tokens, {1: flipped}, keep=range(4))
+    ld = difference_with({1: same})
+    for found in heads:
+        layer, head = map(int, found["head"].split("."))
+        if layer < 2:                                       # at the end they know nothing of it
+            assert abs(found["in_all"][0]) < 1e-5 and abs(found["direct"][0]) < 1e-5
+            continue
+        own = at_end(of_flipped[layer].z_cat[rows, end], head)
+        edits = {1: same, layer: own}
+        lost = float((ld - difference_with(edits)).mean())
+        assert found["in_all"][0] == pytest.approx(lost, abs=1e-4), found["head"]
+        for later in range(layer + 1, 4):
+            kept = of_same[later].z_cat[rows, end]
+
+            def freeze(z, kept=kept):
+                z = z.clone()
+                z[rows, end] = kept
+                return z
+            edits[later] = freeze
+        lost = float((ld - difference_with(edits)).mean())
+        assert found["direct"][0] == pytest.approx(lost, abs=1e-4), found["head"]
 
 
 def test_the_order_in_features_by_brute_force(tiny, tokenizer, run, saes):

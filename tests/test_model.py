@@ -157,6 +157,27 @@ def test_a_run_is_what_the_model_computes(pair):
     torch.testing.assert_close(run.final, kept.resid_post)
 
 
+def test_a_rerun_of_a_run_with_edits_keeps_them(pair):
+    """An edit of an early position, in the run; another of a later one, when it goes on."""
+    model = copy.deepcopy(pair[0]).double()
+    run, *_ = random_rerun(model)
+    last = model.config.n_layers - 1
+
+    def early(z):
+        return torch.cat([z[:, :3], -z[:, 3:4], z[:, 4:]], 1)
+
+    def late(z):
+        return torch.cat([z[:, :15], 2 * z[:, 15:16], z[:, 16:]], 1)
+
+    rows = torch.arange(len(run.tokens))
+    edited = model.run(run.tokens, {0: early})
+    assert not torch.equal(edited.final, run.final)
+    positions = torch.arange(15, 20).expand(len(rows), -1)
+    found = model.rerun(edited, rows, positions, {last: late})
+    whole = model.run(run.tokens, {0: early, last: late} if last else {0: lambda z: late(early(z))})
+    torch.testing.assert_close(found, whole.final[:, 15:], rtol=1e-10, atol=1e-10)
+
+
 def test_a_rerun_with_edits_equals_the_whole_run(pair):
     """Rows of unequal starts, edits in two layers, one of which sees what the other led to."""
     model = copy.deepcopy(pair[0]).double()

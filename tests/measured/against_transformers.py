@@ -164,7 +164,8 @@ def compare_patches(ours, theirs, tokenizer, heads, n, seed):       # -> [[head,
     prompts = draw_prompts(n, names, tokenizer, seed)
     batch = tokenise(prompts, tokenizer)
     source = tokenise(other_giver(prompts), tokenizer)
-    clean, source_run = ioi.run_clean(ours, batch), ioi.run_clean(ours, source)
+    clean = ioi.run_prompts(ours, batch)
+    source_run = ioi.run_prompts(ours, source)
     rows = []
     for layer, head in heads:
         for place in ("S2", "end"):
