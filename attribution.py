@@ -15,8 +15,8 @@ which norms divide, and which features are active. (Scales, because a norm undoe
 its input larger: followed through it, the terms could not sum to what is read.) So are the leaves:
 nothing is followed through an SAE's error, an output without SAE, or BOS. What is left is linear,
 and every sum is exact. That is an identity, true of any SAE, since its error is one of the
-components. It is not what removing a feature does: then all that comes later is another.
-`ablation_effects` removes features, runs the model anew, and looks.
+components. It is not what removing a feature does, which changes everything that is computed
+later: `ablation_effects` removes features, runs the model anew, and looks.
 
 Shapes: B batch, T positions (q query, k key/source), H heads, d_head, D = H*d_head, d_sae.
 """
@@ -42,7 +42,8 @@ from sae import ablate, ablate_mlp, check_feature
 # An output without SAE or transcoder is one component, and so is each at BOS, where features are
 # set to 0.
 
-# "feature", "bias", "error" and "attention" are those of attention layers.
+# "feature", "bias", "error" and "attention" are those of attention layers. Components have a kind
+# as a number, places as a word.
 KINDS = ("embedding", "position", "feature", "bias", "error", "attention", "MLP feature",
          "MLP bias", "MLP error", "MLP")
 (EMBEDDING, POSITION, FEATURE, BIAS, ERROR, ATTENTION, MLP_FEATURE, MLP_BIAS, MLP_ERROR,
@@ -99,7 +100,8 @@ class Components(NamedTuple):
         return (self.kind == ERROR) | (self.kind == MLP_ERROR)
 
     def is_whole(self):
-        """Outputs without SAE or transcoder, but for those at BOS, the same in every prompt."""
+        """Outputs without SAE or transcoder. Those at BOS do not count: there they are the same in
+        every prompt."""
         return ((self.kind == ATTENTION) | (self.kind == MLP)) & (self.position > 0)
 
 
@@ -329,23 +331,27 @@ def mlp_terms(traced, layer, position, feature):            # -> Terms
 
 def logit_terms(traced, reader):                            # -> Terms
     """What makes a logit, less another or less the mean over all tokens; before a soft cap."""
-    direction, constant = logit_direction(traced, reader)
+    direction, constant = scaled_logit_direction(traced, reader)
     return terms_at(traced, traced.n_before[-1], reader.position, direction, constant)
 
 
-def logit_direction(traced, reader):                        # -> (d_model,), (1,)
-    """The direction of the stream along which a logit grows, and its constant part."""
+def scaled_logit_direction(traced, reader):                 # -> (d_model,), (1,)
+    """`logit_direction` over the final norm's scale in this prompt."""
     model = traced.model
-    tokens = traced.tokens.new_tensor([reader.feature, max(reader.against, 0)])
-    directions = model.logit_directions(tokens)
-    constants = model.logit_constants(tokens)
-    direction = directions[0]
-    constant = constants[:1]
-    if reader.against >= 0:
-        direction = direction - directions[1]
-        constant = constant - constants[1:]
+    direction, constant = logit_direction(model, reader)
     final = traced.cache[model.config.n_layers - 1].resid_post[0, reader.position]
     return direction / model.final_scale(final), constant
+
+
+def logit_direction(model, reader):                         # -> (d_model,), (1,)
+    """The direction of the normalised stream along which a logit grows, and its constant part."""
+    tokens = [reader.feature] if reader.against < 0 else [reader.feature, reader.against]
+    tokens = torch.tensor(tokens, device=next(model.parameters()).device)
+    directions = model.logit_directions(tokens)
+    constants = model.logit_constants(tokens)
+    if reader.against < 0:
+        return directions[0], constants
+    return directions[0] - directions[1], constants[:1] - constants[1:]
 
 
 def terms_at(traced, n_seen, position, direction, constant):    # (d_model,), (1,) -> Terms
@@ -378,7 +384,8 @@ def check_place(traced, place):
                         f"{first} to {last}" + (" after BOS." if first else "."))
     if place.kind != "logit":
         return
-    for token in (place.feature, max(place.against, 0)):
+    tokens = [place.feature] if place.against < 0 else [place.feature, place.against]
+    for token in tokens:
         if not 0 <= token < traced.model.n_tokens:
             raise UserError(f"token {token} is out of range: this model has tokens 0 to "
                             f"{traced.model.n_tokens - 1}.")
@@ -394,15 +401,16 @@ def check_place(traced, place):
 #
 #     value = the values of its children + pruned
 #
-# A child's value is its term times C, how often the node's pre-activation counts in the root: 1 at
-# the root, and below it value / f.
+# A child's value is its term times C = d root / d pre, the factor with which the node's
+# pre-activation enters the root: 1 at the root, and below it value / f.
 
 
 class Node(NamedTuple):
     """One node of the tree."""
     place: Place
     head: int               # in the parent's layer, which reads it; -1: none does
-    value: float            # what it contributes to the root; the root's is its pre-activation
+    value: float            # what it contributes to the root; the root's own is its
+                            # pre-activation, or the logit (less the mean, or less another)
     # About its children. A node that is not taken apart (no feature, or at the last level) keeps
     # these defaults.
     children: tuple = ()    # strongest first, those that are not pruned
@@ -450,6 +458,7 @@ def expand(traced, node, terms, C, least, depth, breadth):  # -> the node with i
             child = expand(traced, child, below, C_below, least, depth - 1, breadth)
         children.append(child)
 
+    # a constant's -1 takes the last component's entry, which the next line takes back
     is_unexplained = (components.is_error() | components.is_whole())[terms.component]
     is_unexplained &= terms.component >= 0
     return node._replace(children=tuple(children), pruned=float(values[pruned].sum()),
@@ -470,7 +479,7 @@ class Step(NamedTuple):
     reader: Place
     pre: float              # all that it reads
     row: int                # of traced.components: the component that contributes most
-    value: float            # what it contributes, over all heads
+    value: float            # what it contributes to this reader, not to the root; over all heads
     by_head: dict           # {head: value}, strongest first; {} where no head reads it
 
 
@@ -503,8 +512,9 @@ def strongest_path(traced, place):                          # -> [Step]
 # The sweep carries d root / d stream, one vector for each position:
 #
 #     component n, written at k       contributes vector_n . gradient[k]
-#     feature j, active, written at k its pre-activation counts C_j = contribution / f_j times, so
-#                                     that what it reads adds C_j d pre_j / d stream to the gradient
+#     feature j, active, written at k its pre-activation enters the root with the factor
+#                                     C_j = contribution / f_j, so that what it reads adds
+#                                     C_j d pre_j / d stream to the gradient
 #
 # At the root C is 1. Leaves are what is no feature: embeddings, biases, errors, and what is not
 # taken apart; they and the constants sum to the root.
@@ -524,7 +534,8 @@ def totals(traced, root):                                   # Place -> Totals
     contribution = gradient.new_zeros(len(components.kind))
     constants = []
     if root.kind == "logit":
-        gradient[root.position], constant = logit_direction(traced, root)
+        direction, constant = scaled_logit_direction(traced, root)
+        gradient[root.position] = direction
         constants.append(constant)
 
     # Until the root is reached the gradient is 0, and so is what is written there.
@@ -558,8 +569,8 @@ def writers(traced):                                        # -> [(kind, layer, 
 
 
 def back_through_mlp(traced, layer, C, gradient):           # (T,d_sae), (T,d_model)
-    """d root / d stream before an MLP (T,d_model), from that after it and from C, how often each
-    feature's pre-activation counts; and what their constants contribute (m,)."""
+    """d root / d stream before an MLP (T,d_model), from that after it and from C, d root / d pre of
+    each feature; and what their constants contribute (m,)."""
     transcoder = traced.transcoders[layer]
     directions, constants = traced.model.mlp_directions(layer, transcoder.W_enc)
     scale = traced.cache[layer].scales["mlp_in"][0]                     # (T,1)
@@ -576,7 +587,7 @@ def back_through_heads(traced, layer, C, gradient):         # (T,d_sae), (T,d_mo
     direction = torch.einsum("qhd,hmd->qhm", w, m.W_V)                  # (q,H,d_model)
     to_source = torch.einsum("hqk,qhm->km", kept.pattern[0], direction)     # (T,d_model)
     gradient = gradient + to_source / kept.scales["attn_in"][0]
-    constants = m.b_V.flatten() @ sae.W_enc + feature_bias(sae)         # (d_sae,)
+    constants = m.b_V.flatten() @ sae.W_enc + feature_bias(sae)     # (d_sae,): direct.constant_part
     return gradient, (C * constants)[C != 0]
 
 
@@ -598,7 +609,7 @@ def ends(traced, root):                                     # -> {what: (net, si
             for what, values in found.items()}
 
 
-def unexplained(found):                                     # of `ends` -> float
+def unexplained_share(found):                               # of `ends` -> float
     """The share of the ends, by size, that are errors or outputs not taken apart."""
     size = {what: size for what, (net, size) in found.items()}
     return ratio(size["errors"] + size["outputs not taken apart"], sum(size.values()))
@@ -647,11 +658,9 @@ def read_anew(traced, reader, tokens, edit_z, edit_mlp):    # (B,T) -> (B,)
         pre = traced.transcoders[layer].pre_activations(mlp_in[:, reader.position])
         return pre[:, reader.feature]
     x, _ = model.run_layers(model.embed(tokens), edit_z, edit_mlp=edit_mlp)
-    at_position = x[:, reader.position]
-    pair = tokens.new_tensor([reader.feature, max(reader.against, 0)])
-    along = model.logit_directions(pair)                                # (2,d_model)
-    logits = at_position @ along.T / model.final_scale(at_position) + model.logit_constants(pair)
-    return logits[:, 0] - logits[:, 1] if reader.against >= 0 else logits[:, 0]
+    at_position = x[:, reader.position]                                 # (B,d_model)
+    direction, constant = logit_direction(model, reader)
+    return at_position @ direction / model.final_scale(at_position)[:, 0] + constant
 
 
 # ---- QK: why a head looks there ----

@@ -39,8 +39,8 @@ def dfa(pattern, v, w_enc):                     # (B,H,q,k), (B,k,H,d_head), (D,
 
 
 def feature_bias(sae):                                      # -> (d_sae,)
-    """Add this to the sum of DFA over heads and sources, of the raw values, and you get the
-    pre-activation. (A transcoder does not subtract b_dec from what it reads.)"""
+    """b_enc - b_dec @ W_enc: add it to the sum of DFA over heads and sources, of the raw values,
+    and you get the pre-activation. (A transcoder does not subtract b_dec from what it reads.)"""
     if not sae.subtracts_b_dec:
         return sae.b_enc
     return sae.b_enc - sae.b_dec @ sae.W_enc
@@ -86,22 +86,23 @@ def head_logits(z_cat, matrices, scaled_direction):         # (...,D), _, (...,d
 
 
 @torch.no_grad()
-def direct_logits(model, matrices, caches, position, direction, look=lambda kept: None):
+def direct_logits(model, matrices, caches, position, direction, look=None):
     """Direct logit attribution of every head at one position of each row -> (B,layers,H).
 
     matrices: every layer's HeadMatrices. caches: every layer's (layer, LayerCache), of
-    model.layer_caches or model.rerun_caches. position (B,): as they count. direction (B,d_model):
-    of model.logit_directions, or a difference of two; the final norm's scale is put in here. look:
-    called with each layer's LayerCache, for what else a caller wants of this pass, such as
-    attention.
+    model.layer_caches or model.rerun_caches. position (B,): its place in the caches; in a rerun
+    that is not the position in the text. direction (B,d_model): of model.logit_directions, or a
+    difference of two; the final norm's scale is put in here. look: called with each layer's
+    LayerCache, for what else a caller wants of this pass, such as attention.
     """
     row = torch.arange(len(position), device=position.device)
     gathered = []                                           # of every layer
     for layer, kept in caches:
-        look(kept)
+        if look is not None:
+            look(kept)
         scale = kept.scales["attn_out"][row, position] if "attn_out" in kept.scales else 1.0
         gathered.append((matrices[layer], kept.z_cat[row, position], scale))
-        final = kept.resid_post[row, position]              # of the last layer, in the end
+    final = kept.resid_post[row, position]                  # after the last layer
     scaled_direction = direction / model.final_scale(final)
     by_layer = [head_logits(z, of_layer, scaled_direction / scale)
                 for of_layer, z, scale in gathered]

@@ -13,7 +13,7 @@ import torch
 
 from attribution import (FEATURES, Node, Place, ablation_effects, check_place, ends, expand, qk,
                          ratio, read_terms, strongest_pairs, strongest_path, trace, trace_prompt,
-                         unexplained, upstream_features)
+                         unexplained_share, upstream_features)
 from data import pages
 from data.errors import UserError, run
 from data.figures import plot_sources
@@ -316,10 +316,11 @@ def describe_ends(traced, root, total):
     lines = ["what all paths end in, in units of the root:    net   by size"]
     for what, (net, size) in found.items():
         lines.append(f"{what:44} {ratio(net, total):+7.1%} {ratio(size, abs(total)):9.1%}")
-    last = f"unexplained, errors and outputs not taken apart: {unexplained(found):.1%} by size"
+    last = (f"unexplained, errors and outputs not taken apart: {unexplained_share(found):.1%} by "
+            f"size")
     if traced.transcoders and root.kind != "MLP feature":
         whole = ends(trace_prompt(traced.model, traced.saes, traced.tokens), root)
-        last += f"; without transcoders {unexplained(whole):.1%}"
+        last += f"; without transcoders {unexplained_share(whole):.1%}"
     return [*lines, last]
 
 

@@ -177,7 +177,7 @@ class Transcoder(SAE):
     subtracts_b_dec = False
 
     def __init__(self, d_in, d_sae, d_out, generator=None, top_k=0):
-        super().__init__(d_in, d_sae, generator, top_k)
+        super().__init__(d_in, d_sae, generator, top_k)     # its W_enc stays; W_dec is too wide
         W_dec = F.normalize(torch.randn(d_sae, d_out, generator=generator), dim=-1)
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_out))
@@ -207,7 +207,7 @@ def keep_largest(f, k):                         # (...,n) -> the same
 
 class LossAndGradients(NamedTuple):
     """One batch's loss, mse + l1 * sparsity, and its gradients."""
-    mse: Tensor             # sum over d_in, mean over B
+    mse: Tensor             # the squared error: sum over d_out, mean over B
     sparsity: Tensor        # sum_i f_i, mean over B
     fired: Tensor           # (d_sae,) int64, on how many inputs each feature is active
     gradients: dict         # {"W_enc": (d_in,d_sae), "b_enc": ..., "W_dec": ..., "b_dec": ...}
@@ -215,7 +215,8 @@ class LossAndGradients(NamedTuple):
 
 @torch.no_grad()
 def dense_step(sae, z, l1, target=None):        # (B,d_in), _, (B,d_out) -> LossAndGradients
-    """Loss and gradient by five matrix products of B * d_in * d_sae multiplications each.
+    """Loss and gradient by five matrix products of B * d_in * d_sae multiplications each. (It
+    changes nothing: the step itself is Adam's, in train.py.)
 
     target: what a transcoder is to make of z; an SAE's is z itself. (On the CPU, sparse.py computes
     the same to float precision at a fraction of the cost.)
@@ -316,9 +317,9 @@ def reset_adam(state, dead, feature_dim):
     lie, 1 in W_enc, 0 in W_dec and b_enc.
 
     Why the second is not 0 too: Adam divides it by 1 - beta2^step, to make up for its start at 0.
-    Late in a run that is nearly 1, so a moment that starts at 0 again would be far too small, and
-    the first update too large: sqrt((1 - beta2^step) / (1 - beta2)) times the learning rate. With
-    train.py's beta1 = 0 and beta2 = 0.9999 these are 16 times at step 250, and up to 100 times.
+    That knows only the parameter's step: a moment set to 0 at step t counts as t steps old, and is
+    far too small. The first update would be sqrt((1 - beta2^t) / (1 - beta2)) times the learning
+    rate: with train.py's beta1 = 0 and beta2 = 0.9999, 18 times at step 350, and up to 100 times.
     """
     live = (~dead).nonzero()[:, 0]
     index = (slice(None), dead) if feature_dim == 1 else dead
@@ -389,7 +390,7 @@ def all_but_bos(z):                                         # (B,T,d_in) -> (B,T
     return where
 
 
-def put_in(sae, feature, value, where, read, written):      # (B,T,d_in), (B,T,d_out) -> the latter
+def put_in(sae, feature, value, where, read, written):  # (B,T,d_in), (B,T,d_out) -> (B,T,d_out)
     """What is written plus (value - f_i) * W_dec[i] at some places, f_i being what the feature
     makes of what is read there; as a new tensor, of the type of what is written.
 

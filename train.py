@@ -16,13 +16,14 @@ start, a block's order, a resampling), never from earlier draws. So a run that w
 resumed ends with the same SAEs, byte for byte, as one that was not (on one machine, with as many
 processes). Evaluation is on the same held-out rows whatever the seed.
 
-`team`, in what follows: under torchrun several processes share each batch (data/team.py); alone it
-does nothing.
+Words. A *site* is what is kept of a layer's activations: (z_cat,) for an SAE; (mlp_in, mlp_out),
+what the MLP reads and what it writes, for a transcoder. The *team*: under torchrun several
+processes share each batch (data/team.py); alone it does nothing.
 
 Written to <out>/<model>/: in L<layer>/ sae.safetensors, config.json and metrics.json; beside them
 log.jsonl, training.png and model.json, which says whose results these are; and
-checkpoint.safetensors until the run is finished. With --saes only measured.json. Of transcoders
-the same is written to <out>/<model>/mlp/.
+checkpoint.safetensors until the run is finished. With --saes only measured.json and model.json. Of
+transcoders the same is written to <out>/<model>/mlp/.
 
 Shapes: R rows, T positions, B batch of activations, D = H*d_head, d_model, d_in, d_sae, d_out.
 """
@@ -188,6 +189,7 @@ def check(config, model, layers, folder, team):
     """Raise UserError for settings that cannot work, before any time is spent."""
     model.check_layers(layers)
     n_layers = len(layers)
+    shortest = 2 + ce_stride(model)     # `ce_positions` has none in a shorter row
     longest = model.config.n_ctx
     l1, d_sae, top_k = as_tuple(config.l1), as_tuple(config.d_sae), as_tuple(config.top_k)
     checkpoint = checkpoint_path(folder)
@@ -204,8 +206,8 @@ def check(config, model, layers, folder, team):
         ("--l1", len(l1) in (1, n_layers), wrong_number(l1)),
         ("--d-sae", len(d_sae) in (1, n_layers), wrong_number(d_sae)),
         ("--top-k", len(top_k) in (1, n_layers), wrong_number(top_k)),
-        (f"--n-ctx {config.n_ctx}", 3 <= config.n_ctx <= longest,
-         f"does not fit this model, which takes 3 to {longest} tokens."),
+        (f"--n-ctx {config.n_ctx}", shortest <= config.n_ctx <= longest,
+         f"does not fit this model, which takes {shortest} to {longest} tokens."),
         ("--d-sae", all(n >= 1 for n in d_sae), at_least_1),
         ("--batch-size", config.batch_size >= 1, at_least_1),
         ("--n-eval-rows", config.n_eval_rows >= 1, at_least_1),
@@ -256,16 +258,16 @@ class Learner:
     l1: float
     mean_in: Tensor         # (d_in,) mean of what it reads, over the first block
     scale_in: Tensor        # () what it reads is divided by this: mean of |z - mean|, or 1
-    mean: Tensor            # (d_out,) the same of its target, the vector of mean ablation; in an
-                            # SAE all this is of z_cat
-    scale: Tensor           # ()
+    mean_out: Tensor        # (d_out,) mean of its target, the vector of mean ablation; an SAE's
+                            # target is what it reads, z_cat, and so these are the same as above
+    scale_out: Tensor       # () its target is divided by this
     fired: Tensor           # (d_sae,) how many inputs it fired on since the last resampling
     last_fired: Tensor      # (d_sae,) training activations seen up to each feature's last firing
     l0: float               # active features per input in the last step: decides whether the next
                             # one is sparse, and so is saved too
     use_sparse_step: bool = False       # `choose_step` decides on the first batch
-    products: str = "highest"           # of the dense step: `float32_products`
-    on_device: Tensor | None = None     # (3,) of the last step: mse, sparsity, active entries of f
+    matmul_precision: str = "highest"   # of the dense step: `float32_products`
+    last_step: Tensor | None = None     # (3,) mse, sparsity, active entries of f, on the device
     mse: float = math.nan               # on the host; `read_back` sets it, sparsity and l0
     sparsity: float = math.nan
     first_mse: float | None = None      # of the first step of this process
@@ -279,7 +281,7 @@ class Learner:
     def in_its_units(self, site):                           # -> (B,d_in), (B,d_out)
         """What it reads and its target, divided by their scales. `site`: of ActivationBuffer."""
         z = site[0] / self.scale_in
-        target = z if len(site) == 1 else site[1] / self.scale
+        target = z if len(site) == 1 else site[1] / self.scale_out
         return z, target
 
 
@@ -295,7 +297,7 @@ def train_step(learner, site, step, config, team=Team()):
     sparse_or_dense_step = learner.step_function()
 
     # the gradients are derived by hand, without autograd: LossAndGradients in sae.py
-    with float32_products(learner.products):
+    with float32_products(learner.matmul_precision):
         result = sparse_or_dense_step(sae, z, learner.l1 * l1_scale, target)
     team.sum_step(result, len(z) / config.batch_size)   # in place: from shares to the whole batch
     project_decoder_gradient(sae, result.gradients["W_dec"])
@@ -307,7 +309,7 @@ def train_step(learner, site, step, config, team=Team()):
     learner.fired += result.fired
     learner.last_fired = torch.where(fired_now, n_seen, learner.last_fired)
     n_entries = result.fired.sum().to(result.mse.dtype)     # active entries of f, (B,d_sae)
-    learner.on_device = torch.stack([result.mse, result.sparsity, n_entries])
+    learner.last_step = torch.stack([result.mse, result.sparsity, n_entries])
 
 
 def train(config):                                          # -> {layer: metrics}
@@ -391,8 +393,8 @@ def run_steps(config, buffer, learners, first_step, folder, team):
             if team.leads and (stop or is_last or n_done % CHECKPOINT_EVERY == 0):
                 save(folder, config, n_done, learners)
             if stop:
-                kind = interrupted() or KeyboardInterrupt   # another process's, perhaps
-                raise kind(f"stopped after step {n_done}; --resume goes on from there.")
+                signal = interrupted() or KeyboardInterrupt     # another process's, perhaps
+                raise signal(f"stopped after step {n_done}; --resume goes on from there.")
     if n_done < config.n_steps:
         if team.leads and n_done > first_step:
             save(folder, config, n_done, learners)
@@ -440,7 +442,7 @@ def adam_step(learner, gradients, lr):
 def read_back(learners, n_done, batch_size):
     """Bring the numbers of the last step from the device. One transfer for all layers: on a GPU
     each would make the host wait. Raises UserError where a loss is not finite."""
-    sums = torch.stack([learner.on_device for learner in learners.values()]).tolist()
+    sums = torch.stack([learner.last_step for learner in learners.values()]).tolist()
     for (layer, learner), (mse, sparsity, n_entries) in zip(learners.items(), sums):
         learner.mse = mse
         learner.sparsity = sparsity
@@ -468,10 +470,11 @@ def choose_step(learner, layer, site, n=256):
     float32 gives: on the CPU the sparse step, on a GPU products in TF32.
 
     So a change of `SAE.activate`, `SAE.encode` or `dense_step` is trained with, though sparse.py
-    knows nothing of it.
+    knows nothing of it. A resumed run decides again, on the batch where it goes on: what is
+    compared differs by rounding, or by another formula and far more than `agree` allows.
     """
     # A new SAE's biases are such that some pre-activations are 0 but for rounding, and active or
-    # not by chance: compared are steps of a copy whose biases are a little higher.
+    # not by chance. So a copy is compared whose biases are a little higher.
     sae = copy.deepcopy(learner.sae)
     with torch.no_grad():
         sae.b_enc += 0.01 * sae.b_enc.abs().mean()
@@ -480,7 +483,7 @@ def choose_step(learner, layer, site, n=256):
     if z.device.type != "cpu":
         with float32_products("high"):
             in_tf32 = dense_step(sae, z, learner.l1, target)
-        learner.products = "high" if agree(in_tf32, exact) else "highest"
+        learner.matmul_precision = "high" if agree(in_tf32, exact) else "highest"
         return
     learner.use_sparse_step = agree(sparse_step(sae, z, learner.l1, target), exact)
     if not learner.use_sparse_step:
@@ -505,9 +508,6 @@ def agree(result, exact, tolerance=0.03):                   # LossAndGradients x
 class ActivationBuffer:
     """Batches of all layers' activations: a block of whole rows is run through the model, shuffled,
     and drained batch by batch. Position 0 (BOS) is left out.
-
-    What is kept of a layer is its *site*, a tuple of tensors: z_cat alone, or what the MLP reads
-    and what it writes.
 
     One forward pass serves all layers. With the same settings, a block depends on its number alone.
     In a team, each process has the activations of its own rows of a block, and its share of each
@@ -649,8 +649,8 @@ def make_learner(widths, d_sae, l1, lr, device="cpu", top_k=0):     # -> Learner
                    # all of this `initialise` and `restore` know better
                    mean_in=torch.zeros(sae.d_in, device=device),
                    scale_in=torch.ones((), device=device),
-                   mean=torch.zeros(sae.d_out, device=device),
-                   scale=torch.ones((), device=device),
+                   mean_out=torch.zeros(sae.d_out, device=device),
+                   scale_out=torch.ones((), device=device),
                    fired=never, last_fired=never.clone(), l0=float(d_sae))
 
 
@@ -692,17 +692,17 @@ def initialise(learner, site, normalise, random):           # site of (N,width)
     z, target = site[0], site[-1]
     some = slice(None, None, max(1, len(z) // 8192))        # 8192 to 16383 of them are enough
     learner.mean_in = z.mean(0)
-    learner.mean = target.mean(0)
+    learner.mean_out = target.mean(0)
     centred = z[some] - learner.mean_in
-    centred_target = target[some] - learner.mean
+    centred_target = target[some] - learner.mean_out
     if normalise:
         learner.scale_in = centred.norm(dim=-1).mean()
-        learner.scale = centred_target.norm(dim=-1).mean()
+        learner.scale_out = centred_target.norm(dim=-1).mean()
     # their number times the covariance; F.normalize below takes the factor out again
     variances, directions = eigenvectors((centred.T @ centred).cpu())
     noise = torch.randn(sae.d_sae, sae.d_in, generator=random)
     drawn = F.normalize((noise * variances.clamp_min(0).sqrt()) @ directions.T, dim=-1).to(z.device)
-    sae.b_dec.copy_(learner.mean / learner.scale)
+    sae.b_dec.copy_(learner.mean_out / learner.scale_out)
     sae.W_enc.copy_(0.5 * drawn.T)
     if len(site) == 1:
         sae.W_dec.copy_(drawn)
@@ -728,7 +728,7 @@ def eigenvectors(covariance):                               # (D,D) -> (D,), (D,
 # ---- stopping and going on ----
 
 # A Learner's tensors that last from step to step, besides SAE and Adam.
-SAVED = ("fired", "last_fired", "mean_in", "scale_in", "mean", "scale")
+SAVED = ("fired", "last_fired", "mean_in", "scale_in", "mean_out", "scale_out")
 
 
 def checkpoint_path(folder):
@@ -862,12 +862,13 @@ def evaluate(model, saes, rows, means):                     # -> {layer: metrics
 def evaluate_rows(model, saes, rows, means):                # -> {layer: {name: numpy (R,...)}}
     """What `evaluate` sums up, for each row."""
     R, T = rows.shape
-    at = ce_positions(R, T, ce_stride(model)).to(rows.device)           # (R,m)
-    widest = max(at.shape[1] * model.config.d_vocab, *(T * sae.d_sae for sae in saes.values()))
+    positions = ce_positions(R, T, ce_stride(model)).to(rows.device)    # (R,m)
+    n_logits = positions.shape[1] * model.config.d_vocab                # of a row
+    widest = max(n_logits, *(T * sae.d_sae for sae in saes.values()))
     # 8 rows at most, and 256 MiB for the largest tensor, or one row's
     n_rows = max(1, min(8, 2**26 // widest))
     by_row = {layer: [] for layer in saes}
-    for tokens, q in zip(rows.split(n_rows), at.split(n_rows)):
+    for tokens, q in zip(rows.split(n_rows), positions.split(n_rows)):
         found = {}
         x = model.embed(tokens)                             # the clean stream before each layer
         for layer in range(model.config.n_layers):
@@ -895,10 +896,13 @@ def ce_positions(R, T, stride):                             # -> (R,m)
     return first[:, None] + stride * torch.arange((T - 2) // stride)
 
 
-def evaluate_layer(model, sae, mean, layer, x, tokens, q):  # (D,), (R,T,d_model), (R,T), (R,m)
+def evaluate_layer(model, sae, mean, layer, x, tokens, q):  # -> {name: (R,...)}
     """What one layer's SAE makes of its z_cat, and the cross-entropy at q with z_cat replaced by
-    the reconstruction, by 0 and by the mean -> {name: (R,...)}; likewise a transcoder and what the
-    MLP writes. x is the clean stream before the layer."""
+    the reconstruction, by 0 and by the mean; likewise a transcoder and what the MLP writes.
+
+    mean (d_out,); x (R,T,d_model), the clean stream before the layer; tokens (R,T); q (R,m), the
+    positions of `ce_positions`.
+    """
     block = model.blocks[layer]
     z_cat = block.heads(x, with_pattern=False).z_cat        # an edit changes nothing before it
 
@@ -954,7 +958,7 @@ def of_output(edit):
 
 def reconstruction_stats(sae, z, target):                   # (R,T,d_in), (R,T,d_out) -> {name: ...}
     """Per row, (R,): active features per token, squared error, and for the variance the sum of
-    target^2; and that of the target, (R,d_out)."""
+    target^2; and the sum of the target, (R,d_out)."""
     f = sae.encode(z.to(sae.b_dec.dtype))
     target = target.to(sae.b_dec.dtype)
     return {"l0": (f != 0).float().sum(-1).mean(-1),
@@ -1027,7 +1031,7 @@ def finish(config, model, held_out, learners, folder, speed):   # -> {layer: met
     """Write the SAEs, measure what was written, write metrics, figure and table."""
     saes = write_saes(config, model, learners, folder)
     print(f"measuring on {len(held_out)} held-out rows ...", flush=True)
-    means = {layer: learner.mean for layer, learner in learners.items()}
+    means = {layer: learner.mean_out for layer, learner in learners.items()}
     metrics = evaluate(model, saes, held_out, means)
 
     n_tokens = config.n_activations
@@ -1058,15 +1062,15 @@ def write_saes(config, model, learners, folder):            # -> {layer: SAE}, a
         path = folder / f"L{layer}" / "sae.safetensors"
         sae = learner.sae
         if sae.reads == MLP:
-            sae.rescale(learner.scale_in, learner.scale)
+            sae.rescale(learner.scale_in, learner.scale_out)
         else:
-            sae.rescale(learner.scale)
+            sae.rescale(learner.scale_out)
         sae.about |= {"layer": layer, **of_model}
         sae.save(path, torch.float16 if config.half else torch.float32)
         write_json(path.with_name("config.json"),
                    {**lasting_settings(config), "d_in": sae.d_in, "d_out": sae.d_out,
                     "l1_of_layer": learner.l1, **sae.about, "top_k": sae.top_k})
-        saes[layer] = SAE.load(path, learner.mean.device)
+        saes[layer] = SAE.load(path, learner.mean_out.device)
     return saes
 
 
@@ -1093,14 +1097,14 @@ def table(metrics, reads):
     """The metrics of all layers, a line each."""
     replaced = "the MLP's output" if reads == MLP else "z_cat"
     lines = [f"cross-entropy in nats per token, clean and with {replaced} replaced; [95% interval]",
-             "layer    L0   clean     SAE    zero    mean   recovered over zero   "
-             "recovered over mean   variance   dead"]
+             f"layer    L0   clean     SAE    zero    mean  {'recovered over zero':>23}  "
+             f"{'recovered over mean':>23}   variance   dead"]
     for layer, m in metrics.items():
         over_zero = format_ci(m["ce_recovered_zero"], m["ce_recovered_zero_ci"], ".1%")
         over_mean = format_ci(m["ce_recovered_mean"], m["ce_recovered_mean_ci"], ".1%")
         dead = f"{m['dead_fraction']:6.1%}" if "dead_fraction" in m else "   n/a"
         lines.append(f"{layer:5d} {m['l0']:5.1f} {m['ce_clean']:7.3f} {m['ce_sae']:7.3f} "
-                     f"{m['ce_zero']:7.3f} {m['ce_mean']:7.3f}  {over_zero:>20}  {over_mean:>20}"
+                     f"{m['ce_zero']:7.3f} {m['ce_mean']:7.3f}  {over_zero:>23}  {over_mean:>23}"
                      f"  {m['explained_variance']:9.1%} {dead}")
     return "\n".join(lines)
 

@@ -118,7 +118,7 @@ def test_what_is_not_explained_shrinks_when_mlps_are_taken_apart(run):
             sizes[says_nothing] = sizes.get(says_nothing, 0.0) + size
         everything = sum(sizes.values()) + float(leaves.constants.abs().sum())
         found = A.ends(traced, reader)
-        assert A.unexplained(found) == pytest.approx(sizes[True] / everything)
+        assert A.unexplained_share(found) == pytest.approx(sizes[True] / everything)
         assert sum(size for net, size in found.values()) == pytest.approx(everything)
 
 
@@ -159,7 +159,7 @@ def frozen_root(run, reader, given):
         y = f @ transcoder.W_dec + transcoder.b_dec + kept.mlp_out[0] \
             - transcoder.decode(run.f_mlp[l])
         resid = resid + torch.cat([kept.mlp_out[0, :1], y[1:]])
-    direction, constant = A.logit_direction(run, reader)
+    direction, constant = A.scaled_logit_direction(run, reader)
     return resid[reader.position] @ direction + constant[0]
 
 
@@ -310,9 +310,9 @@ def test_the_hand_wired_circuit_through_an_mlp_is_found(bigram):
     assert (source.place, source.head) == (A.Place("embedding", -1, 2), 0)
     whole = A.trace_prompt(model, saes, tokens)
     assert A.trace(whole, reader).children[0].place.kind == "MLP"
-    share = A.unexplained(A.ends(run, reader))
+    share = A.unexplained_share(A.ends(run, reader))
     assert share < 0.1
-    assert A.unexplained(A.ends(whole, reader)) > 2 * share
+    assert A.unexplained_share(A.ends(whole, reader)) > 2 * share
     upstream, _ = A.upstream_features(run, reader)
     fall = A.ablation_effects(run, upstream[:1], reader)
     assert float(fall) > 0.9 * tree.value, "without it, nothing is left of the difference"

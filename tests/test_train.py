@@ -421,7 +421,7 @@ def test_on_a_gpu_products_are_in_tf32_where_that_agrees():
             patch.setattr(T, "dense_step", step)
             T.choose_step(learner, 0, ())
         assert torch.get_float32_matmul_precision() == "highest", "put back"
-        return learner.products
+        return learner.matmul_precision
 
     assert chosen(0.001) == "high" and chosen(0.1) == "highest" and chosen(math.nan) == "highest"
 
@@ -624,7 +624,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_named(tmp_path):
     (["--model", "nowhere"], ["--model nowhere"]),
     (["--layers", "0,9"], ["layer 9", "out of range"]),
     (["--layers", "0,1", "--l1", "1,2,3"], ["--l1", "3 values for 2 layers"]),
-    (["--n-ctx", "129"], ["--n-ctx 129"]),
+    (["--n-ctx", "129"], ["--n-ctx 129"]), (["--n-ctx", "2"], ["takes 3 to 128 tokens"]),
     (["--n-tokens", "10"], ["--n-tokens 10"]),
     (["--n-tokens", "many"], ["--n-tokens", "'many'"]),
     (["--d-sae", "0"], ["--d-sae"]),

@@ -123,7 +123,7 @@ def test_it_starts_with_directions_that_belong_together():
     torch.testing.assert_close(transcoder.W_dec.norm(dim=1), torch.ones(D_SAE))
     moves = F.normalize(transcoder.W_enc.T @ A, dim=1)      # x's covariance is I
     assert (moves * transcoder.W_dec).sum(1).min() > 0.95
-    torch.testing.assert_close(transcoder.b_dec * learner.scale, y.mean(0))
+    torch.testing.assert_close(transcoder.b_dec * learner.scale_out, y.mean(0))
     z, target = learner.in_its_units((x, y))
     torch.testing.assert_close((z - z.mean(0)).norm(dim=1).mean(), torch.tensor(1.0), rtol=0.02,
                                atol=0)
@@ -172,7 +172,7 @@ def test_training_finds_the_features_of_a_known_map():
         batch = torch.randperm(len(x), generator=g)[:512]
         T.train_step(learner, (x[batch], y[batch]), step, config)
         T.read_back({0: learner}, step, config.batch_size)
-    transcoder = learner.sae.rescale(learner.scale_in, learner.scale).requires_grad_(False)
+    transcoder = learner.sae.rescale(learner.scale_in, learner.scale_out).requires_grad_(False)
     cosines = write @ transcoder.W_dec.T
     assert cosines.max(1).values.min() > 0.9, "every direction is one feature's"
     found = cosines.argmax(1)

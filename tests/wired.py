@@ -150,7 +150,7 @@ def train_sae(z, d_sae=256, l1=0.1, n_steps=600, seed=0):
         batch = order[torch.arange(step * 512, (step + 1) * 512) % len(z)]
         train.train_step(learner, (z[batch],), step, config)
         train.read_back({1: learner}, step, config.batch_size)
-    return learner.sae.rescale(learner.scale).requires_grad_(False)
+    return learner.sae.rescale(learner.scale_out).requires_grad_(False)
 
 
 def collection(model, sae, tokens, layer=1, seed=0):

@@ -125,7 +125,7 @@ def main():
         saes = {}
         for name in SPACES:
             learner = learners[layer, name]
-            saes[name] = learner.sae.rescale(learner.scale).requires_grad_(False)
+            saes[name] = learner.sae.rescale(learner.scale_out).requires_grad_(False)
         z = torch.cat([model.z_cat_at(part, [layer])[layer][:, 1:].flatten(0, 1)
                        for part in held_out.to(device).split(32)])
         results[f"L{layer}"] = compare(saes, z, W_O[layer])

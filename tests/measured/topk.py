@@ -129,7 +129,7 @@ def main():
 def table(found):
     """A line for each kind and layer; the difference stands with TopK."""
     lines = ["TopK against L1: as many active features, the same batches; [95% interval over rows]",
-             "layer          L0   recovered over zero   variance   dead   steps/s   "
+             f"layer          L0  {'recovered over zero':>23}   variance   dead   steps/s   "
              "cross-entropy, TopK less L1"]
     for layer, one in found.items():
         for kind, speed in zip(KINDS, one["steps_per_second"]):
@@ -137,7 +137,7 @@ def table(found):
             name = "L1" if kind == "l1" else f"TopK {one['k']}"
             recovered = format_ci(m["ce_recovered_zero"], m["ce_recovered_zero_ci"], ".1%")
             less = "" if kind == "l1" else format_ci(*one["cross_entropy"], "+.4f")
-            lines.append(f"{layer:5d} {name:8} {m['l0']:5.1f}  {recovered:>20}  "
+            lines.append(f"{layer:5d} {name:8} {m['l0']:5.1f}  {recovered:>23}  "
                          f"{m['explained_variance']:9.1%} {m['dead_fraction']:6.1%} {speed:9.1f}   "
                          f"{less}".rstrip())
     return "\n".join(lines)
