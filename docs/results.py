@@ -92,6 +92,8 @@ COMMANDS = {
     "gpu-benchmark": "tests/measured/benchmark.py --device cuda",
     "gemma-train": f"train.py {GEMMA} {SCHEDULE} --batch-size 2048 --d-sae 4096 "
                    "--n-tokens 1024000 --n-eval-rows 64",
+    "gemma-longer-train": f"train.py {GEMMA} {SCHEDULE} --layers 5 --batch-size 2048 --d-sae 8192 "
+                          "--n-tokens 4e6 --n-eval-rows 64 --out out/longer",
     "gemma-mlp": f"train.py {GEMMA} {SCHEDULE} --reads mlp --layers 3,11,12 --d-sae 4096 --l1 0.05 "
                  "--n-tokens 409600 --batch-size 1024 --n-eval-rows 64",
     "gemma-features": f"features.py {GEMMA} --n-tokens 100000",
@@ -99,9 +101,9 @@ COMMANDS = {
     "gemma-induction": f"induction.py {GEMMA} --layers 5,11 --n-rows 1024 "
                        "--heads 5.1,5.2,11.2",
     "gemma-ioi": f"ioi.py {GEMMA}",
+    "gemma-longer-ioi": f"ioi.py {GEMMA} --saes out/longer/gemma-3-270m --out out/longer",
     "gemma-explorer": f"explorer.py {GEMMA} --logit ' Mary' --against ' John'",
-    "gemma-agreement": f"tests/measured/agreement.py {GEMMA} "
-                       "--layers 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,16,17 --n-rows 64 --n-roots 25",
+    "gemma-agreement": f"tests/measured/agreement.py {GEMMA} --n-rows 64 --n-roots 25",
     "gemma-against": f"tests/measured/against_transformers.py {GEMMA} "
                      "--heads 5.1,5.2,11.2,11.3,12.1",
 }
