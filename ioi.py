@@ -272,6 +272,7 @@ def attention_and_dla(model, batch):                # -> {pair: (N,L,H)}, (N,L,H
     to_io = model.logit_directions(batch.io) - mean_name
     to_s = model.logit_directions(batch.s) - mean_name
     dla_io = direct_logits(model, matrices, model.layer_caches(batch.tokens), end, to_io, look)
+    # run once more: no layer's cache is kept
     dla_s = direct_logits(model, matrices, model.layer_caches(batch.tokens), end, to_s)
     attention = {pair: torch.stack(by_layer, 1).cpu().numpy()
                  for pair, by_layer in attention.items()}
@@ -1100,12 +1101,12 @@ def report_signal(ioi, result):
     for name, r in result["sources"].items():
         print(f"{name:30} {format_ci(*r['patched'], '+.2f'):19} {format_ci(*r['change'], '+.2f')}")
     print(f"\nother connectors, from prompts with other names; {result['frequent_word']!r} is "
-          f"about as frequent as \" and\"\nconnector     effect of order kept        in ABBA   "
-          f"in BABA   its own effect of order")
+          f"about as frequent as \" and\"\n{'connector':13} {'effect of order kept':23}  "
+          f"{'in ABBA':24} {'in BABA':24} its own effect of order")
     for word, r in result["connectors"].items():
-        shown = {order: "n/a" if r[order][0] is None else f"{r[order][0]:.1%}" for order in ORDERS}
-        print(f"{word:13} {format_ci(*r['kept'], '.1%'):25}  {shown['ABBA']:>8}  "
-              f"{shown['BABA']:>8}   {format_ci(*r['own'], '+.2f')}")
+        kept = format_ci(*r["kept"], ".1%")
+        in_ABBA, in_BABA = (format_ci(*r[order], ".1%") for order in ("ABBA", "BABA"))
+        print(f"{word:13} {kept:23}  {in_ABBA:24} {in_BABA:24} {format_ci(*r['own'], '+.2f')}")
     for layer, found in result["features"].items():
         report_order_in_features(layer, found)
     print("\nsource                         recovered                   ABBA     BABA   "

@@ -644,6 +644,13 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, words)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+def test_rows_without_a_prediction_that_is_measured_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "ce_stride", lambda model: 5)    # as with 262,144 tokens
+    with pytest.raises(UserError, match="--n-ctx 6 does not fit this model, which takes 7 to 128"):
+        run_short(tmp_path, n_ctx=6)
+    assert T.ce_positions(5, 7, 5).shape == (5, 1)
+
+
 # ---- several processes ----
 
 
