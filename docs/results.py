@@ -180,7 +180,8 @@ def output(name):
 
 
 def copy_pictures(name):
-    """The figures that a command drew, over those in the pages."""
+    """The figures that a command drew, over those in the pages. (There are none of a command with
+    --out.)"""
     run = "gemma-3-270m" if name.startswith("gemma-") else "tiny"
     study = name.removeprefix("gemma-")
     drawn = ROOT / "out" / (name if name in WALKS else f"{run}/{study}")
