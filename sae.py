@@ -177,7 +177,7 @@ class Transcoder(SAE):
     subtracts_b_dec = False
 
     def __init__(self, d_in, d_sae, d_out, generator=None, top_k=0):
-        super().__init__(d_in, d_sae, generator, top_k)     # its W_enc stays; W_dec is too wide
+        super().__init__(d_in, d_sae, generator, top_k)     # of which W_enc and b_enc stay
         W_dec = F.normalize(torch.randn(d_sae, d_out, generator=generator), dim=-1)
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_out))
