@@ -58,8 +58,9 @@ def followed_by(tokens, classes, row, q, X):                # (B,T) x 2, (n,) x 
 
 def earlier_copies(classes, row, q):                        # (B,T), (n,), (n,) -> (n,T-1) bool
     """Where in its row copies of the token at q stand before it."""
-    k = torch.arange(classes.shape[1] - 1, device=classes.device)
-    row, q = row[:, None], q[:, None]
+    k = torch.arange(classes.shape[1] - 1, device=classes.device)       # the last has none after it
+    row = row[:, None]
+    q = q[:, None]
     return is_copy(classes, row, q, k) & (k < q)
 
 
@@ -135,22 +136,28 @@ def name_next(tokens, classes, entries, d_sae):             # (B,T) x 2 -> (d_sa
     once to each, however often it followed; special tokens, of class -1, are left out. X is the
     token that is given most.
     """
-    owner, position = [], []            # of each token that followed: its entry, and where it is
+    # of each token that followed: the entry that gives to it, and where it stands
+    givers = []
+    positions = []
     for part in torch.arange(len(entries.q)).split(2**16):
         copies = earlier_copies(classes, entries.row[part], entries.q[part])
         i, earlier = copies.nonzero(as_tuple=True)
-        owner.append(part[i])
-        position.append(earlier + 1)
-    owner, position = torch.cat(owner), torch.cat(position)
-    is_text = classes[entries.row[owner], position] >= 0    # and no special token
-    owner, position = owner[is_text], position[is_text]
-    followed = tokens[entries.row[owner], position]
+        givers.append(part[i])
+        positions.append(earlier + 1)
+    giver = torch.cat(givers)
+    position = torch.cat(positions)
+    is_text = classes[entries.row[giver], position] >= 0    # and no special token
+    giver = giver[is_text]
+    position = position[is_text]
+    followed = tokens[entries.row[giver], position]
+
     # each pair (entry, token) once; as one number, since `unique` is slow on rows
     n_tokens = int(tokens.max()) + 1
-    vote = (owner * n_tokens + followed).unique()
-    owner, X = vote // n_tokens, vote % n_tokens
+    gift = (giver * n_tokens + followed).unique()
+    giver = gift // n_tokens
+    X = gift % n_tokens
     # pairs (feature, token), feature by feature, the token that is given most first
-    pair, _ = feature_token_mass(entries.feature[owner], X, entries.f[owner])
+    pair, _ = feature_token_mass(entries.feature[giver], X, entries.f[giver])
     heaviest = pair[rank_in_group(pair[:, 0]) == 0]
     named = torch.full((d_sae,), -1)
     named[heaviest[:, 0]] = heaviest[:, 1]
@@ -222,7 +229,7 @@ def rate_followed(X, text, classes):                        # (n,) -> (n,)
     """The share of each class's occurrences in a text where token X had followed it earlier."""
     n = 2 + int(max(classes.max(), text.classes.max()))     # class -1, BOS, is counted at 0
     n_of_class = torch.bincount(text.classes[:, 1:].flatten() + 1, minlength=n)
-    has_X = (text.tokens == X).any(1)                       # in other rows nothing followed
+    has_X = (text.tokens == X).any(1)                       # in other rows X followed nothing
     followed = followed_everywhere(text.tokens[has_X], text.classes[has_X], X)
     n_followed = torch.bincount(text.classes[has_X, 1:][followed] + 1, minlength=n)
     return (n_followed / n_of_class.clamp_min(1))[classes + 1]
@@ -319,14 +326,15 @@ class Removals(NamedTuple):
 def remove_feature(model, sae, layer, feature, clean, rows, f, row_of_text):  # -> Removals
     """A feature removed where it is active, in some rows of a clean run. f (b,T-2): its activation
     there, at positions 1 to T-2. row_of_text (b,): the rows' numbers in the text."""
-    rows, row_of_text = rows.to(f.device), row_of_text.to(f.device)
+    rows = rows.to(f.device)
+    row_of_text = row_of_text.to(f.device)
     tokens = clean.tokens[rows]
     active = F.pad(f > 0, (1, 1))                                       # (b,T)
     row, q = active.nonzero(as_tuple=True)                              # (n,) places
     first = active.int().argmax(1)                                      # (b,)
     positions = span(first, torch.full_like(first, active.shape[1] - 2))
     edit = {layer: ablate(sae, feature, active)}
-    without = model.rerun(clean, rows, positions, edit)                   # (b,S,d_model)
+    without = model.rerun(clean, rows, positions, edit)                 # (b,S,d_model)
 
     final = clean.final[rows]
     next_token = tokens[row, q + 1]
