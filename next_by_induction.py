@@ -79,6 +79,12 @@ def followed_everywhere(tokens, classes, X):                # (B,T) x 2, a token
 # ---- which features are found ----
 
 
+class Text(NamedTuple):
+    """Rows of text, and the class of each token."""
+    tokens: Tensor          # (B,T)
+    classes: Tensor         # (B,T)
+
+
 @torch.no_grad()
 def find_features(model, saes, naming, measuring, progress=lambda rows: None):      # Text x 2
     """Every "X is next" feature -> list of dicts, first those whose share is most above the
@@ -108,12 +114,6 @@ def find_features(model, saes, naming, measuring, progress=lambda rows: None):  
     found.sort(key=lambda feature: feature["expected_share"] - feature["share"])
     n_live = {layer: int((s.n > 0).sum()) for layer, s in sums.items()}
     return found, n_live, names
-
-
-class Text(NamedTuple):
-    """Rows of text."""
-    tokens: Tensor          # (B,T)
-    classes: Tensor         # (B,T)
 
 
 def name_features(model, saes, text, progress):             # -> {layer: (d_sae,)}
